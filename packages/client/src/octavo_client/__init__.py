@@ -1,0 +1,1 @@
+"""A typed Python client for Octavo: the openai SDK with Octavo's extra fields and resources."""

@@ -1,0 +1,1 @@
+"""An LLM inference engine on paged attention: continuous batching, models, sampling, offline LLM."""

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server and command line for the Octavo engine."""
