@@ -1,0 +1,217 @@
+"""The pydantic models of everything in Octavo's HTTP interface that OpenAI's own types do not have.
+
+The server validates requests with these classes and builds its answers from them; the client sends and returns them.
+This module imports pydantic alone: neither the openai SDK nor an HTTP library.
+
+Request models refuse unknown fields, so that a misspelt name is found where it was typed. Answers ignore them, so
+that an older client reads a newer server. A server that inherits its own request models from `Extras` chooses for
+itself with `model_config = ConfigDict(extra="ignore")`.
+"""
+
+from collections.abc import KeysView
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+__all__ = [
+    "DetokenizeRequest",
+    "DetokenizeResponse",
+    "EmbeddingExtras",
+    "Extras",
+    "Health",
+    "Pooling",
+    "Ready",
+    "TokenId",
+    "TokenizeRequest",
+    "TokenizeResponse",
+    "Version",
+]
+
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""A token's number in the vocabulary; whether it is inside the model's vocabulary is for the server to say."""
+
+Pooling: TypeAlias = Literal["last", "mean"]
+"""How the hidden states of a text become one vector: the last token's, or the mean over all tokens."""
+
+
+class _Body(BaseModel):
+    """Fields for a request's JSON body that can stand where the openai SDK takes a mapping.
+
+    The SDK merges `extra_body` with `{**body, **extra_body}`, which asks an object for `keys()` and items. Both answer
+    with the fields that were set, so an instance is a valid `extra_body` in every method, of any openai client.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the fields that were set."""
+        return self.body().keys()
+
+    def __getitem__(self, name: str) -> JsonValue:
+        return self.body()[name]
+
+    def body(self) -> dict[str, JsonValue]:
+        """Return the fields that were set, as JSON values; a field set to None is there as null."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class Extras(_Body):
+    """Fields of a chat or text completion beyond OpenAI's own, under the names that vLLM's users know.
+
+    Pass it as `extra_body=Extras(top_k=40)`. Only fields that were set are sent; for the others the server's defaults
+    hold, which each description names.
+
+    Raises:
+        pydantic.ValidationError: a field is unknown or out of its bounds.
+    """
+
+    top_k: int | None = Field(
+        default=None,
+        ge=-1,
+        le=2**31 - 1,
+        description="Sample from the k most probable tokens only; 0 or -1 considers all. Default: all.",
+    )
+    min_p: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Drop tokens whose probability is below min_p times that of the most probable one. Default: 0.",
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=100.0,
+        description="Divide positive and multiply negative logits of tokens that occurred in the prompt or the output; "
+        "above 1 discourages repetition. Default: 1, off.",
+    )
+    min_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**31 - 1,
+        description="Generate at least this many tokens before an end token or a stop id may end the output. "
+        "Default: 0.",
+    )
+    ignore_eos: bool | None = Field(
+        default=None,
+        description="Go on after the model's end token, up to the token limit; for load tests. Default: false.",
+    )
+    stop_token_ids: list[TokenId] | None = Field(
+        default=None,
+        max_length=1024,
+        description="End the output when one of these token ids is generated. Default: none.",
+    )
+    include_stop_str_in_output: bool | None = Field(
+        default=None,
+        description="Keep the stop string that ended the output in its text. Default: false.",
+    )
+    skip_special_tokens: bool | None = Field(
+        default=None,
+        description="Leave the tokenizer's special tokens out of the text. Default: true.",
+    )
+    priority: int | None = Field(
+        default=None,
+        ge=-(2**31),
+        le=2**31 - 1,
+        description="Order of scheduling: a lower value runs earlier, equal ones in order of arrival. Default: 0.",
+    )
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Share cached prefixes only with requests of the same salt. Default: no salt.",
+    )
+
+
+class EmbeddingExtras(_Body):
+    """Fields of an embeddings request beyond OpenAI's own; pass it as `extra_body=EmbeddingExtras(pooling="mean")`."""
+
+    pooling: Pooling | None = Field(
+        default=None,
+        description="How one vector is made of a text's tokens. Default: last.",
+    )
+
+
+class TokenizeRequest(_Body):
+    """The body of POST /tokenize: a prompt, or chat messages to be laid out by the model's template first.
+
+    Raises:
+        pydantic.ValidationError: not exactly one of `prompt` and `messages` is given.
+    """
+
+    model: str | None = Field(default=None, description="The model whose tokenizer is used. Default: the only one.")
+    prompt: str | None = Field(default=None, description="The text to tokenise; may be empty.")
+    messages: list[dict[str, JsonValue]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Chat messages in OpenAI's form; the model's chat template makes the text.",
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Add what the tokenizer adds around a text, such as a begin token. Default: true for a prompt, "
+        "false for messages, whose template writes them.",
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="End the messages with the opening of the assistant's answer. Default: true. Messages only.",
+    )
+    return_token_strs: bool | None = Field(default=None, description="Return each token's text too. Default: false.")
+
+    @model_validator(mode="after")
+    def _check_one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"exactly one of prompt and messages was expected, {given} came; leave one out")
+        if self.add_generation_prompt is not None and self.messages is None:
+            raise ValueError("add_generation_prompt goes with messages, prompt came; leave it out")
+        return self
+
+
+class _Answer(BaseModel):
+    """A server's answer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TokenizeResponse(_Answer):
+    """The answer of POST /tokenize."""
+
+    count: int = Field(ge=0, description="The number of tokens.")
+    max_model_len: int = Field(ge=1, description="The longest sequence that the model takes, in tokens.")
+    tokens: list[TokenId] = Field(description="The token ids.")
+    token_strs: list[str] | None = Field(default=None, description="Each token's text, if return_token_strs was true.")
+
+
+class DetokenizeRequest(_Body):
+    """The body of POST /detokenize."""
+
+    model: str | None = Field(default=None, description="The model whose tokenizer is used. Default: the only one.")
+    tokens: list[TokenId] = Field(description="The token ids to turn into text; may be empty.")
+
+
+class DetokenizeResponse(_Answer):
+    """The answer of POST /detokenize."""
+
+    prompt: str = Field(description="The text of the tokens.")
+
+
+class Health(_Answer):
+    """The answer of GET /health when the engine makes progress; else the status is 503 with OpenAI's error body."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(_Answer):
+    """The answer of GET /ready when requests are accepted; while loading or draining it is 503 with an error body."""
+
+    status: Literal["ready"] = "ready"
+    models: list[str] = Field(default_factory=list, description="The names of the models being served.")
+
+
+class Version(_Answer):
+    """The answer of GET /version."""
+
+    version: str = Field(description="The version of the server.")
+    packages: dict[str, str] = Field(
+        default_factory=dict,
+        description="The versions of the distributions behind it, by name, such as octavo-engine.",
+    )
