@@ -1,0 +1,91 @@
+"""The engine as a front end sees it, in this process or in another: what it is, how it does, how to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from octavo_kvcache import CacheStats
+
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.types import CompletionDelta, EmbeddingOutput, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine serves and how it was set up; fixed for its lifetime."""
+
+    model_name: str
+    architecture: str
+    dtype: str
+    device: str
+    kernel_backend: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    num_parameters: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges of the present and counters since the start, counted exactly by the engine.
+
+    `mean_waste` is 1 - live unique tokens / (allocated blocks x block size), averaged over all steps so far.
+    `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the wanted backend.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_generation_tokens: int
+    mean_waste: float
+    cache: CacheStats
+    finished: Mapping[str, int] = field(default_factory=dict)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+
+
+class EngineClient(Protocol):
+    """What the server needs of an engine."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served."""
+        ...
+
+    @property
+    def text(self) -> TextProcessor:
+        """The model's tokenizer, chat template and limits, for making requests."""
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+        """Run a request; yield what is new as it comes, several choices at once if they moved together.
+
+        Every choice ends with exactly one delta that has a finish reason. Closing the iterator early, or cancelling
+        the task that reads it, aborts the request. One generator needs `aclosing` around it for that to be prompt.
+
+        Raises:
+            RequestFailed: if the engine could not compute this request.
+            EngineDead: if the engine has stopped.
+        """
+        ...
+
+    async def embed(self, request: Request) -> EmbeddingOutput:
+        """Run a request with task `embed`; same errors as `generate`."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return the present figures."""
+        ...
+
+    def check_health(self) -> None:
+        """Return if the engine can serve; raise EngineDead with the reason if not."""
+        ...

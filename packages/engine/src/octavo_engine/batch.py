@@ -1,0 +1,88 @@
+"""What the scheduler asks of a runner in one step, and what the runner answers; no tensors, only deltas.
+
+The runner keeps one row per running sequence: its tokens, its sampling state and its block table. A batch tells it
+which rows appear, change and go. Rows that take part in a step stand in the order `new`, then `cached`; a
+`ModelOutput` answers in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo_kvcache import BlockCopy
+
+from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
+
+BlockUpdate = tuple[int, tuple[int, ...]]
+"""(first index, block ids): `table[first : first + len(ids)] = ids`; it replaces as well as appends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRow:
+    """A sequence that enters the runner: after submission, after preemption, or as a fork.
+
+    `token_ids` are all known tokens, prompt and output; `sequence_index` and `seed` fix its noise. A row with
+    `fork_of` computes nothing in this step: it samples from the logits of that row, which ends its prompt now.
+    `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    sequence_index: int
+    stop_token_ids: frozenset[int]
+    block_ids: tuple[tuple[int, ...], ...]
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    samples: bool
+    fork_of: int | None = None
+    task: Task = "generate"
+    pooling: Pooling = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRow:
+    """A sequence that the runner knows already; `block_updates` has one entry per KV group, or is empty."""
+
+    row: int
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    samples: bool
+    block_updates: tuple[BlockUpdate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledBatch:
+    """One step. `finished` rows are released first, then `copies` are applied, then the rows are computed."""
+
+    step_id: int
+    new: tuple[NewRow, ...] = ()
+    cached: tuple[CachedRow, ...] = ()
+    finished: tuple[int, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that take part in the step, forks included."""
+        return len(self.new) + len(self.cached)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(r.num_scheduled_tokens for r in self.new) + sum(r.num_scheduled_tokens for r in self.cached)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutput:
+    """The answer to a batch, on the host, one entry per row in the batch's order.
+
+    `token_ids` is ragged: empty for a row that only computed a part of its prompt. `logprobs` is None where none were
+    asked for. `pooled` maps a place in the batch to an embedding. `errors` maps a place to why that row alone failed.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None = None
+    pooled: dict[int, tuple[float, ...]] | None = None
+    errors: dict[int, str] | None = None

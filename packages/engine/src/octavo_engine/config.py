@@ -1,0 +1,63 @@
+"""How an engine is set up: one frozen configuration, validated once, free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo_engine.errors import InvalidConfig
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_BLOCK_SIZES = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What a user may choose; each part of the engine is given the values it uses, never the whole.
+
+    Attributes:
+        model: a GGUF file, a folder in Hugging Face layout, a hub id, or None for the demo model.
+        dtype: of weights, activations and KV cache; `auto` is float32 on a CPU, the checkpoint's own on a GPU.
+        device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
+        max_model_len: limit on prompt and output together, in tokens; None is the model's own, or what the KV cache
+            can hold if that is less.
+        block_size: tokens in a block of the KV cache.
+        num_blocks: blocks in the KV cache; None sizes it from `kv_cache_bytes`.
+        kv_cache_bytes: memory for the KV cache; None lets the engine choose, and it says what it chose.
+        max_num_seqs: sequences that may run in one step.
+        max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks.
+        prefix_cache: whether finished blocks are kept for prompts that begin alike.
+        num_threads: of the CPU kernels; None is torch's choice.
+
+    Raises:
+        InvalidConfig: if a value is out of range; names it, what was expected and what came.
+    """
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    prefix_cache: bool = True
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.block_size not in _BLOCK_SIZES:
+            raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
+        limits = {
+            "max_model_len": 1,
+            "num_blocks": 2,  # block 0 is reserved
+            "kv_cache_bytes": 1,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": 1,
+            "num_threads": 1,
+        }
+        for name, low in limits.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InvalidConfig(f"{name} must be at least {low}, got {value}")
