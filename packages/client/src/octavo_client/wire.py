@@ -3,9 +3,9 @@
 The server validates requests with these classes and builds its answers from them; the client sends and returns them.
 This module imports pydantic alone: neither the openai SDK nor an HTTP library.
 
-Request models refuse unknown fields, so that a misspelt name is found where it was typed. Answers ignore them, so
-that an older client reads a newer server. A server that inherits its own request models from `Extras` chooses for
-itself with `model_config = ConfigDict(extra="ignore")`.
+`Extras` and `EmbeddingExtras` refuse unknown fields, so that a misspelt name is found where it was typed; a server
+that inherits its request models from them says `model_config = ConfigDict(extra="ignore")`. All other models ignore
+unknown fields, so that either side may be the newer one.
 """
 
 from collections.abc import KeysView
@@ -41,7 +41,7 @@ class _Body(BaseModel):
     with the fields that were set, so an instance is a valid `extra_body` in every method, of any openai client.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     def keys(self) -> KeysView[str]:
         """Return the names of the fields that were set."""
@@ -65,6 +65,8 @@ class Extras(_Body):
         pydantic.ValidationError: a field is unknown or out of its bounds.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     top_k: int | None = Field(
         default=None,
         ge=-1,
@@ -80,7 +82,7 @@ class Extras(_Body):
     repetition_penalty: float | None = Field(
         default=None,
         gt=0.0,
-        le=100.0,
+        le=10.0,
         description="Divide positive and multiply negative logits of tokens that occurred in the prompt or the output; "
         "above 1 discourages repetition. Default: 1, off.",
     )
@@ -124,6 +126,8 @@ class Extras(_Body):
 
 class EmbeddingExtras(_Body):
     """Fields of an embeddings request beyond OpenAI's own; pass it as `extra_body=EmbeddingExtras(pooling="mean")`."""
+
+    model_config = ConfigDict(extra="forbid")
 
     pooling: Pooling | None = Field(
         default=None,

@@ -1,0 +1,6 @@
+"""The resources that an Octavo server offers beside OpenAI's, one file each."""
+
+from octavo_client.resources.server import AsyncServer, Server
+from octavo_client.resources.tokens import AsyncTokens, Tokens
+
+__all__ = ["AsyncServer", "AsyncTokens", "Server", "Tokens"]
