@@ -1,0 +1,154 @@
+"""A server in memory, and one way to call the sync and the async client alike."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from octavo_client import AsyncOctavo, Octavo
+
+CHAT = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Paris."}}],
+    "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7},
+}
+CHAT_CHUNKS = [
+    {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+    }
+    for delta, reason in [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "Par"}, None),
+        ({"content": "is."}, "stop"),
+    ]
+]
+COMPLETION = {
+    "id": "cmpl-1",
+    "object": "text_completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "text": " Paris.", "finish_reason": "stop", "logprobs": None}],
+}
+EMBEDDING = {
+    "object": "list",
+    "model": "m",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}],
+    "usage": {"prompt_tokens": 1, "total_tokens": 1},
+}
+TOKENS = {"count": 2, "max_model_len": 2048, "tokens": [504, 3575], "token_strs": None}
+ROOT = {
+    "/tokenize": TOKENS,
+    "/detokenize": {"prompt": "The capital"},
+    "/health": {"status": "ok"},
+    "/ready": {"status": "ready", "models": ["m"]},
+    "/version": {"version": "0.1.0", "packages": {"octavo-engine": "0.1.0"}},
+}
+
+
+def answer(request: httpx2.Request) -> httpx2.Response:
+    """What an Octavo server answers."""
+    path = request.url.path
+    body = json.loads(request.content) if request.content else {}
+    if path.endswith("/chat/completions"):
+        return _events(CHAT_CHUNKS) if body.get("stream") else httpx2.Response(200, json=CHAT)
+    if path.endswith("/completions"):
+        return _events([COMPLETION]) if body.get("stream") else httpx2.Response(200, json=COMPLETION)
+    if path.endswith("/embeddings"):
+        return httpx2.Response(200, json=EMBEDDING)
+    if path.endswith("/models"):
+        return httpx2.Response(200, json={"object": "list", "data": []})
+    name = "/" + path.rpartition("/")[2]
+    if name in ROOT:
+        return httpx2.Response(200, json=ROOT[name])
+    error = {"message": f"no route {path}", "type": "invalid_request_error", "param": None, "code": None}
+    return httpx2.Response(404, json={"error": error})
+
+
+def _events(chunks: Iterable[dict[str, Any]]) -> httpx2.Response:
+    events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    return httpx2.Response(200, text=events, headers={"content-type": "text/event-stream; charset=utf-8"})
+
+
+class Caller:
+    """Makes clients of one kind, records what they send, and hides whether their methods are awaited."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.requests: list[httpx2.Request] = []
+        self.answer: Callable[[httpx2.Request], httpx2.Response] = answer
+
+    @property
+    def body(self) -> Any:
+        """The JSON body of the last request."""
+        return json.loads(self.requests[-1].content)
+
+    @property
+    def url(self) -> str:
+        """The address of the last request."""
+        return str(self.requests[-1].url)
+
+    def client(self, **options: Any) -> Any:
+        """Make an Octavo client whose requests end in this process."""
+        return (Octavo if self.kind == "sync" else AsyncOctavo)(http_client=self._http_client(), **options)
+
+    def plain_client(self) -> Any:
+        """Make the SDK's own client whose requests end in this process."""
+        kind = openai.OpenAI if self.kind == "sync" else openai.AsyncOpenAI
+        return kind(api_key="k", base_url="http://test/v1", http_client=self._http_client())
+
+    def run(self, result: Any) -> Any:
+        """Return a result, awaited if it has to be."""
+        if not inspect.isawaitable(result):
+            return result
+        return asyncio.run(_await(result))
+
+    def collect(self, stream: Any) -> list[Any]:
+        """Return all that a stream brings."""
+        return list(stream) if self.kind == "sync" else asyncio.run(_collect(stream))
+
+    def enter(self, manager: Any, use: Callable[[Any], Any]) -> Any:
+        """Return what `use` makes of a context manager's value."""
+        if self.kind == "sync":
+            with manager as value:
+                return use(value)
+        return asyncio.run(_enter(manager, use))
+
+    def _http_client(self) -> Any:
+        transport = httpx2.MockTransport(self._handle)
+        return (httpx2.Client if self.kind == "sync" else httpx2.AsyncClient)(transport=transport)
+
+    def _handle(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        return self.answer(request)
+
+
+async def _await(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+async def _collect(stream: Awaitable[AsyncIterable[Any]]) -> list[Any]:
+    return [item async for item in await stream]
+
+
+async def _enter(manager: Any, use: Callable[[Any], Any]) -> Any:
+    async with manager as value:
+        result = use(value)
+        return await result if inspect.isawaitable(result) else result
+
+
+@pytest.fixture(params=["sync", "async"])
+def caller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Caller:
+    for name in ("OCTAVO_API_KEY", "OCTAVO_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return Caller(request.param)
