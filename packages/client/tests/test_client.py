@@ -241,18 +241,19 @@ def test_the_plain_openai_client_would_send_the_marker(caller: Caller, monkeypat
     assert caller.requests[-1].headers["x-custom"] == "sk-marker"
 
 
-def test_a_fresh_process_with_openai_variables_reads_none_of_them() -> None:
+def test_no_more_variables_are_looked_at_than_must_be() -> None:
+    # The SDK always looks at OPENAI_CUSTOM_HEADERS; what it takes from there is dropped.
     program = """
 import os
 read = []
 class Watched(type(os.environ)):
-    def __getitem__(self, name):
+    def get(self, name, default=None):
         read.append(name)
-        return super().__getitem__(name)
+        return super().get(name, default)
 from octavo_client import AsyncOctavo, Octavo
 os.environ.__class__ = Watched
 clients = [Octavo(), AsyncOctavo()]
-print(sorted({name for name in read if name.startswith("OCTAVO_")}))
+print(sorted({name for name in read if "OCTAVO" in name or "OPENAI" in name}))
 print([(c.api_key, str(c.base_url), dict(c._custom_headers)) for c in clients])
 """
     environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": "http://x", "OPENAI_CUSTOM_HEADERS": "a: x"}
@@ -260,7 +261,7 @@ print([(c.api_key, str(c.base_url), dict(c._custom_headers)) for c in clients])
     environment.pop("OCTAVO_BASE_URL", None)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == [
-        "['OCTAVO_API_KEY', 'OCTAVO_BASE_URL']",
+        "['OCTAVO_API_KEY', 'OCTAVO_BASE_URL', 'OPENAI_CUSTOM_HEADERS']",
         "[('', 'http://localhost:8000/v1/', {}), ('', 'http://localhost:8000/v1/', {})]",
     ]
 
@@ -268,7 +269,8 @@ print([(c.api_key, str(c.base_url), dict(c._custom_headers)) for c in clients])
 def test_clients_are_the_sdks_with_unchanged_methods() -> None:
     assert issubclass(Octavo, openai.OpenAI)
     assert issubclass(AsyncOctavo, openai.AsyncOpenAI)
-    for ours, theirs in [(Octavo, openai.OpenAI), (AsyncOctavo, openai.AsyncOpenAI)]:
-        assert ours.copy is theirs.copy
-        assert ours.with_options is theirs.with_options
-        assert ours.chat is theirs.chat
+    assert Octavo.copy is openai.OpenAI.copy
+    assert AsyncOctavo.copy is openai.AsyncOpenAI.copy
+    for name in ("chat", "completions", "embeddings", "models", "with_options"):
+        assert getattr(Octavo, name) is getattr(openai.OpenAI, name)
+        assert getattr(AsyncOctavo, name) is getattr(openai.AsyncOpenAI, name)
