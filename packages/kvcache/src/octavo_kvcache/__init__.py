@@ -1,1 +1,63 @@
-"""A block-table KV cache: reference counts, copy-on-write forks, and an exact prefix cache."""
+"""A block-table KV cache: reference counts, copy-on-write forks, and an exact prefix cache.
+
+Everything but `KVStorage` is plain Python and loads no torch; `KVStorage` needs the extra `octavo-kvcache[torch]`.
+"""
+
+from typing import TYPE_CHECKING
+
+from octavo_kvcache.allocation import UNCHANGED, Allocation, TableUpdate
+from octavo_kvcache.block import NULL_BLOCK, Block, BlockCopy, BlockHash
+from octavo_kvcache.errors import (
+    CacheFull,
+    DuplicateSequence,
+    InvalidArgument,
+    InvalidBlock,
+    KVCacheError,
+    UnknownSequence,
+    UnsupportedSpec,
+)
+from octavo_kvcache.manager import CacheManager, SeqId
+from octavo_kvcache.pool import BlockPool
+from octavo_kvcache.prefix import BlockHasher, PrefixCache
+from octavo_kvcache.spec import KVCacheSpec, KVGroup, group_specs
+from octavo_kvcache.stats import CacheStats
+from octavo_kvcache.table import BlockTable
+
+if TYPE_CHECKING:
+    from octavo_kvcache.storage import KVStorage
+
+__all__ = [
+    "NULL_BLOCK",
+    "UNCHANGED",
+    "Allocation",
+    "Block",
+    "BlockCopy",
+    "BlockHash",
+    "BlockHasher",
+    "BlockPool",
+    "BlockTable",
+    "CacheFull",
+    "CacheManager",
+    "CacheStats",
+    "DuplicateSequence",
+    "InvalidArgument",
+    "InvalidBlock",
+    "KVCacheError",
+    "KVCacheSpec",
+    "KVGroup",
+    "KVStorage",
+    "PrefixCache",
+    "SeqId",
+    "TableUpdate",
+    "UnknownSequence",
+    "UnsupportedSpec",
+    "group_specs",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name != "KVStorage":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from octavo_kvcache.storage import KVStorage  # loads torch, so only when it is asked for
+
+    return KVStorage

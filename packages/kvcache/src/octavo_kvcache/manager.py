@@ -1,0 +1,408 @@
+"""CacheManager: gives blocks to sequences, shares them, copies them on write, caches prefixes, and counts it all."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
+
+from octavo_kvcache.allocation import UNCHANGED, Allocation
+from octavo_kvcache.block import NULL_BLOCK, BlockHash
+from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
+from octavo_kvcache.growth import Growth, plan_growth
+from octavo_kvcache.pool import BlockPool
+from octavo_kvcache.prefix import BlockHasher, PrefixCache, num_blocks_behind
+from octavo_kvcache.sequence import NEVER, SequenceBlocks
+from octavo_kvcache.spec import KVCacheSpec
+from octavo_kvcache.stats import CacheStats, count_live_tokens, count_parked_blocks
+from octavo_kvcache.table import BlockTable
+
+SeqId = int | str
+"""What a caller names its sequences by."""
+
+_NO_EXTRA_KEYS: Mapping[int, bytes] = MappingProxyType({})
+
+
+class CacheManager:
+    """The only class of this package that a scheduler calls. It holds no tensors and does no I/O.
+
+    All groups take their blocks from one pool: a block belongs to one group at a time.
+
+    Args:
+        num_blocks: blocks in storage, null block 0 included.
+        block_size: tokens per block.
+        prefix_cache: keep the blocks of finished sequences and attach them to new ones with the same beginning.
+        root: digest of all that cached content depends on besides tokens: weights, tokenizer, KV dtype.
+        groups: one spec per group of layers with equal specs; () means one group with full attention.
+
+    Raises:
+        InvalidArgument: fewer than 2 blocks, or a block size below 1.
+
+    Example:
+        >>> cache = CacheManager(num_blocks=8, block_size=4)
+        >>> cache.match("a", [1, 2, 3, 4, 5])
+        0
+        >>> cache.allocate("a", 0, 5).updates
+        (TableUpdate(first_index=0, block_ids=(1, 2)),)
+        >>> cache.commit("a", [1, 2, 3, 4, 5], 5)
+        >>> cache.match("b", [1, 2, 3, 4, 9])
+        4
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool = True,
+        root: bytes = b"",
+        groups: Sequence[KVCacheSpec] = (),
+    ) -> None:
+        if block_size < 1:
+            raise InvalidArgument(f"block_size must be at least 1 token, got {block_size}")
+        self.block_size = block_size
+        self._windows = tuple(spec.window for spec in groups) or (None,)
+        self._prefix = PrefixCache() if prefix_cache else None
+        self._pool = BlockPool(num_blocks, on_evict=self._forget)
+        self._hasher = BlockHasher(block_size, root)
+        self._sequences: dict[SeqId, SequenceBlocks] = {}
+        self._parked: list[tuple[int, list[int]]] = []
+        self._last_step_done: int | None = None
+        self._num_query_tokens = 0
+        self._num_hit_tokens = 0
+        self._num_copies = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in storage, the null block included."""
+        return self._pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, cached ones included."""
+        return self._pool.num_free
+
+    def __contains__(self, seq_id: SeqId) -> bool:
+        return seq_id in self._sequences
+
+    # Sequences come and go
+
+    def add(
+        self,
+        seq_id: SeqId,
+        *,
+        salt: bytes = b"",
+        adapter: bytes = b"",
+        extra_keys: Mapping[int, bytes] = _NO_EXTRA_KEYS,
+    ) -> None:
+        """Start a sequence without a look into the prefix cache, for one whose every token is to be computed.
+
+        Args:
+            seq_id: a new id.
+            salt: sequences share blocks only with those of the same salt.
+            adapter: digest of the adapter's content; b"" is the base model.
+            extra_keys: what block i depends on besides tokens, such as the digest of an image in it, by i.
+
+        Raises:
+            DuplicateSequence: the id is in use.
+        """
+        if seq_id in self._sequences:
+            raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
+        tables = tuple(BlockTable(self.block_size) for _ in self._windows)
+        seq = SequenceBlocks(tables, self._hasher.root_hash(salt, adapter), extra_keys)
+        if self._prefix is None:
+            seq.next_commit = NEVER
+        self._sequences[seq_id] = seq
+
+    def match(
+        self,
+        seq_id: SeqId,
+        token_ids: Sequence[int],
+        salt: bytes = b"",
+        *,
+        adapter: bytes = b"",
+        extra_keys: Mapping[int, bytes] = _NO_EXTRA_KEYS,
+    ) -> int:
+        """Start a sequence with the longest cached prefix of its tokens; return the number of cached tokens.
+
+        The number is a multiple of the block size and leaves at least the last token to compute. The cached blocks are
+        held from now on: if the sequence can not be scheduled, `free` it and match again later. The look-up is
+        counted in the statistics with the first allocation that succeeds, so trying again does not inflate them.
+
+        Args:
+            seq_id: a new id.
+            token_ids: all tokens known: the prompt, or prompt and output of a preempted sequence.
+            salt: as for `add`.
+            adapter: as for `add`.
+            extra_keys: as for `add`.
+
+        Raises:
+            DuplicateSequence: the id is in use.
+            InvalidArgument: a token id that is no unsigned 32-bit integer; the sequence does not exist then.
+        """
+        self.add(seq_id, salt=salt, adapter=adapter, extra_keys=extra_keys)
+        if self._prefix is None:
+            return 0
+        seq = self._sequences[seq_id]
+        try:
+            self._attach(seq, self._prefix, self._match_hashes(seq, self._prefix, token_ids))
+        except InvalidArgument:
+            del self._sequences[seq_id]
+            raise
+        seq.num_query_tokens = len(token_ids)
+        seq.num_hit_tokens = seq.num_tokens
+        return seq.num_tokens
+
+    def fork(self, parent_id: SeqId, child_id: SeqId) -> None:
+        """Start a sequence that shares all blocks of another, the partial last one too.
+
+        Whoever writes to a shared block first gets a copy of it from `allocate`; the last one left writes in place.
+
+        Raises:
+            UnknownSequence: there is no parent.
+            DuplicateSequence: the child's id is in use.
+        """
+        parent = self._get(parent_id)
+        if child_id in self._sequences:
+            raise DuplicateSequence(f"sequence {child_id!r} exists already; free it first or take another id")
+        child = parent.fork()
+        for table in child.tables:
+            self._pool.retain(table.held)
+        self._sequences[child_id] = child
+
+    def free(self, seq_id: SeqId, *, after: int | None = None) -> None:
+        """End a sequence and release its blocks, tail first.
+
+        Args:
+            seq_id: the sequence.
+            after: a step in flight that still uses the blocks: they are released when `step_done` reports it.
+
+        Raises:
+            UnknownSequence: there is no such sequence.
+        """
+        held = self._get(seq_id).held()
+        del self._sequences[seq_id]
+        if after is None or (self._last_step_done is not None and after <= self._last_step_done):
+            self._pool.release(held)
+        else:
+            self._parked.append((after, held))
+
+    def step_done(self, step_id: int) -> None:
+        """Release what was parked for this step and for all before it. Steps end in the order of their ids."""
+        self._last_step_done = step_id
+        if not self._parked:
+            return
+        parked, self._parked = self._parked, []
+        for after, held in parked:
+            if after <= step_id:
+                self._pool.release(held)
+            else:
+                self._parked.append((after, held))
+
+    # A sequence grows
+
+    def allocate(self, seq_id: SeqId, num_computed_tokens: int, num_new_tokens: int) -> Allocation:
+        """Make the slots of the tokens [num_computed_tokens, num_computed_tokens + num_new_tokens) writable.
+
+        Appends blocks; replaces each shared block in this range by a fresh one, with a copy of it if it holds earlier
+        tokens; replaces blocks that no later query sees by the null block. All or nothing. When only blocks that
+        the sequence has for itself are written, the answer is the constant `UNCHANGED`.
+
+        Args:
+            seq_id: the sequence.
+            num_computed_tokens: tokens before the first one that is written. It may be less than in the call before:
+                rejected tokens are overwritten.
+            num_new_tokens: tokens that the step writes.
+
+        Raises:
+            CacheFull: too few blocks are free; nothing was changed.
+            UnknownSequence: there is no such sequence.
+            InvalidArgument: a negative number, or tokens that would leave a gap or lie behind the window.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            raise _unknown(seq_id)
+        stop = num_computed_tokens + num_new_tokens
+        tables = seq.tables
+        if (
+            seq.first_writable <= num_computed_tokens <= tables[0].num_tokens
+            and num_computed_tokens <= stop <= seq.writable_stop
+        ):
+            for table in tables:
+                table.num_tokens = stop
+            return UNCHANGED
+        return self._grow(seq, plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool))
+
+    def can_allocate(self, seq_id: SeqId, num_computed_tokens: int, num_new_tokens: int) -> bool:
+        """Whether `allocate` with the same arguments would succeed. Changes nothing.
+
+        Raises:
+            UnknownSequence, InvalidArgument: as `allocate` does.
+        """
+        stop = num_computed_tokens + num_new_tokens
+        growth = plan_growth(self._get(seq_id), num_computed_tokens, stop, self._windows, self._pool)
+        return growth.num_wanted <= self._pool.num_free
+
+    def commit(self, seq_id: SeqId, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Declare tokens final: computed and never to be overwritten. Call it with each step's result.
+
+        Blocks that became full can be hit from now on. If a block with the same content is cached already, ours stays
+        private: tables are not rewritten under a running sequence. Costs O(new full blocks).
+
+        Args:
+            seq_id: the sequence.
+            token_ids: all its tokens, at least the first `num_computed_tokens`.
+            num_computed_tokens: tokens whose keys and values are computed.
+
+        Raises:
+            UnknownSequence: there is no such sequence.
+            InvalidArgument: more tokens than were allocated or given, or an id that is no unsigned 32-bit integer.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            raise _unknown(seq_id)
+        if num_computed_tokens > seq.tables[0].num_tokens:
+            raise InvalidArgument(
+                f"num_computed_tokens {num_computed_tokens} is more than the {seq.num_tokens} tokens allocated "
+                f"for sequence {seq_id!r}; allocate before commit"
+            )
+        if num_computed_tokens >= seq.next_commit:
+            self._register(seq, token_ids, num_computed_tokens // self.block_size)
+        seq.num_committed = num_computed_tokens
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached content, as after a change of weights. Running sequences go on, but cache nothing more."""
+        if self._prefix is None:
+            return
+        for block_id in self._prefix.clear():
+            self._pool.drop_hash(block_id)
+        for seq in self._sequences.values():
+            seq.next_commit = NEVER
+
+    # What there is
+
+    def block_ids(self, seq_id: SeqId) -> tuple[list[int], ...]:
+        """The block table of a sequence, one list per group; the lists are copies.
+
+        Raises:
+            UnknownSequence: there is no such sequence.
+        """
+        return tuple(table.block_ids.copy() for table in self._get(seq_id).tables)
+
+    def stats(self) -> CacheStats:
+        """Count blocks and tokens: O(sequences + parked blocks), cheap enough for every step."""
+        pool = self._pool
+        parked = Counter(chain.from_iterable(held for _, held in self._parked))
+        tables = (table for seq in self._sequences.values() for table in seq.tables)
+        return CacheStats(
+            num_blocks=pool.num_blocks,
+            block_size=self.block_size,
+            num_sequences=len(self._sequences),
+            num_free=pool.num_free,
+            num_used=pool.num_used,
+            num_cached=pool.num_cached,
+            num_shared=pool.num_shared,
+            num_parked=count_parked_blocks(pool, parked),
+            num_table_blocks=pool.num_refs - parked.total(),
+            num_live_tokens=count_live_tokens(tables, pool, parked, self.block_size),
+            num_query_tokens=self._num_query_tokens,
+            num_hit_tokens=self._num_hit_tokens,
+            num_copies=self._num_copies,
+            num_evictions=pool.num_evictions,
+        )
+
+    def _get(self, seq_id: SeqId) -> SequenceBlocks:
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            raise _unknown(seq_id)
+        return seq
+
+    def _grow(self, seq: SequenceBlocks, growth: Growth) -> Allocation:
+        copies, updates = growth.apply(self._pool)
+        for group in growth.groups:
+            for block_id in group.cached:
+                self._uncache(block_id)
+        seq.rewind(growth.start)
+        seq.first_writable = growth.start // self.block_size * self.block_size
+        seq.writable_stop = -(-growth.stop // self.block_size) * self.block_size
+        self._num_copies += len(copies)
+        self._num_query_tokens += seq.num_query_tokens
+        self._num_hit_tokens += seq.num_hit_tokens
+        seq.num_query_tokens = seq.num_hit_tokens = 0
+        if not any(update.block_ids for update in updates):
+            return UNCHANGED
+        return Allocation(tuple(copies), tuple(updates))
+
+    # Prefix cache
+
+    def _match_hashes(self, seq: SequenceBlocks, prefix: PrefixCache, token_ids: Sequence[int]) -> list[BlockHash]:
+        """The hashes of the longest prefix that all groups have, and no more than leaves one token to compute."""
+        size, hashes, parent = self.block_size, list[BlockHash](), seq.root_hash
+        full_groups = [group for group, window in enumerate(self._windows) if window is None]
+        for index in range((len(token_ids) - 1) // size):
+            tokens = token_ids[index * size : (index + 1) * size]
+            parent = self._hasher.block_hash(parent, tokens, seq.extra_keys.get(index, b""))
+            if not all(_group_hash(parent, group) in prefix for group in full_groups):
+                break
+            hashes.append(parent)
+        num_blocks = -1
+        while num_blocks != len(hashes):  # what one window lacks shortens the prefix for the others
+            num_blocks = len(hashes)
+            for group, window in enumerate(self._windows):
+                if window is not None:
+                    keys = [_group_hash(block_hash, group) for block_hash in hashes]
+                    del hashes[prefix.match_window(keys, window, size) :]
+        return hashes
+
+    def _attach(self, seq: SequenceBlocks, prefix: PrefixCache, hashes: list[BlockHash]) -> None:
+        num_tokens = len(hashes) * self.block_size
+        for group, (table, window) in enumerate(zip(seq.tables, self._windows, strict=True)):
+            first = 0 if window is None else num_blocks_behind(window, num_tokens, self.block_size)
+            block_ids = prefix.match(_group_hash(block_hash, group) for block_hash in hashes[first:])
+            assert first + len(block_ids) == len(hashes)
+            self._pool.retain(block_ids)
+            table.grow([NULL_BLOCK] * first)
+            table.grow(block_ids)
+            table.num_null = first
+            table.num_tokens = num_tokens
+        seq.hashes = hashes
+        seq.num_committed = seq.first_writable = num_tokens
+        seq.next_commit = num_tokens + self.block_size
+
+    def _register(self, seq: SequenceBlocks, token_ids: Sequence[int], num_blocks: int) -> None:
+        assert self._prefix is not None
+        size = self.block_size
+        parent = seq.hashes[-1] if seq.hashes else seq.root_hash
+        for index in range(len(seq.hashes), num_blocks):
+            tokens = token_ids[index * size : (index + 1) * size]
+            parent = self._hasher.block_hash(parent, tokens, seq.extra_keys.get(index, b""))
+            for group, table in enumerate(seq.tables):
+                block_id, key = table.block_ids[index], _group_hash(parent, group)
+                if (
+                    block_id != NULL_BLOCK
+                    and self._pool.block_hash(block_id) is None
+                    and self._prefix.insert(key, block_id)
+                ):
+                    self._pool.set_hash(block_id, key)
+            seq.hashes.append(parent)
+            seq.next_commit += size
+            seq.first_writable = max(seq.first_writable, (index + 1) * size)
+
+    def _uncache(self, block_id: int) -> None:
+        block_hash = self._pool.block_hash(block_id)
+        assert block_hash is not None
+        self._forget(block_hash, block_id)
+        self._pool.drop_hash(block_id)
+
+    def _forget(self, block_hash: BlockHash, block_id: int) -> None:
+        assert self._prefix is not None
+        assert self._prefix.get(block_hash) == block_id
+        self._prefix.remove(block_hash)
+
+
+def _unknown(seq_id: SeqId) -> UnknownSequence:
+    return UnknownSequence(f"sequence {seq_id!r} does not exist: it was never added or has been freed")
+
+
+def _group_hash(block_hash: BlockHash, group: int) -> BlockHash:
+    """The key of a group's block: the same tokens lie in another block for each group."""
+    return BlockHash(block_hash + bytes((group,))) if group else block_hash

@@ -1,0 +1,108 @@
+"""CacheStats: what the cache holds at one moment, counted exactly."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo_kvcache.pool import BlockPool
+from octavo_kvcache.table import BlockTable
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counts of blocks and tokens. With several groups, a token counts once per group that holds it.
+
+    Attributes:
+        num_blocks: blocks in storage, the null block included.
+        block_size: tokens per block.
+        num_sequences: sequences that exist.
+        num_free: blocks that can be allocated now; num_free + num_used = num_usable.
+        num_used: blocks that a sequence, or a step in flight, holds.
+        num_cached: free blocks whose content can still be hit.
+        num_shared: blocks that more than one holder has.
+        num_parked: used blocks that only steps in flight hold.
+        num_table_blocks: sum of the lengths of all block tables, null blocks not counted.
+        num_live_tokens: tokens computed, or scheduled in the current step; those in a shared block count once.
+        num_query_tokens: tokens of sequences that were looked up in the prefix cache and then admitted, since the start.
+        num_hit_tokens: those of them that were cached.
+        num_copies: blocks copied on write, since the start.
+        num_evictions: cached blocks that were given to new content, since the start.
+    """
+
+    num_blocks: int
+    block_size: int
+    num_sequences: int
+    num_free: int
+    num_used: int
+    num_cached: int
+    num_shared: int
+    num_parked: int
+    num_table_blocks: int
+    num_live_tokens: int
+    num_query_tokens: int
+    num_hit_tokens: int
+    num_copies: int
+    num_evictions: int
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks that can ever be allocated: all but the null block."""
+        return self.num_blocks - 1
+
+    @property
+    def usage(self) -> float:
+        """Share of the usable blocks that are held."""
+        return self.num_used / self.num_usable
+
+    @property
+    def waste(self) -> float:
+        """Share of the slots in held blocks without a live token: 1 - live / (used * block_size); 0 when none is held."""
+        return 1 - self.num_live_tokens / (self.num_used * self.block_size) if self.num_used else 0.0
+
+    @property
+    def sharing_saved(self) -> float:
+        """Share of blocks that sharing saves: 1 - unique blocks in tables / sum of table lengths; 0 without tables."""
+        if not self.num_table_blocks:
+            return 0.0
+        return 1 - (self.num_used - self.num_parked) / self.num_table_blocks
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the looked-up tokens that were cached; 0 before the first look-up."""
+        return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
+
+
+def count_live_tokens(tables: Iterable[BlockTable], pool: BlockPool, parked: Counter[int], block_size: int) -> int:
+    """Count the tokens in the blocks of `tables`, those in a shared block once: O(tables + parked), not O(blocks).
+
+    Every block is full but those at the end of a table. So the blocks are counted, and the empty slots at the ends
+    subtracted; a shared block has them only if it lies at the end of every table that holds it.
+
+    Args:
+        tables: all tables.
+        pool: the pool of their blocks.
+        parked: how many references a step in flight holds, by block.
+        block_size: tokens per block.
+    """
+    num_empty = 0
+    shared_ends: dict[int, tuple[int, int]] = {}  # block: tables that end in it, the most tokens any of them has in it
+    for table in tables:
+        num_tokens, block_ids = table.num_tokens, table.block_ids
+        for index in range(max(num_tokens // block_size, table.num_null), len(block_ids)):
+            block_id = block_ids[index]
+            filled = max(0, num_tokens - index * block_size)
+            if pool.ref_count(block_id) == 1:
+                num_empty += block_size - filled
+            else:
+                num_ends, most = shared_ends.get(block_id, (0, 0))
+                shared_ends[block_id] = num_ends + 1, max(most, filled)
+    for block_id, (num_ends, most) in shared_ends.items():
+        if num_ends == pool.ref_count(block_id) - parked[block_id]:
+            num_empty += block_size - most
+    num_unique = pool.num_used - count_parked_blocks(pool, parked)
+    return num_unique * block_size - num_empty
+
+
+def count_parked_blocks(pool: BlockPool, parked: Counter[int]) -> int:
+    """Count the blocks that only steps in flight hold."""
+    return sum(num_refs == pool.ref_count(block_id) for block_id, num_refs in parked.items())
