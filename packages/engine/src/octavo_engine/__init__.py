@@ -1,1 +1,101 @@
-"""An LLM inference engine on paged attention: continuous batching, models, sampling, offline LLM."""
+"""An LLM inference engine on paged attention: continuous batching, models, sampling, offline `LLM`.
+
+Importing this package loads neither torch nor a model; `LLM` and `AsyncEngine.from_config` do when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo_engine.api import EngineClient, EngineInfo, EngineStats
+    from octavo_engine.async_engine import AsyncEngine
+    from octavo_engine.config import EngineConfig
+    from octavo_engine.errors import (
+        CorruptModelFile,
+        EngineDead,
+        EngineError,
+        InvalidConfig,
+        InvalidRequest,
+        ModelNotFound,
+        PromptTooLong,
+        RequestFailed,
+        UnsupportedModel,
+    )
+    from octavo_engine.llm import LLM
+    from octavo_engine.types import (
+        CompletionDelta,
+        CompletionOutput,
+        EmbeddingOutput,
+        FinishReason,
+        Request,
+        RequestOutput,
+        SamplingParams,
+        TokenLogprobs,
+    )
+
+_EXPORTS = {
+    "api": ("EngineClient", "EngineInfo", "EngineStats"),
+    "async_engine": ("AsyncEngine",),
+    "config": ("EngineConfig",),
+    "errors": (
+        "CorruptModelFile",
+        "EngineDead",
+        "EngineError",
+        "InvalidConfig",
+        "InvalidRequest",
+        "ModelNotFound",
+        "PromptTooLong",
+        "RequestFailed",
+        "UnsupportedModel",
+    ),
+    "llm": ("LLM",),
+    "types": (
+        "CompletionDelta",
+        "CompletionOutput",
+        "EmbeddingOutput",
+        "FinishReason",
+        "Request",
+        "RequestOutput",
+        "SamplingParams",
+        "TokenLogprobs",
+    ),
+}
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionDelta",
+    "CompletionOutput",
+    "CorruptModelFile",
+    "EmbeddingOutput",
+    "EngineClient",
+    "EngineConfig",
+    "EngineDead",
+    "EngineError",
+    "EngineInfo",
+    "EngineStats",
+    "FinishReason",
+    "InvalidConfig",
+    "InvalidRequest",
+    "ModelNotFound",
+    "PromptTooLong",
+    "Request",
+    "RequestFailed",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprobs",
+    "UnsupportedModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,6 +28,7 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     kv_cache_bytes: int
+    kv_cache_reason: str
     num_parameters: int
     load_seconds: float
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo_kvcache import BlockCopy
+from octavo_kvcache import BlockCopy, TableUpdate
 
 from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
-
-BlockUpdate = tuple[int, tuple[int, ...]]
-"""(first index, block ids): `table[first : first + len(ids)] = ids`; it replaces as well as appends."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
@@ -50,7 +46,7 @@ class CachedRow:
     num_computed_tokens: int
     num_scheduled_tokens: int
     samples: bool
-    block_updates: tuple[BlockUpdate, ...] = ()
+    block_updates: tuple[TableUpdate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

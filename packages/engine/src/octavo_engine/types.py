@@ -6,9 +6,10 @@ Everything here is frozen and free of torch, so that a process without a model c
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -140,7 +141,8 @@ class Request:
     """One unit of work for the engine, in token ids.
 
     Lower `priority` runs first. Requests with different `salt` never share cached blocks. `pooling` matters for the
-    task `embed` alone. `arrival_time` is in seconds of the monotonic clock.
+    task `embed` alone. `arrival_time` is in seconds of the monotonic clock. An unset seed is drawn here, so that every
+    request can be repeated.
     """
 
     request_id: str
@@ -151,6 +153,16 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     arrival_time: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:
+            object.__setattr__(self, "sampling", replace(self.sampling, seed=secrets.randbits(63)))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the request's noise: the caller's, or the one drawn at submission."""
+        assert self.sampling.seed is not None
+        return self.sampling.seed
 
     @property
     def prompt_token_ids(self) -> list[int]:

@@ -1,0 +1,204 @@
+"""The engine for asyncio: one thread runs the step loop, callers await their own queues."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.engine import Engine
+from octavo_engine.errors import EngineDead, RequestFailed
+from octavo_engine.stats import collect_stats
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate
+
+if TYPE_CHECKING:
+    from octavo_engine.build import Progress
+    from octavo_engine.config import EngineConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """Where a request's updates are put for its reader; filled on the reader's event loop only."""
+
+    loop: asyncio.AbstractEventLoop
+    updates: list[SequenceUpdate | EngineDead] = field(default_factory=list)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, updates: list[SequenceUpdate | EngineDead]) -> None:
+        self.updates += updates
+        self.arrived.set()
+
+    async def take(self) -> list[SequenceUpdate]:
+        await self.arrived.wait()
+        self.arrived.clear()
+        taken, self.updates = self.updates, []
+        updates = []
+        for update in taken:
+            if isinstance(update, EngineDead):
+                raise update
+            updates.append(update)
+        return updates
+
+
+class AsyncEngine:
+    """An `EngineClient` in this process. The thread owns the engine; callers only pass commands to it.
+
+    A request is aborted when its reader stops reading: closing the iterator, or cancelling the task, is enough.
+    """
+
+    def __init__(self, engine: Engine, text: TextProcessor, info: EngineInfo) -> None:
+        self._engine = engine
+        self._text = text
+        self._info = info
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._dead: EngineDead | None = None
+        self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
+        """Load a model and start its engine; see `EngineConfig` for what can be chosen."""
+        from octavo_engine.build import build_engine
+
+        built = build_engine(config, progress=progress)
+        return cls(built.engine, built.text, built.info)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served."""
+        return self._info
+
+    @property
+    def text(self) -> TextProcessor:
+        """The model's text side."""
+        return self._text
+
+    async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+        """Run a request; yield what is new as it comes. See `EngineClient.generate`."""
+        stream = self._text.stream(request)
+        async with self._submitted(request) as mailbox:
+            while not stream.finished:
+                deltas = []
+                for update in await mailbox.take():
+                    delta = stream.push(update)
+                    if delta is None:
+                        continue
+                    if update.finish_reason is None and delta.finish_reason is not None:
+                        self._abort(request.request_id, delta.index)  # a stop string, which the engine cannot see
+                    deltas.append(delta)
+                if deltas:
+                    yield deltas
+
+    async def embed(self, request: Request) -> EmbeddingOutput:
+        """Run a request with task `embed`."""
+        async with self._submitted(request) as mailbox:
+            while True:
+                for update in await mailbox.take():
+                    if update.pooled is not None:
+                        return EmbeddingOutput(
+                            request_id=request.request_id,
+                            prompt_token_ids=request.prompt_token_ids,
+                            embedding=list(update.pooled),
+                        )
+                    if update.finish_reason is not None:
+                        raise RequestFailed(update.error or f"the request ended: {update.finish_reason}")
+
+    def stats(self) -> EngineStats:
+        """Return the present figures; read without stopping the loop, each one exact for some recent step."""
+        return collect_stats(self._engine.scheduler)
+
+    def check_health(self) -> None:
+        """Return if the loop runs; raise EngineDead with the reason if not."""
+        if self._dead is not None:
+            raise self._dead
+
+    def close(self) -> None:
+        """Stop the loop, abort what runs, and release the model; waits for the step in progress."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    @contextlib.asynccontextmanager
+    async def _submitted(self, request: Request) -> AsyncIterator[_Mailbox]:
+        self.check_health()
+        request_id = request.request_id
+        if request_id in self._mailboxes:
+            raise RequestFailed(f"request id {request_id!r} is in use; ids must be unique among running requests")
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        self._mailboxes[request_id] = mailbox
+        try:
+            self.check_health()  # again: a loop that ended before the mailbox stood there cannot have told it
+            self._command(lambda: self._add(request))
+            yield mailbox
+        finally:
+            del self._mailboxes[request_id]
+            self._abort(request_id, None)  # unknown to the engine if it has ended
+
+    def _add(self, request: Request) -> list[SequenceUpdate]:
+        self._engine.add(request)
+        return []
+
+    def _abort(self, request_id: str, index: int | None) -> None:
+        self._command(lambda: self._engine.abort(request_id, index))
+
+    def _command(self, command: Callable[[], list[SequenceUpdate]]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    # -- the engine's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                updates = [u for command in self._take_commands() for u in command()]
+                if self._engine.has_work:
+                    updates += self._engine.step()
+                self._deliver(updates)
+        except Exception as error:  # the loop itself broke: nothing can be served any more, and everyone is told
+            _log.exception("the engine loop stopped")
+            self._dead = EngineDead(f"the engine stopped: {type(error).__name__}: {error}")
+        self._dead = self._dead or EngineDead("the engine was closed")
+        for mailbox in list(self._mailboxes.values()):
+            _put(mailbox, [self._dead])
+        self._engine.close()
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._commands or self._engine.has_work)
+            return not self._closing
+
+    def _take_commands(self) -> list[Callable[[], list[SequenceUpdate]]]:
+        with self._wake:
+            commands = list(self._commands)
+            self._commands.clear()
+        return commands
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        """Hand a step's updates over, one call into the event loop for each request."""
+        by_request: dict[str, list[SequenceUpdate | EngineDead]] = {}
+        for update in updates:
+            if update.finish_reason is not FinishReason.ABORT:  # whoever aborted does not wait for an answer
+                by_request.setdefault(update.request_id, []).append(update)
+        for request_id, own in by_request.items():
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is not None:
+                _put(mailbox, own)
+
+
+def _put(mailbox: _Mailbox, updates: list[SequenceUpdate | EngineDead]) -> None:
+    with contextlib.suppress(RuntimeError):  # the reader's event loop has closed: nobody is left to tell
+        mailbox.loop.call_soon_threadsafe(mailbox.put, updates)

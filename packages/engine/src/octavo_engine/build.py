@@ -1,0 +1,140 @@
+"""Builds an engine in this process out of a configuration: source, model, memory, runner, scheduler."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from octavo_kernels import choose
+from octavo_kvcache import CacheManager
+from octavo_kvcache.storage import KVStorage
+
+from octavo_engine.api import EngineInfo
+from octavo_engine.config import EngineConfig
+from octavo_engine.engine import Engine
+from octavo_engine.errors import InvalidConfig
+from octavo_engine.executor.inline import InlineExecutor
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
+from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.scheduler import Scheduler
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.weights.load import load_model
+from octavo_engine.weights.source import Source, open_source
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""(weights loaded, weights in all)"""
+
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class BuiltEngine(NamedTuple):
+    """An engine with its text side and its description."""
+
+    engine: Engine
+    text: TextProcessor
+    info: EngineInfo
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
+    """Load a model and set up everything it needs to serve requests.
+
+    Args:
+        config: what the user chose.
+        progress: called with the number of weights loaded and their total.
+
+    Raises:
+        ModelNotFound, CorruptModelFile, UnsupportedModel: if the model cannot be loaded; says which file and why.
+        InvalidConfig: if the settings do not fit the model or the memory.
+    """
+    started = time.monotonic()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    source = open_source(config.model)
+    model_config = source.config
+    device = _resolve_device(config.device)
+    dtype = _resolve_dtype(config.dtype, device, model_config)
+    model = load_model(source, device=device, dtype=dtype, progress=progress)
+    specs = model.kv_cache_specs(dtype)
+    plan = _plan(config, model_config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
+    _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
+    storage = KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device)
+    runner = ModelRunner(
+        model, storage, max_num_seqs=config.max_num_seqs, max_model_len=plan.max_model_len, device=device
+    )
+    scheduler = Scheduler(
+        CacheManager(
+            plan.num_blocks,
+            config.block_size,
+            prefix_cache=config.prefix_cache,
+            root=source.digest + str(dtype).encode(),
+        ),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=source.eos_token_ids,
+    )
+    text = TextProcessor(
+        source.tokenizer(),
+        source.chat_template(),
+        max_model_len=plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model_config.vocab_size,
+        default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := source.generation_config.get(k)) is not None},
+    )
+    info = EngineInfo(
+        model_name=source.name,
+        architecture=model_config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        kernel_backend=choose("paged_attention", device).value,
+        vocab_size=model_config.vocab_size,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=plan.num_blocks,
+        kv_cache_bytes=plan.num_bytes,
+        kv_cache_reason=plan.reason,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        load_seconds=time.monotonic() - started,
+    )
+    return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidConfig(f"device {name!r} is none that torch knows; use cpu, cuda or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig(f"device {name!r} was asked for, but torch sees no GPU here; use cpu or auto")
+    return device
+
+
+def _resolve_dtype(name: str, device: torch.device, model_config: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model_config.dtype
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int) -> MemoryPlan:
+    return plan_memory(
+        bytes_per_block=bytes_per_block,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        model_max_len=model_config.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        num_blocks=config.num_blocks,
+        kv_cache_bytes=config.kv_cache_bytes,
+        free_bytes=available_bytes(),
+    )

@@ -1,0 +1,63 @@
+"""The engine loop: schedule a step, submit it, take in the oldest one."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from octavo_engine.batch import ScheduledBatch
+from octavo_engine.executor.base import Executor, Pending
+from octavo_engine.scheduler import Scheduler
+from octavo_engine.types import Request, SequenceUpdate
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests to their ends, step by step, in token ids; not thread-safe.
+
+    With an executor that takes several steps at once, the next step is scheduled and submitted before the oldest
+    one's result is read.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self._executor = executor
+        self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        """True until every request has ended and every step was read."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request that was validated against the model's limits."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
+        """End a request, or one of its sequences, at once; its blocks are free after the steps in flight."""
+        return self.scheduler.abort(request_id, index)
+
+    def step(self) -> list[SequenceUpdate]:
+        """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self._in_flight.append((batch, self._executor.submit(batch)))
+        if batch is None or len(self._in_flight) >= self._executor.max_in_flight:
+            return self._take_oldest()
+        return []
+
+    def close(self) -> None:
+        """Release the executor."""
+        self._executor.close()
+
+    def _take_oldest(self) -> list[SequenceUpdate]:
+        if not self._in_flight:
+            return []
+        batch, pending = self._in_flight.popleft()
+        try:
+            output = pending.result()
+        except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
+            _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
+            return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        return self.scheduler.update(batch, output)

@@ -1,0 +1,138 @@
+"""An executor without a model, for tests of the scheduler and the server: exact about memory, free to answer late.
+
+The fake model keeps a real paged memory: each computed token is written into its slot, and the next token is a function
+of the tokens read back through the row's block table. A wrong block id, a missed copy or a block freed too early
+therefore changes the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
+
+NextToken = Callable[[Sequence[int], int], int]
+"""(all tokens of a sequence, sequence index) -> the token that follows."""
+
+
+def hashed_next_token(vocab_size: int) -> NextToken:
+    """Make a next-token function that depends on every token before it and on the sequence index."""
+
+    def next_token(token_ids: Sequence[int], sequence_index: int) -> int:
+        text = f"{sequence_index}:{','.join(map(str, token_ids))}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") % vocab_size
+
+    return next_token
+
+
+@dataclass(slots=True)
+class _Row:
+    token_ids: list[int]
+    sequence_index: int
+    block_ids: list[int]
+    embeds: bool
+
+
+@dataclass(slots=True)
+class _LateAnswer:
+    answers: deque[ModelOutput | Exception]
+
+    def result(self) -> ModelOutput:
+        answer = self.answers.popleft()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@dataclass(slots=True)
+class FakeExecutor:
+    """Runs batches on a fake model with one KV group and answers `num_late` steps late.
+
+    Attributes:
+        num_late: steps that may be submitted beyond the one whose answer is awaited.
+        next_token: the model.
+        fail_steps: step ids that raise instead of answering.
+    """
+
+    block_size: int
+    next_token: NextToken
+    num_late: int = 0
+    fail_steps: frozenset[int] = frozenset()
+    batches: list[ScheduledBatch] = field(default_factory=list)
+    _memory: dict[int, list[int | None]] = field(default_factory=dict)
+    _rows: dict[int, _Row] = field(default_factory=dict)
+    _broken: set[int] = field(default_factory=set)  # rows of a failed step, until they are released
+    _answers: deque[ModelOutput | Exception] = field(default_factory=deque)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be in flight."""
+        return self.num_late + 1
+
+    def submit(self, batch: ScheduledBatch) -> _LateAnswer:
+        """Run the step now, as a device in order would, and keep the answer for later."""
+        self.batches.append(batch)
+        if batch.step_id in self.fail_steps:
+            self._release(batch)
+            self._broken.update(row.row for row in (*batch.new, *batch.cached))
+            self._answers.append(RuntimeError(f"step {batch.step_id} was told to fail"))
+        else:
+            self._answers.append(self._run(batch))
+        return _LateAnswer(self._answers)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+        self._memory.clear()
+
+    def _release(self, batch: ScheduledBatch) -> None:
+        for row in batch.finished:
+            self._rows.pop(row, None)  # absent if the step that brought it failed
+            self._broken.discard(row)
+
+    def _run(self, batch: ScheduledBatch) -> ModelOutput:
+        self._release(batch)
+        copied = {copy.dst: list(self._block(copy.src)) for copy in batch.copies}
+        self._memory.update(copied)
+        for new in batch.new:
+            ids = list(new.block_ids[0])
+            self._rows[new.row] = _Row(list(new.token_ids), new.sequence_index, ids, new.task == "embed")
+        for cached in batch.cached:
+            for first, ids in cached.block_updates[:1]:
+                if cached.row in self._rows:
+                    self._rows[cached.row].block_ids[first : first + len(ids)] = ids
+        scheduled = [*batch.new, *batch.cached]
+        errors = {place: "an earlier step failed" for place, row in enumerate(scheduled) if row.row in self._broken}
+        for place, row in enumerate(scheduled):
+            if place not in errors:
+                self._write(self._rows[row.row], row)
+        drawn = [() if place in errors else self._draw(row) for place, row in enumerate(scheduled)]
+        for row, token_ids in zip(scheduled, drawn, strict=True):
+            if row.row in self._rows:
+                self._rows[row.row].token_ids.extend(token_ids)
+        pooled = {
+            place: (1.0,)
+            for place, row in enumerate(scheduled)
+            if place not in errors and row.samples and self._rows[row.row].embeds
+        }
+        return ModelOutput(token_ids=tuple(drawn), pooled=pooled, errors=errors)
+
+    def _block(self, block_id: int) -> list[int | None]:
+        return self._memory.setdefault(block_id, [None] * self.block_size)
+
+    def _write(self, state: _Row, row: NewRow | CachedRow) -> None:
+        for position in range(row.num_computed_tokens, row.num_computed_tokens + row.num_scheduled_tokens):
+            block = self._block(state.block_ids[position // self.block_size])
+            block[position % self.block_size] = state.token_ids[position]
+
+    def _draw(self, row: NewRow | CachedRow) -> tuple[int, ...]:
+        state = self._rows[row.row]
+        if not row.samples or state.embeds:
+            return ()
+        length = row.num_computed_tokens + row.num_scheduled_tokens
+        seen = [self._block(state.block_ids[p // self.block_size])[p % self.block_size] for p in range(length)]
+        assert seen == state.token_ids[:length], f"row {row.row} reads other tokens from its blocks than were written"
+        return (self.next_token(state.token_ids[:length], state.sequence_index),)

@@ -1,0 +1,249 @@
+"""Offline use: a model in this process, prompts in, finished outputs out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+from tqdm import tqdm
+
+from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.build import build_engine
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import InvalidRequest, RequestFailed
+from octavo_engine.stats import collect_stats
+from octavo_engine.text.processor import RequestStream
+from octavo_engine.types import (
+    CompletionDelta,
+    CompletionOutput,
+    EmbeddingOutput,
+    FinishReason,
+    Pooling,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is token ids already."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | TokensPrompt
+Message = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request of the batch and what has come of it so far."""
+
+    place: int
+    request: Request
+    prompt: str | None
+    stream: RequestStream
+    choices: list[_Choice]
+    num_cached_tokens: int = 0
+
+    def take(self, delta: CompletionDelta) -> None:
+        choice = self.choices[delta.index]
+        choice.text.append(delta.text)
+        choice.token_ids.extend(delta.token_ids)
+        choice.logprobs.extend(delta.logprobs or ())
+        choice.finish_reason = delta.finish_reason
+        choice.stop_reason = delta.stop_reason
+        self.num_cached_tokens = delta.num_cached_tokens
+
+    def output(self) -> RequestOutput:
+        wants_logprobs = self.request.sampling.logprobs is not None
+        outputs = []
+        for index, choice in enumerate(self.choices):
+            assert choice.finish_reason is not None
+            outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text="".join(choice.text),
+                    token_ids=choice.token_ids,
+                    logprobs=choice.logprobs if wants_logprobs else None,
+                    finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
+                )
+            )
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            outputs=outputs,
+            seed=self.request.seed,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+
+class LLM:
+    """A language model for offline batches; all prompts of a call run at once by continuous batching.
+
+    Args:
+        model: a GGUF file, a folder in Hugging Face layout, a hub id, or None for the demo model.
+        show_progress: whether loading and generating draw a progress bar on the terminal.
+        options: any other field of `EngineConfig`; an unknown one raises TypeError.
+
+    Example:
+        >>> from octavo_engine import LLM, SamplingParams
+        >>> llm = LLM()
+        >>> outputs = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8))
+        >>> outputs[0].outputs[0].text  # doctest: +SKIP
+        ' Paris. The city is located in'
+    """
+
+    def __init__(self, model: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
+        self._show_progress = show_progress
+        with tqdm(desc="loading", unit="tensor", disable=not show_progress) as bar:
+
+            def report(num_done: int, total: int) -> None:
+                bar.total = total
+                bar.update(num_done - bar.n)
+
+            built = build_engine(EngineConfig(model=model, **options), progress=report)
+        self._engine = built.engine
+        self._text = built.text
+        self._request_ids = itertools.count()
+        self.info: EngineInfo = built.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; one output per prompt, in order.
+
+        Args:
+            prompts: one prompt or several: text, or `{"prompt_token_ids": [...]}`.
+            sampling: for all prompts, or one for each; None uses the model's own defaults.
+
+        Raises:
+            InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
+            RequestFailed: if the engine could not compute one of them.
+        """
+        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts  # type: ignore[list-item]  # a dict here is a TokensPrompt
+        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in many]
+        return self._run(self._requests(encoded, sampling))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several at once; each is a list of `{"role": ..., "content": ...}`."""
+        if not messages:
+            raise InvalidRequest("messages is empty; give at least one message", param="messages")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        encoded = [(None, self._text.encode_chat(c, template_kwargs=template_kwargs)) for c in conversations]
+        return self._run(self._requests(encoded, sampling))
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
+        """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
+        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts  # type: ignore[list-item]  # a dict here is a TokensPrompt
+        requests = [
+            self._text.make_request(
+                self._encode(prompt), SamplingParams(), request_id=self._next_id(), task="embed", pooling=pooling
+            )
+            for prompt in many
+        ]
+        pooled: dict[str, tuple[float, ...]] = {}
+        for request in requests:
+            self._engine.add(request)
+        for update in self._updates():
+            if update.pooled is None:
+                raise RequestFailed(update.error or "the engine returned no embedding")
+            pooled[update.request_id] = update.pooled
+        return [
+            EmbeddingOutput(
+                request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(pooled[r.request_id])
+            )
+            for r in requests
+        ]
+
+    def stats(self) -> EngineStats:
+        """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
+        return collect_stats(self._engine.scheduler)
+
+    def close(self) -> None:
+        """Release the model's memory; the LLM cannot be used afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self._text.encode_prompt(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"])
+
+    def _next_id(self) -> str:
+        return str(next(self._request_ids))
+
+    def _requests(
+        self,
+        encoded: list[tuple[str | None, list[int]]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Running]:
+        if sampling is None:
+            sampling = SamplingParams(**self._text.default_sampling)
+        each = [sampling] * len(encoded) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(encoded):
+            raise InvalidRequest(
+                f"there are {len(encoded)} prompts and {len(each)} sampling parameters; give one, or one for each"
+            )
+        running = []
+        for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
+            request = self._text.make_request(token_ids, own, request_id=self._next_id())
+            choices = [_Choice() for _ in range(own.n)]
+            running.append(_Running(place, request, prompt, self._text.stream(request), choices))
+        return running
+
+    def _run(self, running: list[_Running]) -> list[RequestOutput]:
+        by_id = {r.request.request_id: r for r in running}
+        num_tokens = 0
+        try:
+            with tqdm(desc="generating", unit="request", total=len(running), disable=not self._show_progress) as bar:
+                for r in running:
+                    self._engine.add(r.request)
+                for update in self._updates():
+                    own = by_id[update.request_id]
+                    delta = own.stream.push(update)
+                    if delta is None:
+                        continue
+                    if update.finish_reason is None and delta.finish_reason is not None:
+                        self._engine.abort(update.request_id, update.index)  # a stop string ended it
+                    own.take(delta)
+                    num_tokens += len(delta.token_ids)
+                    bar.update(own.stream.finished)
+                    bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+        finally:
+            for request_id in by_id:
+                self._engine.abort(request_id)  # after an error or an interrupt nothing goes on unseen
+        return [r.output() for r in running]
+
+    def _updates(self) -> Iterator[SequenceUpdate]:
+        while self._engine.has_work:
+            yield from self._engine.step()

@@ -1,0 +1,483 @@
+"""The scheduler: which tokens the next step computes, and what a finished step means for each sequence.
+
+There is no prefill phase and no decode phase. Each sequence has known tokens and computed tokens; a step computes some
+of the difference under one token budget, so that chunked prefill, decode and resuming after preemption are the same
+thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from octavo_kvcache import Allocation, BlockCopy, CacheFull, CacheManager
+
+from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
+from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.types import FinishReason, Request, RequestTimes, SequenceUpdate, TokenLogprobs
+
+
+class _Scheduled(NamedTuple):
+    """One row of a step in flight: enough to read its answer when it comes."""
+
+    sequence: Sequence
+    epoch: int
+    num_computed_tokens: int  # once the step has ended
+    samples: bool
+
+
+@dataclass(slots=True)
+class _Step:
+    """The batch under construction."""
+
+    step_id: int
+    budget: int
+    new: list[NewRow] = field(default_factory=list)
+    new_scheduled: list[_Scheduled] = field(default_factory=list)
+    cached: list[CachedRow] = field(default_factory=list)
+    cached_scheduled: list[_Scheduled] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    members: set[int] = field(default_factory=set)
+    short_of_blocks: bool = False
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What has happened since the start; only the scheduler writes it."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    sum_waste: float = 0.0
+
+    @property
+    def mean_waste(self) -> float:
+        """KV waste averaged over the steps so far; 0 before the first."""
+        return self.sum_waste / self.num_steps if self.num_steps else 0.0
+
+
+class Scheduler:
+    """Continuous batching over a paged KV cache.
+
+    Order is by priority (lower first), then arrival. When blocks run out, the last sequence in that order gives up its
+    blocks and is computed again later; its tokens stay. Decoding rows are served before prompt chunks, so that a long
+    prompt does not hold up running answers.
+
+    Args:
+        cache: the block manager; the scheduler is its only caller.
+        max_num_seqs: rows in the runner.
+        max_num_batched_tokens: token budget of a step.
+        max_model_len: limit on prompt and output together, in tokens.
+        eos_token_ids: tokens that end a sequence unless the request ignores them.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.cache = cache
+        self.counters = SchedulerCounters()
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._clock = clock
+        self._waiting: list[Sequence] = []
+        self._num_waiting = 0
+        self._running: list[Sequence] = []
+        self._by_request: dict[str, list[Sequence]] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._num_reserved_rows = 0
+        self._finished_rows: list[int] = []
+        self._in_flight: deque[tuple[int, list[_Scheduled]]] = deque()
+        self._next_step_id = 0
+        self._next_seq_id = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row or for blocks, preempted ones included."""
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        """True until every sequence has ended and every step was read."""
+        return bool(self._running or self._num_waiting or self._in_flight)
+
+    def sequences(self, request_id: str) -> list[Sequence]:
+        """Return the live sequences of a request in index order; empty if it is unknown or has ended."""
+        return list(self._by_request.get(request_id, ()))
+
+    # -- what callers ask for ------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it has been validated against the limits. Forks for n > 1 come when its prompt ends."""
+        prompt = request.prompt_token_ids
+        room = self._max_model_len - len(prompt)
+        sampling = request.sampling
+        limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        stop_token_ids = frozenset(sampling.stop_token_ids)
+        sequence = Sequence(
+            seq_id=self._take_seq_id(),
+            request=request,
+            index=0,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            max_num_output_tokens=1 if request.task == "embed" else limit,
+            stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
+            num_forks_wanted=sampling.n - 1,
+        )
+        self._by_request[request.request_id] = [sequence]
+        self.counters.num_prompt_tokens += len(prompt)
+        self._wait(sequence)
+
+    def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
+        """End a request, or one of its sequences, wherever it stands; unknown ids are ignored."""
+        sequences = [s for s in self.sequences(request_id) if index is None or s.index == index]
+        return [self._finish(s, FinishReason.ABORT) for s in sequences]
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose the next step; None if nothing can be computed before a step in flight ends."""
+        step = _Step(self._next_step_id, self._max_num_batched_tokens)
+        self._schedule_running(step)
+        if not step.short_of_blocks:
+            self._admit(step)
+        if not step.members:
+            return None
+        self._next_step_id += 1
+        self._in_flight.append((step.step_id, step.new_scheduled + step.cached_scheduled))
+        self.counters.num_steps += 1
+        self.counters.sum_waste += self.cache.stats().waste
+        finished, self._finished_rows = tuple(self._finished_rows), []
+        return ScheduledBatch(
+            step_id=step.step_id,
+            new=tuple(step.new),
+            cached=tuple(step.cached),
+            finished=finished,
+            copies=tuple(step.copies),
+        )
+
+    def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[SequenceUpdate]:
+        """Take in the answer to the oldest step in flight: append, finish, free, report."""
+        rows = self._end_step(batch)
+        updates = []
+        for place, scheduled in enumerate(rows):
+            update = self._update_row(scheduled, place, output)
+            if update is not None:
+                updates.append(update)
+        return updates
+
+    def fail(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
+        """Take in that the oldest step in flight could not be run: its sequences end with an error."""
+        rows = self._end_step(batch)
+        live = [r.sequence for r in rows if r.sequence.status is not SequenceStatus.FINISHED]
+        return [self._finish(sequence, FinishReason.ERROR, error=reason) for sequence in live]
+
+    # -- choosing a step -----------------------------------------------------------------------------------------
+
+    def _schedule_running(self, step: _Step) -> None:
+        decoding_first = sorted(self._running, key=lambda s: s.num_uncomputed_tokens > 1)
+        for sequence in decoding_first:
+            num_new = min(sequence.num_uncomputed_tokens, step.budget)
+            if num_new == 0 or sequence.status is not SequenceStatus.RUNNING:
+                continue
+            allocation = self._allocate(step, sequence, num_new)
+            if allocation is not None:
+                self._take_cached(step, sequence, num_new, allocation)
+
+    def _allocate(self, step: _Step, sequence: Sequence, num_new: int) -> Allocation | None:
+        """Find blocks for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
+        while True:
+            try:
+                return self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
+            except CacheFull:
+                step.short_of_blocks = True
+            if self.cache.stats().num_parked:  # a step in flight will give blocks back
+                return None
+            victim = next((s for s in reversed(self._running) if s.seq_id not in step.members), sequence)
+            if victim is sequence and step.members:  # those that go ahead will make room
+                return None
+            assert victim is not sequence or len(self._running) > 1, "a sequence alone always fits"
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+
+    def _take_cached(self, step: _Step, sequence: Sequence, num_new: int, allocation: Allocation) -> None:
+        assert sequence.row is not None
+        start = sequence.num_computed_tokens
+        samples = self._advance(step, sequence, num_new)
+        step.copies += allocation.copies
+        step.cached.append(CachedRow(sequence.row, start, num_new, samples, allocation.updates))
+        step.cached_scheduled.append(_Scheduled(sequence, sequence.epoch, start + num_new, samples))
+        if samples and sequence.num_forks_wanted:
+            self._fork(step, sequence)
+
+    def _admit(self, step: _Step) -> None:
+        """Let waiting sequences in, in order, while there are rows, blocks and budget."""
+        while step.budget > 0 and (sequence := self._first_waiting()) is not None:
+            if sequence.num_rows > len(self._free_rows) - self._num_reserved_rows or sequence.num_placeholders:
+                return
+            start = self._match(sequence)
+            num_new = min(sequence.num_tokens - start, step.budget)
+            if not self._fits(num_new) or (allocation := self._try_allocate(sequence, start, num_new)) is None:
+                self.cache.free(sequence.seq_id)
+                return
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            self._enter(step, sequence, start, num_new, allocation)
+
+    def _match(self, sequence: Sequence) -> int:
+        """Attach cached blocks to a sequence about to enter; mean pooling needs every token computed."""
+        request = sequence.request
+        if request.task == "embed" and request.pooling == "mean":
+            self.cache.add(sequence.seq_id, salt=request.salt)
+            return 0
+        return self.cache.match(sequence.seq_id, sequence.token_ids, salt=request.salt)
+
+    def _fits(self, num_new: int) -> bool:
+        """Leave a free block for each running sequence to grow into, so that entering does not cause preemption."""
+        if not self._running:
+            return True
+        num_blocks = -(-num_new // self.cache.block_size)
+        return self.cache.num_free >= num_blocks + len(self._running)
+
+    def _try_allocate(self, sequence: Sequence, start: int, num_new: int) -> Allocation | None:
+        try:
+            return self.cache.allocate(sequence.seq_id, start, num_new)
+        except CacheFull:
+            return None
+
+    def _enter(self, step: _Step, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = self._free_rows.pop()
+        self._num_reserved_rows += sequence.num_forks_wanted
+        sequence.num_computed_tokens = start
+        if sequence.scheduled_time is None:
+            sequence.scheduled_time = self._clock()
+            sequence.num_cached_tokens = start
+            self.counters.num_cached_prompt_tokens += start
+        insort(self._running, sequence)
+        samples = self._advance(step, sequence, num_new)
+        step.copies += allocation.copies
+        step.new.append(self._new_row(sequence, start, num_new, samples))
+        step.new_scheduled.append(_Scheduled(sequence, sequence.epoch, start + num_new, samples))
+        if samples and sequence.num_forks_wanted:
+            self._fork(step, sequence)
+
+    def _advance(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
+        """Count tokens as computed; True if the step reaches the end of the sequence and draws a token."""
+        step.budget -= num_new
+        step.members.add(sequence.seq_id)
+        samples = sequence.num_computed_tokens + num_new == sequence.num_tokens
+        sequence.num_computed_tokens += num_new
+        sequence.num_placeholders += samples
+        return samples
+
+    def _fork(self, step: _Step, parent: Sequence) -> None:
+        """Make the other samples of a request whose prompt ends in this step; they share all its blocks."""
+        num_forks, parent.num_forks_wanted = parent.num_forks_wanted, 0
+        self._num_reserved_rows -= num_forks
+        for index in range(1, num_forks + 1):
+            child = Sequence(
+                seq_id=self._take_seq_id(),
+                request=parent.request,
+                index=index,
+                token_ids=list(parent.token_ids),
+                num_prompt_tokens=parent.num_prompt_tokens,
+                max_num_output_tokens=parent.max_num_output_tokens,
+                stop_token_ids=parent.stop_token_ids,
+                status=SequenceStatus.RUNNING,
+                row=self._free_rows.pop(),
+                num_computed_tokens=parent.num_computed_tokens,
+                num_placeholders=1,
+                num_cached_tokens=parent.num_cached_tokens,
+                scheduled_time=parent.scheduled_time,
+            )
+            self.cache.fork(parent.seq_id, child.seq_id)
+            self._by_request[parent.request.request_id].append(child)
+            insort(self._running, child)
+            step.members.add(child.seq_id)
+            step.new.append(self._new_row(child, child.num_computed_tokens, 0, samples=True, fork_of=parent.row))
+            step.new_scheduled.append(_Scheduled(child, child.epoch, child.num_computed_tokens, samples=True))
+
+    def _new_row(
+        self, sequence: Sequence, start: int, num_new: int, samples: bool, fork_of: int | None = None
+    ) -> NewRow:
+        assert sequence.row is not None
+        request = sequence.request
+        return NewRow(
+            row=sequence.row,
+            token_ids=tuple(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            sampling=request.sampling,
+            seed=request.seed,
+            sequence_index=sequence.index,
+            stop_token_ids=sequence.stop_token_ids,
+            block_ids=tuple(tuple(ids) for ids in self.cache.block_ids(sequence.seq_id)),
+            num_computed_tokens=start,
+            num_scheduled_tokens=num_new,
+            samples=samples,
+            fork_of=fork_of,
+            task=request.task,
+            pooling=request.pooling,
+        )
+
+    # -- taking in a step ----------------------------------------------------------------------------------------
+
+    def _end_step(self, batch: ScheduledBatch) -> list[_Scheduled]:
+        step_id, rows = self._in_flight.popleft()
+        assert step_id == batch.step_id, "steps are read in the order of submission"
+        self.cache.step_done(step_id)
+        return rows
+
+    def _update_row(self, scheduled: _Scheduled, place: int, output: ModelOutput) -> SequenceUpdate | None:
+        sequence = scheduled.sequence
+        if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
+            return None
+        if output.errors is not None and place in output.errors:
+            return self._finish(sequence, FinishReason.ERROR, error=output.errors[place])
+        sequence.num_placeholders -= scheduled.samples
+        token_ids = output.token_ids[place]
+        first_new = len(sequence.token_ids)
+        sequence.token_ids.extend(token_ids)
+        if scheduled.epoch == sequence.epoch:
+            self.cache.commit(sequence.seq_id, sequence.token_ids, scheduled.num_computed_tokens)
+        if not scheduled.samples:
+            return None
+        if sequence.request.task == "embed":
+            assert output.pooled is not None
+            return self._finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
+        return self._report(sequence, first_new, output.logprobs[place] if output.logprobs is not None else None)
+
+    def _report(
+        self, sequence: Sequence, first_new: int, logprobs: tuple[TokenLogprobs, ...] | None
+    ) -> SequenceUpdate:
+        """Report the tokens from `first_new` on, cut where the sequence ends."""
+        if sequence.first_token_time is None:
+            sequence.first_token_time = self._clock()
+        for position in range(first_new, len(sequence.token_ids)):
+            reason = self._stop_reason(sequence, position)
+            if reason is None:
+                continue
+            del sequence.token_ids[position + 1 :]
+            token_ids = tuple(sequence.token_ids[first_new:])
+            kept = logprobs[: len(token_ids)] if logprobs is not None else None
+            self.counters.num_generation_tokens += len(token_ids)
+            stop_token_id = token_ids[-1] if reason is FinishReason.STOP else None
+            return self._finish(
+                sequence, reason, token_ids=token_ids, logprobs=kept, stop_token_id=stop_token_id
+            )
+        token_ids = tuple(sequence.token_ids[first_new:])
+        self.counters.num_generation_tokens += len(token_ids)
+        return SequenceUpdate(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _stop_reason(self, sequence: Sequence, position: int) -> FinishReason | None:
+        num_output_tokens = position + 1 - sequence.num_prompt_tokens
+        reached_minimum = num_output_tokens > sequence.request.sampling.min_tokens
+        if reached_minimum and sequence.token_ids[position] in sequence.stop_token_ids:
+            return FinishReason.STOP
+        if num_output_tokens >= sequence.max_num_output_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # -- moving a sequence from state to state -------------------------------------------------------------------
+
+    def _take_seq_id(self) -> int:
+        self._next_seq_id += 1
+        return self._next_seq_id
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        heapq.heappush(self._waiting, sequence)
+        self._num_waiting += 1
+
+    def _first_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0].status is not SequenceStatus.WAITING:
+            heapq.heappop(self._waiting)  # aborted while it waited
+        return self._waiting[0] if self._waiting else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it will be computed again from its tokens."""
+        self._leave(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.epoch += 1
+        self.counters.num_preemptions += 1
+        self._wait(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self._running.remove(sequence)
+        self._num_reserved_rows -= sequence.num_forks_wanted
+        self._free_rows.append(sequence.row)
+        self._finished_rows.append(sequence.row)
+        sequence.row = None
+        last_step = self._in_flight[-1][0] if self._in_flight else None
+        self.cache.free(sequence.seq_id, after=last_step)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        pooled: tuple[float, ...] | None = None,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+    ) -> SequenceUpdate:
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        self.counters.finished[reason.value] += 1
+        request_id = sequence.request.request_id
+        siblings = self._by_request[request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_request[request_id]
+        times = RequestTimes(
+            arrival=sequence.request.arrival_time,
+            scheduled=sequence.scheduled_time,
+            first_token=sequence.first_token_time,
+            finished=self._clock(),
+            num_preemptions=sequence.num_preemptions,
+        )
+        return SequenceUpdate(
+            request_id=request_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            pooled=pooled,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            num_cached_tokens=sequence.num_cached_tokens,
+            times=times,
+        )

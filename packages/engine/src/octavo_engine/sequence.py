@@ -1,0 +1,77 @@
+"""One sequence on its way through the engine: its tokens, how far they are computed, where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from octavo_engine.types import FinishReason, Request
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands; preemption takes it from running back to waiting."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and the tokens drawn for it so far. Only the scheduler writes it.
+
+    There are no phases: a step computes some of the tokens between `num_computed_tokens` and `num_tokens`. Tokens of
+    steps in flight count as placeholders: they exist for the scheduler before their ids are known.
+
+        token_ids          [ prompt ............ | output ...... ]
+        num_tokens         [ prompt ............ | output ...... | placeholders ]
+        num_computed_tokens  ----------------------------->  (optimistic: includes steps in flight)
+    """
+
+    seq_id: int
+    request: Request
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_num_output_tokens: int
+    stop_token_ids: frozenset[int]
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int | None = None
+    num_computed_tokens: int = 0
+    num_placeholders: int = 0
+    num_forks_wanted: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
+    finish_reason: FinishReason | None = None
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    order: tuple[int, float, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = (self.request.priority, self.request.arrival_time, self.seq_id)
+
+    def __lt__(self, other: Sequence) -> bool:
+        return self.order < other.order
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known or in flight."""
+        return len(self.token_ids) + self.num_placeholders
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens known."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that a step could compute now; 0 while the last ones it may draw are in flight."""
+        if self.num_output_tokens + self.num_placeholders >= self.max_num_output_tokens:
+            return 0
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_rows(self) -> int:
+        """Rows it takes in the runner, counting the forks it will have."""
+        return 1 + self.num_forks_wanted

@@ -1,0 +1,35 @@
+"""Collects an engine's figures out of its scheduler, for metrics and reports."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from octavo_engine.api import EngineStats
+from octavo_engine.scheduler import Scheduler
+
+
+def collect_stats(scheduler: Scheduler) -> EngineStats:
+    """Return the present figures of a scheduler, its cache and the kernels."""
+    counters = scheduler.counters
+    return EngineStats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_steps=counters.num_steps,
+        num_preemptions=counters.num_preemptions,
+        num_prompt_tokens=counters.num_prompt_tokens,
+        num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+        num_generation_tokens=counters.num_generation_tokens,
+        mean_waste=counters.mean_waste,
+        cache=scheduler.cache.stats(),
+        finished=dict(counters.finished),
+        fallbacks=_kernel_fallbacks(),
+    )
+
+
+def _kernel_fallbacks() -> Mapping[str, int]:
+    """Count kernel calls that did not run on the wanted backend; a process without kernels has none."""
+    kernels = sys.modules.get("octavo_kernels")
+    if kernels is None:
+        return {}
+    return {op: fallback.count for op, fallback in kernels.fallbacks().items()}

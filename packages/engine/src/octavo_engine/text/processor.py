@@ -1,0 +1,255 @@
+"""Between text and token ids: makes valid requests out of prompts, and text out of the engine's updates.
+
+It needs the tokenizer and the model's limits, not the model: a front end in another process has one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.text.chat_template import ChatTemplate
+from octavo_engine.text.output import TextStream
+from octavo_engine.text.tokenizer import Tokenizer
+from octavo_engine.types import (
+    CompletionDelta,
+    FinishReason,
+    Pooling,
+    Request,
+    SamplingParams,
+    SequenceUpdate,
+    Task,
+    TokenSpan,
+)
+
+
+class TextProcessor:
+    """The text side of one model.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chat_template: the model's chat template, or None if it has none.
+        max_model_len: limit on prompt and output together, in tokens.
+        max_num_seqs: the most samples one request may ask for.
+        vocab_size: of the model; token ids must lie below it.
+        default_sampling: values from the model's generation config that apply where a caller sets none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        vocab_size: int,
+        default_sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.vocab_size = vocab_size
+        self.default_sampling: Mapping[str, Any] = dict(default_sampling or {})
+        self._chat_template = chat_template
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if `encode_chat` can be used."""
+        return self._chat_template is not None
+
+    def encode_prompt(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
+        """Turn a prompt into token ids; token ids are checked and passed through.
+
+        Raises:
+            InvalidRequest: if the prompt is empty, of another type, or holds an id outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = list(prompt)
+            self._check_ids(token_ids)
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
+        return token_ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render a conversation with the model's chat template and turn it into token ids.
+
+        With `continue_final_message` the prompt ends inside the last message, so that the answer goes on from it.
+
+        Raises:
+            InvalidRequest: if the model has no template, there are no messages, or the template refuses them.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest(
+                "this model has no chat template; send a completion instead", param="messages", code="no_chat_template"
+            )
+        if not messages:
+            raise InvalidRequest("messages is empty; give at least one message", param="messages")
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other; set add_generation_prompt false",
+                param="continue_final_message",
+            )
+        text = self._chat_template.render(
+            list(messages), add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
+        )
+        if continue_final_message:
+            text = _cut_after_final_message(text, messages[-1])
+        # The template writes the special tokens itself.
+        return self.encode_prompt(text, add_special_tokens=False)
+
+    def make_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        task: Task = "generate",
+        pooling: Pooling = "last",
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> Request:
+        """Make a request that the engine can run: lengths checked, `max_tokens` and the seed filled in.
+
+        Raises:
+            PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
+            InvalidRequest: if `n` is more than the engine runs at once.
+        """
+        num_prompt_tokens = len(prompt_token_ids)
+        room = self.max_model_len - num_prompt_tokens
+        wanted = sampling.max_tokens
+        if task == "generate" and (room < 1 or (wanted is not None and wanted > room)):
+            asked = f"{num_prompt_tokens} in the prompt" + ("" if wanted is None else f" and {wanted} to generate")
+            raise PromptTooLong(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested {asked};"
+                " shorten the prompt or lower max_tokens."
+            )
+        if task == "embed" and room < 0:
+            raise PromptTooLong(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, the input has"
+                f" {num_prompt_tokens}; shorten it."
+            )
+        if sampling.n > self.max_num_seqs:
+            raise InvalidRequest(
+                f"n is {sampling.n}, at most {self.max_num_seqs} samples run at once; lower n", param="n"
+            )
+        for token_id in sampling.stop_token_ids:
+            if token_id >= self.vocab_size:
+                raise InvalidRequest(
+                    f"stop_token_ids holds {token_id}, which is out of vocabulary (size {self.vocab_size})",
+                    param="stop_token_ids",
+                )
+        return Request(
+            request_id=request_id,
+            inputs=(TokenSpan(tuple(prompt_token_ids)),),
+            sampling=replace(sampling, max_tokens=wanted or max(room, 1)),
+            task=task,
+            pooling=pooling,
+            priority=priority,
+            salt=salt,
+        )
+
+    def stream(self, request: Request) -> RequestStream:
+        """Start to turn the engine's updates for a request into text."""
+        return RequestStream(request, self.tokenizer)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequest(f"a prompt of token ids must hold integers, got {token_id!r}", param="prompt")
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is out of vocabulary; ids go from 0 to {self.vocab_size - 1}", param="prompt"
+                )
+
+
+class RequestStream:
+    """The text of one request's choices as it grows; ends each choice exactly once."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        sampling = request.sampling
+        self._request = request
+        self._streams = [
+            TextStream(
+                tokenizer,
+                stop=sampling.stop_strings,
+                include_stop_str_in_output=sampling.include_stop_str_in_output,
+                skip_special_tokens=sampling.skip_special_tokens,
+            )
+            for _ in range(sampling.n)
+        ]
+        self._num_tokens = [0] * sampling.n
+        self._open = set(range(sampling.n))
+
+    @property
+    def finished(self) -> bool:
+        """True once every choice has ended."""
+        return not self._open
+
+    def push(self, update: SequenceUpdate) -> CompletionDelta | None:
+        """Take in one update; None if the choice has ended already.
+
+        A delta with finish reason `stop` and a stop string as reason means that the engine does not know yet: the
+        caller aborts that sequence.
+
+        Raises:
+            RequestFailed: if the update reports an error.
+        """
+        if update.index not in self._open:
+            return None
+        if update.finish_reason is FinishReason.ERROR:
+            raise RequestFailed(update.error or "the engine could not compute this request")
+        text_ids, hidden = self._visible(update)
+        finished = update.finish_reason is not None
+        delta = self._streams[update.index].push(text_ids, finished=finished)
+        cut = delta.stop_reason is not None
+        token_ids = update.token_ids[: delta.num_tokens_used] if cut else update.token_ids
+        self._num_tokens[update.index] += len(token_ids)
+        reason = FinishReason.STOP if cut else update.finish_reason
+        if reason is not None:
+            self._open.discard(update.index)
+        return CompletionDelta(
+            index=update.index,
+            text=delta.text,
+            token_ids=token_ids,
+            num_tokens=self._num_tokens[update.index],
+            logprobs=update.logprobs[: len(token_ids)] if update.logprobs is not None else None,
+            finish_reason=reason,
+            stop_reason=delta.stop_reason if cut else hidden,
+            num_cached_tokens=update.num_cached_tokens,
+            times=update.times,
+        )
+
+    def _visible(self, update: SequenceUpdate) -> tuple[tuple[int, ...], int | None]:
+        """Return the tokens that make text, and the caller's own stop token if it ended the choice (it is left out)."""
+        sampling = self._request.sampling
+        stop_id = update.stop_token_id
+        if stop_id is None or stop_id not in sampling.stop_token_ids:
+            return update.token_ids, None
+        if sampling.include_stop_str_in_output:
+            return update.token_ids, stop_id
+        return update.token_ids[:-1], stop_id
+
+
+def _cut_after_final_message(text: str, message: Mapping[str, Any]) -> str:
+    """Drop what the template writes after the last message's content."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise InvalidRequest("continue_final_message needs a last message with text", param="continue_final_message")
+    at = text.rfind(content.rstrip())
+    if at < 0:
+        raise InvalidRequest(
+            "the chat template does not reproduce the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    return text[: at + len(content.rstrip())]

@@ -1,0 +1,336 @@
+"""The scheduler on a fake model with a real paged memory, answering 0, 1 and 3 steps late."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import pytest
+from octavo_engine.batch import ScheduledBatch
+from octavo_engine.engine import Engine
+from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
+from octavo_engine.scheduler import Scheduler
+from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
+from octavo_kvcache import CacheManager
+
+VOCAB_SIZE = 1000
+NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
+
+
+@pytest.fixture(params=[0, 1, 3], ids=lambda late: f"{late}-late")
+def num_late(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@dataclass
+class Bench:
+    """An engine on a fake executor, with everything it has said so far."""
+
+    engine: Engine
+    executor: FakeExecutor
+    cache: CacheManager
+    updates: list[SequenceUpdate] = field(default_factory=list)
+    arrivals: int = 0
+
+    @property
+    def batches(self) -> list[ScheduledBatch]:
+        return self.executor.batches
+
+    def add(self, request_id: str, prompt: list[int], *, priority: int = 0, salt: bytes = b"", **sampling) -> None:
+        self.arrivals += 1
+        sampling.setdefault("max_tokens", 4)
+        self.engine.add(
+            Request(
+                request_id=request_id,
+                inputs=(TokenSpan(tuple(prompt)),),
+                sampling=SamplingParams(seed=0, **sampling),
+                priority=priority,
+                salt=salt,
+                arrival_time=float(self.arrivals),
+            )
+        )
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.updates += self.engine.step()
+
+    def run(self) -> dict[tuple[str, int], list[int]]:
+        for _ in range(5000):
+            if not self.engine.has_work:
+                return self.tokens()
+            self.step()
+        raise AssertionError("the engine does not come to an end")
+
+    def tokens(self) -> dict[tuple[str, int], list[int]]:
+        tokens = defaultdict(list)
+        for update in self.updates:
+            tokens[update.request_id, update.index] += update.token_ids
+        return dict(tokens)
+
+    def reasons(self) -> dict[tuple[str, int], FinishReason]:
+        return {(u.request_id, u.index): u.finish_reason for u in self.updates if u.finish_reason}
+
+    def assert_empty(self) -> None:
+        stats = self.cache.stats()
+        assert (stats.num_used, stats.num_sequences, stats.num_parked) == (0, 0, 0)
+        scheduler = self.engine.scheduler
+        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+
+
+@pytest.fixture
+def make(num_late: int):
+    def make(
+        *, num_blocks=64, block_size=4, max_num_seqs=8, budget=64, max_model_len=200, eos=(), prefix=True, fail=()
+    ) -> Bench:
+        cache = CacheManager(num_blocks, block_size, prefix_cache=prefix)
+        scheduler = Scheduler(
+            cache,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            eos_token_ids=eos,
+        )
+        executor = FakeExecutor(block_size, NEXT_TOKEN, num_late=num_late, fail_steps=frozenset(fail))
+        return Bench(Engine(scheduler, executor), executor, cache)
+
+    return make
+
+
+def alone(prompt: list[int], count: int, index: int = 0) -> list[int]:
+    """What the fake model says to a prompt, without any engine."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(NEXT_TOKEN(tokens, index))
+    return tokens[len(prompt) :]
+
+
+def prompt(length: int, start: int = 0) -> list[int]:
+    return [(start + 7 * i) % VOCAB_SIZE for i in range(length)]
+
+
+def test_one_request_gives_the_models_tokens_and_ends_by_length(make):
+    bench = make()
+    bench.add("a", prompt(9), max_tokens=6)
+    assert bench.run() == {("a", 0): alone(prompt(9), 6)}
+    assert bench.reasons() == {("a", 0): FinishReason.LENGTH}
+    bench.assert_empty()
+
+
+def test_requests_of_many_lengths_run_at_once_and_do_not_mix(make):
+    bench = make(max_num_seqs=5)
+    for i in range(12):
+        bench.add(str(i), prompt(1 + 3 * i, start=i), max_tokens=1 + i)
+    assert bench.run() == {(str(i), 0): alone(prompt(1 + 3 * i, start=i), 1 + i) for i in range(12)}
+    assert max(batch.num_rows for batch in bench.batches) == 5
+    bench.assert_empty()
+
+
+def test_long_prompts_are_computed_in_chunks_under_the_budget(make):
+    bench = make(budget=8)
+    bench.add("long", prompt(50), max_tokens=3)
+    bench.add("short", prompt(3, start=5), max_tokens=3)
+    assert bench.run() == {("long", 0): alone(prompt(50), 3), ("short", 0): alone(prompt(3, start=5), 3)}
+    assert max(batch.num_tokens for batch in bench.batches) == 8
+    first = bench.batches[0].new[0]
+    assert (first.num_computed_tokens, first.num_scheduled_tokens, first.samples) == (0, 8, False)
+
+
+def test_decoding_rows_are_served_before_a_prompt_in_chunks(make):
+    bench = make(budget=8)
+    bench.add("talks", prompt(4), max_tokens=30)
+    bench.step(6)
+    bench.add("long", prompt(60, start=3), max_tokens=1)
+    bench.run()
+    chunked = [b for b in bench.batches if any(r.num_scheduled_tokens > 1 for r in b.cached)]
+    assert chunked
+    assert all(any(r.num_scheduled_tokens == 1 for r in b.cached) for b in chunked)
+
+
+def test_stop_tokens_end_a_sequence_and_late_tokens_are_dropped(make):
+    expected = alone(prompt(5), 10)
+    bench = make(eos=[expected[3]])
+    bench.add("eos", prompt(5), max_tokens=10)
+    bench.add("ignores", prompt(5), max_tokens=10, ignore_eos=True, stop_token_ids=[expected[6]])
+    tokens = bench.run()
+    assert tokens == {("eos", 0): expected[:4], ("ignores", 0): expected[:7]}
+    assert set(bench.reasons().values()) == {FinishReason.STOP}
+    bench.assert_empty()
+
+
+def test_min_tokens_keeps_a_stop_token_from_ending_the_sequence(make):
+    expected = alone(prompt(5), 10)
+    bench = make(eos=[expected[2]])
+    bench.add("a", prompt(5), max_tokens=10, min_tokens=3)
+    assert bench.run() == {("a", 0): expected}
+
+
+def test_the_context_limit_ends_a_sequence(make):
+    bench = make(max_model_len=12)
+    bench.add("a", prompt(9), max_tokens=None)
+    assert bench.run() == {("a", 0): alone(prompt(9), 3)}
+    assert bench.reasons() == {("a", 0): FinishReason.LENGTH}
+
+
+def test_a_second_request_reuses_the_blocks_of_the_same_beginning(make):
+    bench = make()
+    bench.add("a", prompt(18), max_tokens=1)
+    bench.run()
+    bench.add("b", [*prompt(14), 999, 998], max_tokens=2)
+    assert bench.run()["b", 0] == alone([*prompt(14), 999, 998], 2)
+    entered = bench.batches[-2].new[0] if bench.batches[-2].new else bench.batches[-1].new[0]
+    assert entered.num_computed_tokens == 12
+    assert [u.num_cached_tokens for u in bench.updates if u.request_id == "b"] == [12, 12]
+
+
+def test_another_salt_shares_nothing(make):
+    bench = make()
+    bench.add("a", prompt(18), max_tokens=1, salt=b"one")
+    bench.run()
+    bench.add("b", prompt(18), max_tokens=1, salt=b"two")
+    bench.run()
+    assert bench.cache.stats().num_hit_tokens == 0
+
+
+def test_preempted_sequences_resume_with_the_same_tokens(make):
+    bench = make(num_blocks=14, max_model_len=48)
+    for i in range(5):
+        bench.add(str(i), prompt(6, start=i), max_tokens=30)
+    assert bench.run() == {(str(i), 0): alone(prompt(6, start=i), 30) for i in range(5)}
+    assert bench.engine.scheduler.counters.num_preemptions > 0
+    bench.assert_empty()
+
+
+def test_the_latest_of_the_lowest_priority_is_preempted(make):
+    bench = make(num_blocks=9, max_model_len=24, prefix=False)
+    bench.add("low", prompt(6, start=1), max_tokens=18, priority=5)
+    bench.add("high", prompt(6, start=2), max_tokens=18, priority=0)
+    tokens = bench.run()
+    assert tokens["low", 0] == alone(prompt(6, start=1), 18)
+    times = {u.request_id: u.times for u in bench.updates if u.times}
+    assert times["low"].num_preemptions > 0
+    assert times["high"].num_preemptions == 0
+    ends = [u.request_id for u in bench.updates if u.finish_reason]
+    assert ends == ["high", "low"]
+
+
+def test_lower_priority_value_enters_first(make):
+    bench = make(max_num_seqs=1)
+    bench.add("now", prompt(3), max_tokens=1)
+    bench.step()
+    bench.add("later", prompt(4), max_tokens=1, priority=3)
+    bench.add("soon", prompt(5), max_tokens=1, priority=1)
+    bench.run()
+    assert [u.request_id for u in bench.updates if u.finish_reason] == ["now", "soon", "later"]
+
+
+def test_samples_of_one_prompt_share_its_blocks_and_copy_on_the_first_divergent_write(make):
+    bench = make(num_blocks=40, block_size=16, budget=512, max_model_len=400)
+    bench.add("a", prompt(300), n=4, max_tokens=3)
+    scheduler, cache = bench.engine.scheduler, bench.cache
+    bench.step()
+    ids = [s.seq_id for s in scheduler.sequences("a")]
+    assert [cache.block_ids(i) for i in ids] == [(list(range(1, 20)),)] * 4  # 18 full blocks and the partial one
+    assert cache.stats().num_used == 19
+    while len(bench.batches) < 2:
+        bench.step()
+    # The first three writers get a copy of block 19, the last one keeps it.
+    assert [(c.src, c.dst) for c in bench.batches[1].copies] == [(19, 20), (19, 21), (19, 22)]
+    assert [cache.block_ids(i)[0] for i in ids] == [[*range(1, 19), own] for own in (20, 21, 22, 19)]
+    assert cache.stats().num_used == 22
+    tokens = bench.run()
+    assert tokens == {("a", i): alone(prompt(300), 3, index=i) for i in range(4)}
+    bench.assert_empty()
+
+
+def test_samples_under_preemption_stay_what_they_are(make):
+    bench = make(num_blocks=16, max_model_len=40)
+    bench.add("a", prompt(10), n=3, max_tokens=24)
+    bench.add("b", prompt(7, start=4), n=2, max_tokens=20)
+    tokens = bench.run()
+    assert tokens == {("a", i): alone(prompt(10), 24, i) for i in range(3)} | {
+        ("b", i): alone(prompt(7, start=4), 20, i) for i in range(2)
+    }
+    assert bench.engine.scheduler.counters.num_preemptions > 0
+    bench.assert_empty()
+
+
+def test_a_request_waits_until_all_its_samples_have_rows(make):
+    bench = make(max_num_seqs=4)
+    bench.add("a", prompt(5), n=3, max_tokens=5)
+    bench.add("b", prompt(6), n=2, max_tokens=2)
+    bench.step()
+    assert (bench.engine.scheduler.num_running, bench.engine.scheduler.num_waiting) == (3, 1)
+    tokens = bench.run()
+    assert len(tokens) == 5
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5], ids=lambda n: f"after-{n}-steps")
+def test_abort_frees_everything_at_once(make, steps: int):
+    bench = make(budget=4)
+    bench.add("a", prompt(9), n=2, max_tokens=50)
+    bench.add("b", prompt(5, start=9), max_tokens=4)
+    bench.step(steps)
+    aborted = bench.engine.abort("a")
+    assert aborted
+    assert {u.finish_reason for u in aborted} == {FinishReason.ABORT}
+    assert bench.run()["b", 0] == alone(prompt(5, start=9), 4)
+    bench.assert_empty()
+
+
+def test_abort_of_one_sample_leaves_the_others(make):
+    bench = make()
+    bench.add("a", prompt(9), n=3, max_tokens=9)
+    bench.step(4)
+    bench.updates += bench.engine.abort("a", index=1)
+    tokens = bench.run()
+    assert tokens["a", 0] == alone(prompt(9), 9, 0)
+    assert tokens["a", 2] == alone(prompt(9), 9, 2)
+    assert bench.reasons()["a", 1] is FinishReason.ABORT
+    bench.assert_empty()
+
+
+def test_abort_of_an_unknown_request_is_ignored(make):
+    assert make().engine.abort("nobody") == []
+
+
+def test_a_step_that_fails_ends_its_own_sequences_only(make):
+    bench = make(max_num_seqs=2, fail=[1])
+    for name in "abc":
+        bench.add(name, prompt(5, start=ord(name)), max_tokens=5)
+    tokens = bench.run()
+    errors = {u.request_id for u in bench.updates if u.finish_reason is FinishReason.ERROR}
+    assert errors == {"a", "b"}
+    assert all("was told to fail" in u.error for u in bench.updates if u.error)
+    assert tokens["c", 0] == alone(prompt(5, start=ord("c")), 5)
+    bench.assert_empty()
+
+
+def test_a_prompt_is_embedded_without_drawing_a_token(make):
+    bench = make(budget=4)
+    bench.engine.add(Request(request_id="e", inputs=(TokenSpan(tuple(prompt(10))),), task="embed"))
+    bench.run()
+    assert [u.pooled for u in bench.updates] == [(1.0,)]
+    assert bench.engine.scheduler.counters.num_generation_tokens == 0
+    bench.assert_empty()
+
+
+def test_mean_pooling_computes_every_token_even_if_they_are_cached(make):
+    bench = make()
+    bench.add("a", prompt(16), max_tokens=1)
+    bench.run()
+    request = Request(request_id="e", inputs=(TokenSpan(tuple(prompt(16))),), task="embed", pooling="mean")
+    bench.engine.add(request)
+    bench.run()
+    assert bench.batches[-1].new[0].num_computed_tokens == 0
+
+
+def test_counters_add_up(make):
+    bench = make()
+    bench.add("a", prompt(9), max_tokens=6)
+    bench.add("b", prompt(9), n=2, max_tokens=3)
+    bench.run()
+    counters = bench.engine.scheduler.counters
+    assert counters.num_prompt_tokens == 18
+    assert counters.num_generation_tokens == 6 + 2 * 3
+    assert counters.finished == {"length": 3}
+    assert counters.num_steps == len(bench.batches)
+    assert 0 < counters.mean_waste < 1
