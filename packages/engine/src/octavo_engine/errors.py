@@ -1,0 +1,71 @@
+"""The errors this package raises for mistakes that a user, a file or a machine can make.
+
+    Exception
+    └── EngineError
+        ├── InvalidConfig        (also ValueError)  an engine setting is out of range or contradicts another
+        ├── ModelNotFound        no model under this name, path or hub id
+        ├── CorruptModelFile     a model file is truncated, damaged or contradicts itself
+        ├── UnsupportedModel     the file is sound, but we cannot run this architecture, tensor type or tokenizer
+        ├── InvalidRequest       (also ValueError)  a request's value is wrong; names the parameter
+        │   └── PromptTooLong    the prompt does not fit the context
+        ├── RequestFailed        the engine could not compute this request; the others go on
+        └── EngineDead           the engine has stopped and serves nobody
+
+The server maps this tree to HTTP in one table.
+"""
+
+# ruff: noqa: N818 - an exception here is named after what is wrong, as in `except ModelNotFound`.
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class InvalidConfig(EngineError, ValueError):
+    """An engine setting is out of range or contradicts another one."""
+
+
+class ModelNotFound(EngineError):
+    """No model was found under the name, path or hub id that was given."""
+
+
+class CorruptModelFile(EngineError):
+    """A model file is truncated, damaged, or contradicts itself."""
+
+
+class UnsupportedModel(EngineError):
+    """The model's files are sound, but this version cannot run them."""
+
+
+class InvalidRequest(EngineError, ValueError):
+    """A request holds a value that cannot be served.
+
+    Args:
+        message: What was expected, what came, and what to do.
+        param: The request's parameter that is wrong, as the caller spells it; None if it is no single one.
+        code: A short machine-readable word for the kind of mistake; None if there is none.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt, or the prompt and the tokens asked for, do not fit the model's context."""
+
+    def __init__(
+        self, message: str, *, param: str | None = "prompt", code: str | None = "context_length_exceeded"
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class RequestFailed(EngineError):
+    """The engine could not compute this request; it goes on serving the others."""
+
+
+class EngineDead(EngineError):
+    """The engine has stopped; every request in flight and every later one ends with this error."""

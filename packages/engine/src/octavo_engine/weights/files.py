@@ -1,0 +1,135 @@
+"""SafetensorsFiles: the weights of a Hugging Face folder, one file or several with an index, read once each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo_engine.errors import CorruptModelFile, ModelNotFound
+
+if TYPE_CHECKING:
+    import torch
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LENGTH_BYTES = 8
+
+
+class SafetensorsFiles:
+    """The safetensors files of a folder.
+
+    With an index, the files it names are read and every tensor must lie where it says; else `model.safetensors`; else
+    every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them.
+
+    Raises:
+        ModelNotFound: if the folder has no safetensors file.
+        CorruptModelFile: if a file is missing, truncated or damaged, or a tensor is missing or comes twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / _INDEX
+        self._indexed = _read_index(index) if index.is_file() else None
+        self.paths = tuple(self._find_paths())
+        self._names = {path: _read_names(path) for path in self.paths}
+        self.num_weights = sum(map(len, self._names.values()))
+        self._check_names()
+
+    def _find_paths(self) -> list[Path]:
+        if self._indexed is not None:
+            paths = [self.folder / name for name in sorted(set(self._indexed.values()))]
+            for path in paths:
+                if not path.is_file():
+                    raise CorruptModelFile(f"{path}: {_INDEX} names this file, but it is missing; download it again")
+            return paths
+        single = self.folder / _SINGLE
+        paths = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
+        if not paths:
+            raise ModelNotFound(f"{self.folder}: expected *.safetensors files, found none")
+        return paths
+
+    def _check_names(self) -> None:
+        found: dict[str, Path] = {}
+        for path, names in self._names.items():
+            for name in names:
+                if name in found:
+                    raise CorruptModelFile(f"{path}: tensor {name!r} is also in {found[name].name}; expected it once")
+                found[name] = path
+        for name, file_name in (self._indexed or {}).items():
+            if name not in found or found[name].name != file_name:
+                raise CorruptModelFile(
+                    f"{self.folder / file_name}: expected tensor {name!r} as {_INDEX} says, found none"
+                )
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor with its name, file by file, in the type it is stored in."""
+        from safetensors import SafetensorError, safe_open
+
+        for path, names in self._names.items():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in names:
+                        yield name, file.get_tensor(name)
+            except SafetensorError as error:
+                raise CorruptModelFile(f"{path}: {error}; download the file again") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptModelFile(f"{path}: expected a 'weight_map' from tensor to file, found {weight_map!r}")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or not file_name:
+            raise CorruptModelFile(f"{path}: tensor {name!r}: expected a file name, found {file_name!r}")
+    return weight_map
+
+
+def _read_names(path: Path) -> list[str]:
+    """Read the names of a file's tensors from its header, in the order of their data; check the file's length."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+            raise CorruptModelFile(f"{path}: expected a header of {length} bytes, found a file of {size} bytes")
+        header = _parse_object(file.read(length), path)
+    header.pop("__metadata__", None)
+    spans = {name: _span(name, entry, path) for name, entry in header.items()}
+    end = _LENGTH_BYTES + length + max((stop for _, stop in spans.values()), default=0)
+    if end != size:
+        raise CorruptModelFile(f"{path}: expected {end} bytes, found {size}; download the file again")
+    return sorted(spans, key=spans.__getitem__)
+
+
+def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    match offsets:
+        case [int(start), int(stop)] if 0 <= start <= stop:
+            return start, stop
+    raise CorruptModelFile(f"{path}: tensor {name!r}: expected 'data_offsets' [start, stop], found {offsets!r}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ModelNotFound: if the file is not there or cannot be read.
+        CorruptModelFile: if it is no JSON object.
+    """
+    try:
+        return _parse_object(path.read_bytes(), path)
+    except OSError as error:
+        raise ModelNotFound(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptModelFile(f"{path}: expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptModelFile(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
