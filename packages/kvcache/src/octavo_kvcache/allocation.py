@@ -23,6 +23,7 @@ class Allocation:
     Attributes:
         copies: blocks to copy before the step writes, in this order.
         updates: one per group, or () when no table changed.
+
     """
 
     copies: tuple[BlockCopy, ...] = ()

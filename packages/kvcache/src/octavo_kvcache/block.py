@@ -30,6 +30,7 @@ class Block:
         ref_count: how many block tables hold the block; 0 = in the free list.
         block_hash: key of the block's content in the prefix cache, or None.
         prev_free, next_free: neighbours in the free list; None while the block is held.
+
     """
 
     __slots__ = ("block_hash", "block_id", "next_free", "prev_free", "ref_count")

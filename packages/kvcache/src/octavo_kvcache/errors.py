@@ -24,11 +24,13 @@ class CacheFull(KVCacheError):
         wanted: blocks the call needed.
         free: blocks that were free.
         total: blocks that can ever be allocated (the null block is not one of them).
+
     """
 
     def __init__(self, wanted: int, free: int, total: int) -> None:
         super().__init__(
-            f"{wanted} blocks wanted, {free} of {total} are free; free or preempt a sequence, or give the cache more blocks"
+            f"{wanted} blocks wanted, {free} of {total} are free; "
+            "free or preempt a sequence, or give the cache more blocks"
         )
         self.wanted = wanted
         self.free = free

@@ -23,6 +23,7 @@ class GroupGrowth:
         shared: indices of blocks that are written and that others hold too: they are replaced.
         cached: blocks that are written in place although they can be hit: they are taken out of the prefix cache.
         num_appended: blocks to append.
+
     """
 
     table: BlockTable
@@ -39,10 +40,12 @@ class GroupGrowth:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A plan to make the tokens [start, stop) of a sequence writable, one `GroupGrowth` per group."""
+    """A plan to make the tokens [start, stop), which lie in the table entries [first_block, end_block), writable."""
 
     start: int
     stop: int
+    first_block: int
+    end_block: int
     groups: tuple[GroupGrowth, ...]
 
     @property
@@ -55,6 +58,7 @@ class Growth:
 
         Raises:
             CacheFull: `num_wanted` is more than the pool has free; nothing was changed.
+
         """
         old = [(group.table.num_null, len(group.table.block_ids)) for group in self.groups]
         pool.require(self.num_wanted)
@@ -92,32 +96,35 @@ def plan_growth(seq: SequenceBlocks, start: int, stop: int, windows: Sequence[in
 
     Raises:
         InvalidArgument: negative numbers, a gap, or tokens behind a window.
+
     """
     if not 0 <= start <= min(stop, seq.num_tokens):
         raise InvalidArgument(
             f"tokens [{start}, {stop}) can not be allocated after {seq.num_tokens} tokens; "
             "num_computed_tokens must be at most the tokens allocated before, num_new_tokens at least 0"
         )
-    pairs = zip(seq.tables, windows, strict=True)
-    return Growth(start, stop, tuple(_plan_group(seq, table, start, stop, window, pool) for table, window in pairs))
+    size = seq.block_size
+    first = start // size
+    end = -(-stop // size) if stop > start else first
+    groups = []
+    for table, window in zip(seq.tables, windows, strict=True):
+        num_behind = 0
+        if window is not None:
+            if table.num_null > num_blocks_behind(window, start, size):
+                raise InvalidArgument(
+                    f"token {start} can not be computed again: the blocks that its window of {window} tokens needs "
+                    "were released; free the sequence and match it anew"
+                )
+            # tokens that are not committed may be taken back, so only committed ones move the window
+            num_behind = num_blocks_behind(window, min(start, seq.num_committed), size)
+        groups.append(_plan_group(table, first, end, num_behind, pool))
+    return Growth(start, stop, first, end, tuple(groups))
 
 
-def _plan_group(
-    seq: SequenceBlocks, table: BlockTable, start: int, stop: int, window: int | None, pool: BlockPool
-) -> GroupGrowth:
-    size, length = table.block_size, len(table.block_ids)
-    num_behind = 0
-    if window is not None:
-        if table.num_null > num_blocks_behind(window, start, size):
-            raise InvalidArgument(
-                f"token {start} can not be computed again: the blocks that its window of {window} tokens needs "
-                "were released; free the sequence and match it anew"
-            )
-        # tokens that are not committed may be taken back, so only committed ones move the window
-        num_behind = num_blocks_behind(window, min(start, seq.num_committed), size)
-    end = -(-stop // size)
+def _plan_group(table: BlockTable, first: int, end: int, num_behind: int, pool: BlockPool) -> GroupGrowth:
+    length = len(table.block_ids)
     shared, cached = [], []
-    for index in range(start // size, min(end, length)):
+    for index in range(first, min(end, length)):
         block_id = table.block_ids[index]
         if pool.ref_count(block_id) > 1:
             shared.append(index)
@@ -134,7 +141,7 @@ def _plan_group(
 
 
 def _changed_run(group: GroupGrowth, num_null: int, length: int) -> TableUpdate:
-    """The run of entries from the first to the last changed one, for a table that had these numbers before."""
+    """Return the entries from the first to the last changed one, for a table that had these numbers before."""
     table = group.table
     changed = [*range(num_null, table.num_null), *group.shared, *range(length, len(table.block_ids))]
     if not changed:

@@ -10,7 +10,7 @@ from octavo_kvcache.block import NULL_BLOCK, BlockHash
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
 from octavo_kvcache.growth import Growth, plan_growth
 from octavo_kvcache.pool import BlockPool
-from octavo_kvcache.prefix import BlockHasher, PrefixCache, num_blocks_behind
+from octavo_kvcache.prefix import BlockHasher, PrefixCache, group_hash, num_blocks_behind
 from octavo_kvcache.sequence import NEVER, SequenceBlocks
 from octavo_kvcache.spec import KVCacheSpec
 from octavo_kvcache.stats import CacheStats, count_live_tokens, count_parked_blocks
@@ -46,6 +46,7 @@ class CacheManager:
         >>> cache.commit("a", [1, 2, 3, 4, 5], 5)
         >>> cache.match("b", [1, 2, 3, 4, 9])
         4
+
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class CacheManager:
 
         Raises:
             DuplicateSequence: the id is in use.
+
         """
         if seq_id in self._sequences:
             raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
@@ -138,13 +140,17 @@ class CacheManager:
         Raises:
             DuplicateSequence: the id is in use.
             InvalidArgument: a token id that is no unsigned 32-bit integer; the sequence does not exist then.
+
         """
         self.add(seq_id, salt=salt, adapter=adapter, extra_keys=extra_keys)
         if self._prefix is None:
             return 0
         seq = self._sequences[seq_id]
         try:
-            self._attach(seq, self._prefix, self._match_hashes(seq, self._prefix, token_ids))
+            # at least the last token is left to compute
+            num_blocks = (len(token_ids) - 1) // self.block_size
+            hashes = self._hasher.chain(seq.root_hash, token_ids, 0, num_blocks, extra_keys)
+            self._attach(seq, self._prefix, self._prefix.match_groups(hashes, self._windows, self.block_size))
         except InvalidArgument:
             del self._sequences[seq_id]
             raise
@@ -160,6 +166,7 @@ class CacheManager:
         Raises:
             UnknownSequence: there is no parent.
             DuplicateSequence: the child's id is in use.
+
         """
         parent = self._get(parent_id)
         if child_id in self._sequences:
@@ -178,6 +185,7 @@ class CacheManager:
 
         Raises:
             UnknownSequence: there is no such sequence.
+
         """
         held = self._get(seq_id).held()
         del self._sequences[seq_id]
@@ -217,10 +225,9 @@ class CacheManager:
             CacheFull: too few blocks are free; nothing was changed.
             UnknownSequence: there is no such sequence.
             InvalidArgument: a negative number, or tokens that would leave a gap or lie behind the window.
+
         """
-        seq = self._sequences.get(seq_id)
-        if seq is None:
-            raise _unknown(seq_id)
+        seq = self._sequences.get(seq_id) or self._get(seq_id)
         stop = num_computed_tokens + num_new_tokens
         tables = seq.tables
         if (
@@ -233,10 +240,11 @@ class CacheManager:
         return self._grow(seq, plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool))
 
     def can_allocate(self, seq_id: SeqId, num_computed_tokens: int, num_new_tokens: int) -> bool:
-        """Whether `allocate` with the same arguments would succeed. Changes nothing.
+        """Say whether `allocate` with the same arguments would succeed. Changes nothing.
 
         Raises:
             UnknownSequence, InvalidArgument: as `allocate` does.
+
         """
         stop = num_computed_tokens + num_new_tokens
         growth = plan_growth(self._get(seq_id), num_computed_tokens, stop, self._windows, self._pool)
@@ -256,17 +264,16 @@ class CacheManager:
         Raises:
             UnknownSequence: there is no such sequence.
             InvalidArgument: more tokens than were allocated or given, or an id that is no unsigned 32-bit integer.
+
         """
-        seq = self._sequences.get(seq_id)
-        if seq is None:
-            raise _unknown(seq_id)
+        seq = self._sequences.get(seq_id) or self._get(seq_id)
         if num_computed_tokens > seq.tables[0].num_tokens:
             raise InvalidArgument(
                 f"num_computed_tokens {num_computed_tokens} is more than the {seq.num_tokens} tokens allocated "
                 f"for sequence {seq_id!r}; allocate before commit"
             )
-        if num_computed_tokens >= seq.next_commit:
-            self._register(seq, token_ids, num_computed_tokens // self.block_size)
+        if num_computed_tokens >= seq.next_commit and self._prefix is not None:
+            self._register(seq, self._prefix, token_ids, num_computed_tokens // self.block_size)
         seq.num_committed = num_computed_tokens
 
     def reset_prefix_cache(self) -> None:
@@ -281,10 +288,11 @@ class CacheManager:
     # What there is
 
     def block_ids(self, seq_id: SeqId) -> tuple[list[int], ...]:
-        """The block table of a sequence, one list per group; the lists are copies.
+        """Return the block table of a sequence, one list per group; the lists are copies.
 
         Raises:
             UnknownSequence: there is no such sequence.
+
         """
         return tuple(table.block_ids.copy() for table in self._get(seq_id).tables)
 
@@ -311,10 +319,10 @@ class CacheManager:
         )
 
     def _get(self, seq_id: SeqId) -> SequenceBlocks:
-        seq = self._sequences.get(seq_id)
-        if seq is None:
-            raise _unknown(seq_id)
-        return seq
+        try:
+            return self._sequences[seq_id]
+        except KeyError:
+            raise UnknownSequence(f"sequence {seq_id!r} does not exist: it was never added or has been freed") from None
 
     def _grow(self, seq: SequenceBlocks, growth: Growth) -> Allocation:
         copies, updates = growth.apply(self._pool)
@@ -322,8 +330,8 @@ class CacheManager:
             for block_id in group.cached:
                 self._uncache(block_id)
         seq.rewind(growth.start)
-        seq.first_writable = growth.start // self.block_size * self.block_size
-        seq.writable_stop = -(-growth.stop // self.block_size) * self.block_size
+        seq.first_writable = growth.first_block * self.block_size
+        seq.writable_stop = growth.end_block * self.block_size
         self._num_copies += len(copies)
         self._num_query_tokens += seq.num_query_tokens
         self._num_hit_tokens += seq.num_hit_tokens
@@ -334,30 +342,11 @@ class CacheManager:
 
     # Prefix cache
 
-    def _match_hashes(self, seq: SequenceBlocks, prefix: PrefixCache, token_ids: Sequence[int]) -> list[BlockHash]:
-        """The hashes of the longest prefix that all groups have, and no more than leaves one token to compute."""
-        size, hashes, parent = self.block_size, list[BlockHash](), seq.root_hash
-        full_groups = [group for group, window in enumerate(self._windows) if window is None]
-        for index in range((len(token_ids) - 1) // size):
-            tokens = token_ids[index * size : (index + 1) * size]
-            parent = self._hasher.block_hash(parent, tokens, seq.extra_keys.get(index, b""))
-            if not all(_group_hash(parent, group) in prefix for group in full_groups):
-                break
-            hashes.append(parent)
-        num_blocks = -1
-        while num_blocks != len(hashes):  # what one window lacks shortens the prefix for the others
-            num_blocks = len(hashes)
-            for group, window in enumerate(self._windows):
-                if window is not None:
-                    keys = [_group_hash(block_hash, group) for block_hash in hashes]
-                    del hashes[prefix.match_window(keys, window, size) :]
-        return hashes
-
     def _attach(self, seq: SequenceBlocks, prefix: PrefixCache, hashes: list[BlockHash]) -> None:
         num_tokens = len(hashes) * self.block_size
         for group, (table, window) in enumerate(zip(seq.tables, self._windows, strict=True)):
             first = 0 if window is None else num_blocks_behind(window, num_tokens, self.block_size)
-            block_ids = prefix.match(_group_hash(block_hash, group) for block_hash in hashes[first:])
+            block_ids = prefix.match(group_hash(block_hash, group) for block_hash in hashes[first:])
             assert first + len(block_ids) == len(hashes)
             self._pool.retain(block_ids)
             table.grow([NULL_BLOCK] * first)
@@ -368,24 +357,18 @@ class CacheManager:
         seq.num_committed = seq.first_writable = num_tokens
         seq.next_commit = num_tokens + self.block_size
 
-    def _register(self, seq: SequenceBlocks, token_ids: Sequence[int], num_blocks: int) -> None:
-        assert self._prefix is not None
-        size = self.block_size
+    def _register(self, seq: SequenceBlocks, prefix: PrefixCache, token_ids: Sequence[int], num_blocks: int) -> None:
+        pool, first = self._pool, len(seq.hashes)
         parent = seq.hashes[-1] if seq.hashes else seq.root_hash
-        for index in range(len(seq.hashes), num_blocks):
-            tokens = token_ids[index * size : (index + 1) * size]
-            parent = self._hasher.block_hash(parent, tokens, seq.extra_keys.get(index, b""))
+        hashes = self._hasher.chain(parent, token_ids, first, num_blocks, seq.extra_keys)
+        for index, block_hash in enumerate(hashes, first):
             for group, table in enumerate(seq.tables):
-                block_id, key = table.block_ids[index], _group_hash(parent, group)
-                if (
-                    block_id != NULL_BLOCK
-                    and self._pool.block_hash(block_id) is None
-                    and self._prefix.insert(key, block_id)
-                ):
-                    self._pool.set_hash(block_id, key)
-            seq.hashes.append(parent)
-            seq.next_commit += size
-            seq.first_writable = max(seq.first_writable, (index + 1) * size)
+                block_id, key = table.block_ids[index], group_hash(block_hash, group)
+                if block_id != NULL_BLOCK and pool.block_hash(block_id) is None and prefix.insert(key, block_id):
+                    pool.set_hash(block_id, key)
+            seq.hashes.append(block_hash)
+            seq.next_commit += self.block_size
+            seq.first_writable = max(seq.first_writable, (index + 1) * self.block_size)
 
     def _uncache(self, block_id: int) -> None:
         block_hash = self._pool.block_hash(block_id)
@@ -397,12 +380,3 @@ class CacheManager:
         assert self._prefix is not None
         assert self._prefix.get(block_hash) == block_id
         self._prefix.remove(block_hash)
-
-
-def _unknown(seq_id: SeqId) -> UnknownSequence:
-    return UnknownSequence(f"sequence {seq_id!r} does not exist: it was never added or has been freed")
-
-
-def _group_hash(block_hash: BlockHash, group: int) -> BlockHash:
-    """The key of a group's block: the same tokens lie in another block for each group."""
-    return BlockHash(block_hash + bytes((group,))) if group else block_hash

@@ -72,6 +72,7 @@ class BlockPool:
         num_refs: sum of all reference counts.
         num_cached: free blocks that still hold content under a hash.
         num_evictions: cached blocks that were handed out for new content, since the start.
+
     """
 
     __slots__ = ("_blocks", "_free", "_on_evict", "num_blocks", "num_cached", "num_evictions", "num_refs", "num_shared")
@@ -110,6 +111,7 @@ class BlockPool:
 
         Raises:
             CacheFull: fewer are.
+
         """
         if num_blocks > self._free.num_blocks:
             raise CacheFull(num_blocks, self._free.num_blocks, self.num_usable)
@@ -119,6 +121,7 @@ class BlockPool:
 
         Raises:
             CacheFull: fewer are free; then none is taken.
+
         """
         self.require(num_blocks)
         block_ids = []
@@ -136,6 +139,7 @@ class BlockPool:
 
         Raises:
             InvalidBlock: a block that is neither held nor cached, or is the null block.
+
         """
         for block_id in block_ids:
             block = self._blocks[block_id]
@@ -159,6 +163,7 @@ class BlockPool:
 
         Raises:
             InvalidBlock: a block that nobody holds.
+
         """
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
@@ -176,11 +181,11 @@ class BlockPool:
                     self.num_cached += 1
 
     def ref_count(self, block_id: int) -> int:
-        """How many tables hold the block."""
+        """Return how many tables hold the block."""
         return self._blocks[block_id].ref_count
 
     def block_hash(self, block_id: int) -> BlockHash | None:
-        """The hash that the block's content is cached under, or None."""
+        """Return the hash that the block's content is cached under, or None."""
         return self._blocks[block_id].block_hash
 
     def set_hash(self, block_id: int, block_hash: BlockHash) -> None:
@@ -188,6 +193,7 @@ class BlockPool:
 
         Raises:
             InvalidBlock: nobody holds the block.
+
         """
         block = self._blocks[block_id]
         if block.ref_count == 0:
@@ -206,7 +212,7 @@ class BlockPool:
             self._free.push_front(block)
 
     def free_block_ids(self) -> list[int]:
-        """The free blocks in the order in which they will be used: for tests and tools, O(num_free)."""
+        """List the free blocks in the order in which they will be used: for tests and tools, O(num_free)."""
         return [block.block_id for block in self._free]
 
     def _evict(self, block: Block, block_hash: BlockHash) -> None:

@@ -11,7 +11,7 @@ the same on every machine, and no two different inputs are the same bytes.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 from octavo_kvcache.block import BlockHash
@@ -26,6 +26,7 @@ class BlockHasher:
     Args:
         block_size: tokens per block.
         root: digest of all that the whole cache depends on: weights, tokenizer, KV dtype.
+
     """
 
     def __init__(self, block_size: int, root: bytes = b"") -> None:
@@ -34,13 +35,13 @@ class BlockHasher:
         self._tokens = struct.Struct(f"<{block_size}I")
 
     def root_hash(self, salt: bytes = b"", adapter: bytes = b"") -> BlockHash:
-        """The parent of a sequence's first block: sequences with another salt or adapter digest never share."""
+        """Return the parent of a sequence's first block; another salt or adapter digest never shares a block."""
         parts = (b"octavo.kvcache.v1", self.root, salt, adapter, self.block_size.to_bytes(4, "little"))
         data = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
         return BlockHash(blake2b(data, digest_size=_DIGEST_SIZE).digest())
 
     def block_hash(self, parent: BlockHash, token_ids: Sequence[int], extra: bytes = b"") -> BlockHash:
-        """The hash of a full block.
+        """Hash a full block.
 
         Args:
             parent: hash of the block before it, or the root hash.
@@ -49,6 +50,7 @@ class BlockHasher:
 
         Raises:
             InvalidArgument: another number of tokens, or one that is no unsigned 32-bit integer.
+
         """
         try:
             tokens = self._tokens.pack(*token_ids)
@@ -59,6 +61,28 @@ class BlockHasher:
             ) from error
         # parent and tokens have a fixed length, so what follows them needs no length of its own
         return BlockHash(blake2b(parent + tokens + extra, digest_size=_DIGEST_SIZE).digest())
+
+    def chain(
+        self, parent: BlockHash, token_ids: Sequence[int], first: int, stop: int, extra_keys: Mapping[int, bytes]
+    ) -> Iterator[BlockHash]:
+        """Hash the blocks [first, stop) of a sequence one after the other.
+
+        Args:
+            parent: hash of block first - 1, or the root hash.
+            token_ids: tokens of the whole sequence.
+            first: index of the first block.
+            stop: one past the index of the last block.
+            extra_keys: `extra` of block i, by i.
+
+        Raises:
+            InvalidArgument: as `block_hash` does.
+
+        """
+        size = self.block_size
+        for index in range(first, stop):
+            tokens = token_ids[index * size : (index + 1) * size]
+            parent = self.block_hash(parent, tokens, extra_keys.get(index, b""))
+            yield parent
 
 
 class PrefixCache:
@@ -76,11 +100,11 @@ class PrefixCache:
         return block_hash in self._blocks
 
     def get(self, block_hash: BlockHash) -> int | None:
-        """The block with this content, or None."""
+        """Return the block with this content, or None."""
         return self._blocks.get(block_hash)
 
     def match(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """The blocks of the longest run of hits from the start; `hashes` is read up to the first miss only."""
+        """Return the blocks of the longest run of hits from the start; `hashes` is read up to the first miss only."""
         block_ids = []
         for block_hash in hashes:
             block_id = self._blocks.get(block_hash)
@@ -89,18 +113,37 @@ class PrefixCache:
             block_ids.append(block_id)
         return block_ids
 
-    def match_window(self, hashes: Sequence[BlockHash], window: int, block_size: int) -> int:
-        """The largest number of blocks j such that the blocks a window needs after j * block_size tokens are cached.
+    def match_groups(
+        self, hashes: Iterable[BlockHash], windows: Sequence[int | None], block_size: int
+    ) -> list[BlockHash]:
+        """Return the hashes of the longest prefix that every group has as much of as it needs to go on.
 
         Args:
-            hashes: hashes of the prefix, one per block.
-            window: tokens that a query sees, itself included.
+            hashes: hashes of a sequence's blocks, read up to the first miss of a group that needs all blocks.
+            windows: per group the tokens that a query sees, itself included, or None for all.
             block_size: tokens per block.
+
         """
+        full_groups = [group for group, window in enumerate(windows) if window is None]
+        prefix = []
+        for block_hash in hashes:
+            if not all(group_hash(block_hash, group) in self._blocks for group in full_groups):
+                break
+            prefix.append(block_hash)
+        num_blocks = -1
+        while num_blocks != len(prefix):  # what one window lacks shortens the prefix for the others
+            num_blocks = len(prefix)
+            for group, window in enumerate(windows):
+                if window is not None:
+                    del prefix[self._match_window(prefix, group, window, block_size) :]
+        return prefix
+
+    def _match_window(self, hashes: Sequence[BlockHash], group: int, window: int, block_size: int) -> int:
+        """Find the largest j such that all blocks that a window needs after j * block_size tokens are cached."""
         end = first = len(hashes)
         while first > num_blocks_behind(window, end * block_size, block_size):
             first -= 1
-            if hashes[first] not in self._blocks:
+            if group_hash(hashes[first], group) not in self._blocks:
                 end = first
         return end
 
@@ -113,6 +156,7 @@ class PrefixCache:
 
         Raises:
             KeyError: it is not there.
+
         """
         del self._blocks[block_hash]
 
@@ -123,8 +167,13 @@ class PrefixCache:
         return block_ids
 
 
+def group_hash(block_hash: BlockHash, group: int) -> BlockHash:
+    """Make the key of a group's block: the same tokens lie in another block for each group."""
+    return BlockHash(block_hash + bytes((group,))) if group else block_hash
+
+
 def num_blocks_behind(window: int, num_tokens: int, block_size: int) -> int:
-    """How many leading blocks no query at position `num_tokens` or later sees through a window.
+    """Count the leading blocks that no query at position `num_tokens` or later sees.
 
     The query at position p sees [p - window + 1, p].
     """

@@ -23,6 +23,7 @@ class SequenceBlocks:
         first_writable, writable_stop: the tokens [first_writable, writable_stop) lie in blocks that nobody else
             holds and that have no hash, so writing there needs no look at the blocks. A fork empties the range.
         num_query_tokens, num_hit_tokens: prefix cache look-ups that are to be counted when the sequence is admitted.
+
     """
 
     __slots__ = (

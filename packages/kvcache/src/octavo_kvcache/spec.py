@@ -24,6 +24,7 @@ class KVCacheSpec:
     Raises:
         UnsupportedSpec: another kind or dtype.
         InvalidArgument: a size below 1, or a window that does not go with the kind.
+
     """
 
     num_kv_heads: int
@@ -58,6 +59,7 @@ class KVGroup:
     Attributes:
         spec: what each of the layers keeps.
         layers: indices of the layers, ascending.
+
     """
 
     spec: KVCacheSpec
@@ -69,6 +71,7 @@ def group_specs(specs: Sequence[KVCacheSpec]) -> tuple[KVGroup, ...]:
 
     Args:
         specs: one per layer.
+
     """
     layers: dict[KVCacheSpec, list[int]] = {}
     for index, spec in enumerate(specs):

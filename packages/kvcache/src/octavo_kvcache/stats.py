@@ -23,10 +23,11 @@ class CacheStats:
         num_parked: used blocks that only steps in flight hold.
         num_table_blocks: sum of the lengths of all block tables, null blocks not counted.
         num_live_tokens: tokens computed, or scheduled in the current step; those in a shared block count once.
-        num_query_tokens: tokens of sequences that were looked up in the prefix cache and then admitted, since the start.
+        num_query_tokens: tokens looked up in the prefix cache for sequences then admitted, since the start.
         num_hit_tokens: those of them that were cached.
         num_copies: blocks copied on write, since the start.
         num_evictions: cached blocks that were given to new content, since the start.
+
     """
 
     num_blocks: int
@@ -56,7 +57,7 @@ class CacheStats:
 
     @property
     def waste(self) -> float:
-        """Share of the slots in held blocks without a live token: 1 - live / (used * block_size); 0 when none is held."""
+        """Share of the slots in held blocks without a live token: 1 - live / (used * block_size); 0 if none is held."""
         return 1 - self.num_live_tokens / (self.num_used * self.block_size) if self.num_used else 0.0
 
     @property
@@ -83,6 +84,7 @@ def count_live_tokens(tables: Iterable[BlockTable], pool: BlockPool, parked: Cou
         pool: the pool of their blocks.
         parked: how many references a step in flight holds, by block.
         block_size: tokens per block.
+
     """
     num_empty = 0
     shared_ends: dict[int, tuple[int, int]] = {}  # block: tables that end in it, the most tokens any of them has in it

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 try:
-    import octavo_kernels
     import torch
+
+    import octavo_kernels
 except ImportError as error:
     raise ImportError(
         f"KVStorage needs torch and octavo-kernels ({error}); install them with: pip install 'octavo-kvcache[torch]'"
@@ -32,6 +33,7 @@ class KVStorage:
 
     Raises:
         InvalidArgument: no layer, fewer than 2 blocks, or a block size below 1.
+
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class KVStorage:
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and the values of a layer: two views [num_blocks, num_kv_heads, block_size, head_dim].
+        """Return the keys and the values of a layer: two views [num_blocks, num_kv_heads, block_size, head_dim].
 
         Raises:
             IndexError: there is no such layer.
+
         """
         if index not in self._tensor_of_layer:
             raise IndexError(f"layer {index} does not exist; the storage has {self.num_layers} layers")
@@ -75,21 +78,16 @@ class KVStorage:
         Raises:
             UnsupportedSpec: a tier other than "device".
             InvalidArgument: a block that is out of range, or the null block as a destination.
+
         """
         if not copies:
             return
         for copy in copies:
             self._check(copy)
-        if _are_independent(copies):
-            self._copy(copies)
-        else:
-            for copy in copies:
-                self._copy([copy])
-
-    def _copy(self, copies: Sequence[BlockCopy]) -> None:
-        src = torch.tensor([copy.src for copy in copies], dtype=torch.int64, device=self.device)
-        dst = torch.tensor([copy.dst for copy in copies], dtype=torch.int64, device=self.device)
-        octavo_kernels.copy_blocks(self._tensors, src, dst)
+        origins = _resolve(copies)
+        src = torch.tensor(list(origins.values()), dtype=torch.int64, device=self.device)
+        dst = torch.tensor(list(origins), dtype=torch.int64, device=self.device)
+        octavo_kernels.copy_blocks(self._tensors, src, dst)  # reads everything before it writes anything
 
     def _check(self, copy: BlockCopy) -> None:
         if copy.src_tier != "device" or copy.dst_tier != "device":
@@ -121,7 +119,9 @@ class KVStorage:
         return tensor
 
 
-def _are_independent(copies: Sequence[BlockCopy]) -> bool:
-    """Whether no copy reads or overwrites what another one writes, so that their order does not matter."""
-    destinations = {copy.dst for copy in copies}
-    return len(destinations) == len(copies) and destinations.isdisjoint(copy.src for copy in copies)
+def _resolve(copies: Sequence[BlockCopy]) -> dict[int, int]:
+    """Find which block's old content each destination holds after one copy after the other."""
+    origins: dict[int, int] = {}
+    for copy in copies:
+        origins[copy.dst] = origins.get(copy.src, copy.src)
+    return origins

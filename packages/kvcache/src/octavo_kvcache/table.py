@@ -16,6 +16,7 @@ class BlockTable:
         block_ids: block of the tokens [i * block_size, (i + 1) * block_size) at index i.
         num_tokens: tokens written, or scheduled to be written by the current step.
         num_null: leading blocks that are behind a window and were replaced by the null block.
+
     """
 
     __slots__ = ("block_ids", "block_size", "num_null", "num_tokens")
@@ -48,10 +49,11 @@ class BlockTable:
         return dropped
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The slots (block_id * block_size + offset) of the tokens [start, stop).
+        """List the slots (block_id * block_size + offset) of the tokens [start, stop).
 
         Raises:
             InvalidArgument: a token behind the window or past the last block.
+
         """
         if not self.num_null * self.block_size <= start <= stop <= self.capacity:
             raise InvalidArgument(
