@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeGuard, get_args
+from typing import Any, Literal, NoReturn, TypeGuard
 
 from octavo_engine.errors import CorruptModelFile, UnsupportedModel
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
 
-_ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
+_HF_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
 _DTYPES = ("float32", "float16", "bfloat16")
 _ARCHITECTURE_BY_MODEL_TYPE = {"llama": "LlamaForCausalLM"}
 _MAX_SIZE = 1 << 31  # of any single count; more is a damaged file
@@ -287,9 +287,7 @@ def _hf_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
     if not isinstance(parameters, Mapping):
         _corrupt(f"{where}: expected rope parameters as an object, found {parameters!r}")
     fields = _Fields({"rope_theta": values.get("rope_theta"), **parameters}, where)
-    kind = fields.get("rope_type") or fields.get("type") or "default"
-    if kind not in _ROPE_KINDS or kind == "factors":
-        fields.unsupported("rope_type", kind, "these are: default, linear, dynamic, llama3, yarn")
+    kind = _hf_rope_kind(fields)
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         fields.unsupported("partial_rotary_factor", fields.get("partial_rotary_factor"), "1.0 is")
     original = fields.optional_size("original_max_position_embeddings")
@@ -309,6 +307,14 @@ def _hf_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
     if kind == "llama3":
         _check_llama3(rope, fields)
     return rope
+
+
+def _hf_rope_kind(fields: _Fields) -> RopeKind:
+    found = fields.get("rope_type") or fields.get("type") or "default"
+    for kind in _HF_ROPE_KINDS:
+        if kind == found:
+            return kind
+    return fields.unsupported("rope_type", found, f"these are: {', '.join(_HF_ROPE_KINDS)}")
 
 
 def _check_llama3(rope: RopeConfig, fields: _Fields) -> None:

@@ -80,14 +80,10 @@ _BLOCKS = {
     TensorType.Q8_0: (32, 34),  # scale f16, 32 x 8 bits
 }
 # Types that exist but that we do not read, for the error message.
-_OTHER_TYPES = dict(
-    zip(
-        (6, 7, 9, *range(10, 30), 34, 35, 39),
-        "Q5_0 Q5_1 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS "
-        "I8 I16 I32 I64 F64 IQ1_M TQ1_0 TQ2_0 MXFP4".split(),
-        strict=True,
-    )
-)
+_OTHER_TYPES = {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
+_OTHER_TYPES |= {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"}
+_OTHER_TYPES |= {23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"}
+_OTHER_TYPES |= {35: "TQ2_0", 39: "MXFP4"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
 from octavo_engine.models.config import ModelConfig, token_ids
+from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.digest import content_digest
@@ -52,15 +53,34 @@ class Source(ABC):
             UnsupportedModel: if the file holds a tensor that the architecture does not know.
         """
 
-    @property
-    @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; built on first use."""
+        """Return the model's tokenizer; built on first use, then the same object.
 
-    @property
+        Raises:
+            ModelNotFound: if the model comes without one.
+            CorruptModelFile: if its files cannot be parsed.
+            UnsupportedModel: if it is of a kind that we do not know.
+        """
+        return self._tokenizer
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return what turns messages into a prompt, or None if the model has no template.
+
+        Raises:
+            CorruptModelFile: if the template has a syntax error.
+        """
+        source = self._template_source()
+        return None if source is None else ChatTemplate(source, self._tokenizer.special_tokens)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._make_tokenizer()
+
     @abstractmethod
-    def chat_template(self) -> str | None:
-        """The Jinja source that turns messages into a prompt, or None if the model has none."""
+    def _make_tokenizer(self) -> Tokenizer: ...
+
+    @abstractmethod
+    def _template_source(self) -> str | None: ...
 
     @property
     @abstractmethod
@@ -70,7 +90,7 @@ class Source(ABC):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All ids that end a generation: the configuration's, then the tokenizer's own."""
-        return tuple(dict.fromkeys((*self.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        return tuple(dict.fromkeys((*self.config.eos_token_ids, *self._tokenizer.eos_token_ids)))
 
 
 def open_source(model: str | Path | None = None) -> Source:
@@ -167,12 +187,10 @@ class GGUFSource(Source):
             return info.num_bytes // info.shape[0]
         return info.type.block_bytes
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.file.metadata, str(self.path))
 
-    @property
-    def chat_template(self) -> str | None:
+    def _template_source(self) -> str | None:
         template = self.file.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
@@ -201,12 +219,10 @@ class FolderSource(Source):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.files)
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
 
-    @cached_property
-    def chat_template(self) -> str | None:
+    def _template_source(self) -> str | None:
         """From chat_template.jinja, else from tokenizer_config.json (a string, or a list that has a `default`)."""
         separate = self.path / "chat_template.jinja"
         if separate.is_file():
