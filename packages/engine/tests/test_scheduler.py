@@ -1,5 +1,6 @@
 """The scheduler on a fake model with a real paged memory, answering 0, 1 and 3 steps late."""
 
+import random
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -334,3 +335,27 @@ def test_counters_add_up(make):
     assert counters.finished == {"length": 3}
     assert counters.num_steps == len(bench.batches)
     assert 0 < counters.mean_waste < 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic_gives_each_request_its_own_tokens_and_leaks_nothing(make, seed: int):
+    rng = random.Random(seed)
+    bench = make(num_blocks=rng.randint(16, 40), max_num_seqs=rng.randint(3, 8), budget=rng.randint(4, 40), max_model_len=60)
+    wanted = {}
+    aborted = set()
+    beginnings = [prompt(rng.randint(1, 20), start=i) for i in range(3)]
+    for i in range(25):
+        tokens = [*rng.choice(beginnings), *prompt(rng.randint(1, 12), start=rng.randint(0, 5))]
+        n, max_tokens = rng.randint(1, 3), rng.randint(1, 25)
+        bench.add(str(i), tokens, n=n, max_tokens=max_tokens, priority=rng.randint(0, 2))
+        wanted |= {(str(i), j): alone(tokens, max_tokens, j) for j in range(n)}
+        bench.step(rng.randint(0, 4))
+        if rng.random() < 0.2:
+            victim = str(rng.randint(0, i))
+            aborted.add(victim)
+            bench.updates += bench.engine.abort(victim)
+    tokens = bench.run()
+    for key, expected in wanted.items():
+        got = tokens.get(key, [])
+        assert got == (expected[: len(got)] if key[0] in aborted else expected)
+    bench.assert_empty()

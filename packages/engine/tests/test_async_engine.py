@@ -1,0 +1,289 @@
+"""The asyncio front end on a fake model whose tokens are letters."""
+
+import asyncio
+import threading
+from contextlib import aclosing
+
+import pytest
+from octavo_engine.api import EngineInfo
+from octavo_engine.async_engine import AsyncEngine
+from octavo_engine.engine import Engine
+from octavo_engine.errors import EngineDead, InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.executor.fake import FakeExecutor
+from octavo_engine.scheduler import Scheduler
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
+from octavo_engine.types import FinishReason, SamplingParams
+from octavo_kvcache import CacheManager
+
+END = 26
+INFO = EngineInfo(
+    model_name="letters",
+    architecture="fake",
+    dtype="float32",
+    device="cpu",
+    kernel_backend="fake",
+    vocab_size=27,
+    max_model_len=40,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    block_size=4,
+    num_blocks=64,
+    kv_cache_bytes=0,
+    kv_cache_reason="fake",
+    num_parameters=0,
+    load_seconds=0.0,
+)
+
+
+class LetterBackend:
+    vocab_size = 27
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) - ord("a") for c in text]
+
+    def token(self, token_id: int) -> str | None:
+        return chr(ord("a") + token_id) if token_id < END else "<end>"
+
+    def token_id(self, token: str) -> int | None:
+        return END if token == "<end>" else ord(token) - ord("a")
+
+
+RULES = TokenizerRules(
+    bytes_of=str.encode,
+    strip_leading_space=False,
+    special_token_ids=frozenset({END}),
+    special_tokens={"eos_token": "<end>"},
+)
+
+
+def following_letter(token_ids, sequence_index: int) -> int:
+    """The alphabet goes on; a sample of index i skips i letters. After z comes the end."""
+    return min(token_ids[-1] + 1 + sequence_index, END)
+
+
+class Gate:
+    """Lets so many steps through, so that a test decides what happens meanwhile."""
+
+    def __init__(self) -> None:
+        self.steps = threading.Semaphore(1_000_000)
+
+    def allow_only(self, num_steps: int) -> None:
+        self.steps = threading.Semaphore(num_steps)
+
+    def open(self) -> None:
+        self.steps.release(1_000_000)
+
+
+class GatedExecutor(FakeExecutor):
+    gate: Gate
+
+    def submit(self, batch):
+        assert self.gate.steps.acquire(timeout=10)
+        return super().submit(batch)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def engine(gate: Gate):
+    scheduler = Scheduler(
+        CacheManager(64, 4), max_num_seqs=4, max_num_batched_tokens=16, max_model_len=40, eos_token_ids=[END]
+    )
+    executor = GatedExecutor(4, following_letter, fail_steps=frozenset({1000}))
+    executor.gate = gate
+    text = TextProcessor(Tokenizer(LetterBackend(), RULES), None, max_model_len=40, max_num_seqs=4, vocab_size=27)
+    engine = AsyncEngine(Engine(scheduler, executor), text, INFO)
+    yield engine
+    gate.open()
+    engine.close()
+
+
+def request(engine: AsyncEngine, prompt: str, request_id: str = "r", **sampling):
+    sampling.setdefault("max_tokens", 5)
+    ids = engine.text.encode_prompt(prompt)
+    return engine.text.make_request(ids, SamplingParams(temperature=0, **sampling), request_id=request_id)
+
+
+async def collect(engine: AsyncEngine, own) -> dict[int, tuple[str, FinishReason, str | int | None]]:
+    texts: dict[int, str] = {}
+    ends = {}
+    async with aclosing(engine.generate(own)) as stream:
+        async for deltas in stream:
+            for delta in deltas:
+                texts[delta.index] = texts.get(delta.index, "") + delta.text
+                if delta.finish_reason is not None:
+                    assert delta.index not in ends
+                    ends[delta.index] = (delta.finish_reason, delta.stop_reason)
+    return {i: (texts[i], *ends[i]) for i in ends}
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(10):
+        while engine.stats().cache.num_used or engine.stats().num_running or engine.stats().num_waiting:
+            await asyncio.sleep(0.001)
+
+
+def test_a_request_streams_to_its_end(engine):
+    assert asyncio.run(collect(engine, request(engine, "abc"))) == {0: ("defgh", FinishReason.LENGTH, None)}
+
+
+def test_the_end_token_is_not_text(engine):
+    assert asyncio.run(collect(engine, request(engine, "x", max_tokens=9))) == {0: ("yz", FinishReason.STOP, None)}
+
+
+def test_samples_end_on_their_own(engine):
+    ends = asyncio.run(collect(engine, request(engine, "t", n=3, max_tokens=6)))
+    assert ends == {
+        0: ("uvwxyz", FinishReason.LENGTH, None),
+        1: ("vxz", FinishReason.STOP, None),
+        2: ("wz", FinishReason.STOP, None),
+    }
+
+
+def test_a_stop_string_ends_the_sequence_in_the_engine_too(engine, gate):
+    async def main():
+        gate.allow_only(6)
+        ends = await collect(engine, request(engine, "a", stop=["fg"], max_tokens=30))
+        gate.open()
+        await until_idle(engine)
+        return ends
+
+    assert asyncio.run(main()) == {0: ("bcde", FinishReason.STOP, "fg")}
+    assert engine.stats().finished == {"abort": 1}
+
+
+def test_a_stop_token_of_the_caller_is_left_out_unless_asked_for(engine):
+    plain = asyncio.run(collect(engine, request(engine, "a", stop_token_ids=[4])))
+    asked = asyncio.run(collect(engine, request(engine, "a", stop_token_ids=[4], include_stop_str_in_output=True)))
+    assert (plain[0], asked[0]) == (("bcd", FinishReason.STOP, 4), ("bcde", FinishReason.STOP, 4))
+
+
+def test_many_requests_share_the_engine(engine):
+    async def main():
+        requests = [request(engine, chr(97 + i), str(i), max_tokens=3) for i in range(12)]
+        return await asyncio.gather(*(collect(engine, r) for r in requests))
+
+    results = asyncio.run(main())
+    assert [r[0][0] for r in results] == ["".join(chr(98 + i + j) for j in range(3)) for i in range(12)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_leaving_the_stream_aborts_the_request(engine, gate, num_steps: int):
+    async def main():
+        gate.allow_only(num_steps)
+        stream = engine.generate(request(engine, "a", max_tokens=30, ignore_eos=True))
+        await anext(stream)
+        await stream.aclose()
+        gate.open()
+        await until_idle(engine)
+
+    asyncio.run(main())
+    assert engine.stats().finished == {"abort": 1}
+
+
+def test_cancelling_the_reader_aborts_the_request(engine, gate):
+    async def main():
+        gate.allow_only(0)
+        task = asyncio.create_task(collect(engine, request(engine, "a", max_tokens=30)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open()
+        await until_idle(engine)
+
+    asyncio.run(main())
+    assert engine.stats().num_generation_tokens <= 1
+
+
+def test_a_request_id_in_use_is_refused(engine, gate):
+    async def main():
+        gate.allow_only(1)
+        async with aclosing(engine.generate(request(engine, "a", "same", max_tokens=30))) as stream:
+            await anext(stream)
+            with pytest.raises(RequestFailed, match="'same' is in use"):
+                await collect(engine, request(engine, "b", "same"))
+        gate.open()
+
+    asyncio.run(main())
+
+
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(engine):
+    engine._engine._executor.fail_steps = frozenset({0})
+    with pytest.raises(RequestFailed, match="step 0 was told to fail"):
+        asyncio.run(collect(engine, request(engine, "a")))
+    assert asyncio.run(collect(engine, request(engine, "a")))[0][0] == "bcdef"
+
+
+def test_a_broken_loop_is_told_to_everyone(engine, monkeypatch):
+    def explode():
+        raise ValueError("the scheduler is broken")
+
+    monkeypatch.setattr(engine._engine.scheduler, "schedule", explode)
+    with pytest.raises(EngineDead, match="the scheduler is broken"):
+        asyncio.run(collect(engine, request(engine, "a")))
+    with pytest.raises(EngineDead, match="the scheduler is broken"):
+        engine.check_health()
+    with pytest.raises(EngineDead):
+        asyncio.run(collect(engine, request(engine, "a")))
+
+
+def test_close_ends_those_who_wait(engine, gate):
+    async def main():
+        gate.allow_only(1)
+        async with aclosing(engine.generate(request(engine, "a", max_tokens=30, ignore_eos=True))) as stream:
+            await anext(stream)
+            closing = asyncio.create_task(asyncio.to_thread(engine.close))
+            while not engine._closing:
+                await asyncio.sleep(0)
+            gate.open()
+            await closing
+            with pytest.raises(EngineDead, match="closed"):
+                async for _ in stream:
+                    pass
+
+    asyncio.run(main())
+
+
+def test_an_embedding_comes_back(engine):
+    ids = engine.text.encode_prompt("abcdef")
+    own = engine.text.make_request(ids, SamplingParams(), request_id="e", task="embed")
+    assert asyncio.run(engine.embed(own)).embedding == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty"),
+        ([], "prompt is empty"),
+        ([1, 27], "token id 27 is out of vocabulary; ids go from 0 to 26"),
+        ([-1], "token id -1 is out of vocabulary"),
+        ([1.5], "must hold integers"),
+    ],
+    ids=["no-text", "no-ids", "beyond", "negative", "float"],
+)
+def test_a_bad_prompt_is_refused(engine, prompt, message: str):
+    with pytest.raises(InvalidRequest, match=message):
+        engine.text.encode_prompt(prompt)
+
+
+def test_a_prompt_beyond_the_context_is_refused(engine):
+    with pytest.raises(PromptTooLong, match="maximum context length is 40 tokens. However, you requested 40"):
+        request(engine, "a" * 40, max_tokens=None)
+    with pytest.raises(PromptTooLong, match="38 in the prompt and 3 to generate"):
+        request(engine, "a" * 38, max_tokens=3)
+    assert request(engine, "a" * 38, max_tokens=None).sampling.max_tokens == 2
+
+
+def test_more_samples_than_rows_are_refused(engine):
+    with pytest.raises(InvalidRequest, match="n is 5, at most 4"):
+        request(engine, "a", n=5)
+
+
+def test_a_model_without_a_template_refuses_chats(engine):
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        engine.text.encode_chat([{"role": "user", "content": "hi"}])

@@ -1,0 +1,52 @@
+import pytest
+from octavo_engine.errors import InvalidConfig
+from octavo_engine.runner.memory import available_bytes, plan_memory
+
+SIZES = {"bytes_per_block": 1000, "block_size": 16, "max_num_seqs": 4, "model_max_len": 256, "free_bytes": 400_000}
+
+
+def plan(**changes):
+    return plan_memory(**({"max_model_len": None, "num_blocks": None, "kv_cache_bytes": None} | SIZES | changes))
+
+
+def test_given_blocks_are_taken():
+    chosen = plan(num_blocks=40)
+    assert (chosen.num_blocks, chosen.num_bytes, chosen.max_model_len) == (40, 40_000, 256)
+    assert chosen.reason == "num_blocks was given"
+
+
+def test_given_bytes_are_turned_into_blocks():
+    assert plan(kv_cache_bytes=50_999).num_blocks == 50
+
+
+def test_no_more_is_taken_than_the_sequences_can_use():
+    chosen = plan()
+    assert chosen.num_blocks == 4 * 16 + 1
+    assert chosen.reason == "what 4 sequences of 256 tokens can use"
+
+
+def test_a_quarter_of_the_free_memory_is_the_default():
+    assert plan(free_bytes=200_000).num_blocks == 50
+
+
+def test_the_context_is_cut_to_what_fits_and_the_reason_says_so():
+    chosen = plan(num_blocks=9)
+    assert chosen.max_model_len == 128
+    assert "cut from 256 to the 128 tokens" in chosen.reason
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_ways_out():
+    with pytest.raises(InvalidConfig) as caught:
+        plan(num_blocks=9, max_model_len=200)
+    assert "num_blocks to 14 or more" in str(caught.value)
+    assert "kv_cache_bytes to 14000 or more" in str(caught.value)
+    assert "max_model_len to 128 or less" in str(caught.value)
+
+
+def test_a_context_beyond_the_models_is_refused():
+    with pytest.raises(InvalidConfig, match="more than the model's context of 256"):
+        plan(max_model_len=257)
+
+
+def test_this_machine_has_memory():
+    assert available_bytes() > 1 << 20
