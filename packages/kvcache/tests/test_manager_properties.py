@@ -1,0 +1,268 @@
+"""Any sequence of operations against a model that copies everything.
+
+The model keeps each sequence's tokens in a list of its own. Beside it runs a fake device: a memory of blocks, and rows
+of block ids that know only the copies and updates that the manager returns. What a slot holds is the whole context
+that a real key depends on (salt, all tokens up to its own, group), so a wrong hit or a stale block is seen.
+"""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from octavo_kvcache import Allocation, CacheFull, CacheManager, KVCacheSpec
+
+TOKENS = st.integers(0, 1)  # few different ones, so that prefixes repeat
+SALTS = st.sampled_from([b"", b"x"])
+
+FULL = KVCacheSpec(1, 8)
+
+
+def window(num_tokens: int) -> KVCacheSpec:
+    return KVCacheSpec(1, 8, kind="window", window=num_tokens)
+
+
+@dataclass
+class Model:
+    """One sequence: what it should hold, and the row of block ids that the fake device has for it."""
+
+    tokens: list[int]
+    salt: bytes
+    rows: list[list[int]]
+    num_computed: int = 0
+    num_tokens: int = 0
+
+    def content(self, position: int, group: int) -> object:
+        return self.salt, tuple(self.tokens[: position + 1]), group
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Operations of a scheduler in any order; `groups` is set by the subclasses."""
+
+    groups: tuple[KVCacheSpec, ...] = (FULL,)
+
+    @initialize(block_size=st.integers(1, 4), num_blocks=st.integers(4, 24))
+    def start(self, block_size: int, num_blocks: int) -> None:
+        self.size = block_size
+        self.cache = CacheManager(num_blocks, block_size, groups=self.groups)
+        self.sequences: dict[int, Model] = {}
+        self.parked: list[tuple[int, list[int]]] = []
+        self.memory: dict[tuple[int, int], object] = {}
+        self.ids = itertools.count()
+        self.step_id = 0
+        self.num_copies = 0
+
+    # Operations
+
+    @rule(tokens=st.lists(TOKENS, min_size=1, max_size=14), salt=SALTS)
+    def match(self, tokens: list[int], salt: bytes) -> None:
+        seq_id = next(self.ids)
+        num_cached = self.cache.match(seq_id, tokens, salt)
+        assert num_cached % self.size == 0
+        assert 0 <= num_cached < len(tokens)
+        rows = [*self.cache.block_ids(seq_id)]
+        self.sequences[seq_id] = Model(tokens, salt, rows, num_cached, num_cached)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), fraction=st.floats(0, 1), final=st.booleans())
+    def step(self, data: st.DataObject, fraction: float, final: bool) -> None:
+        """Schedule some sequences, preempt when the cache is full, then run the copies and writes as one step."""
+        scheduled: dict[int, tuple[int, int]] = {}
+        copies = []
+        for seq_id in data.draw(st.permutations(sorted(self.sequences)))[:4]:
+            if seq_id not in self.sequences:
+                continue  # it was preempted
+            seq = self.sequences[seq_id]
+            if seq.num_computed == len(seq.tokens):
+                seq.tokens += data.draw(st.lists(TOKENS, min_size=1, max_size=5), label="sampled token and drafts")
+            num_new = data.draw(st.integers(1, len(seq.tokens) - seq.num_computed), label="num_new_tokens")
+            allocation = self.allocate(seq_id, num_new, scheduled)
+            if allocation is None:
+                continue
+            copies += allocation.copies
+            scheduled[seq_id] = (seq.num_computed, seq.num_computed + num_new)
+        self.num_copies += len(copies)
+        for copy in copies:
+            for offset in range(self.size):
+                self.memory[copy.dst, offset] = self.memory.get((copy.src, offset))
+        for seq_id, (start, stop) in scheduled.items():
+            self.write(seq_id, start, stop)
+        for seq_id, (start, stop) in scheduled.items():
+            self.accept(seq_id, start + 1 + int(fraction * (stop - start - 1)), stop, final)
+        self.step_id += 1
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent_id = data.draw(st.sampled_from(sorted(self.sequences)))
+        child_id, parent = next(self.ids), self.sequences[parent_id]
+        self.cache.fork(parent_id, child_id)
+        rows = [row.copy() for row in parent.rows]
+        self.sequences[child_id] = Model(
+            parent.tokens.copy(), parent.salt, rows, parent.num_computed, parent.num_tokens
+        )
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), late=st.sampled_from([None, 0, 1, 3]))
+    def free(self, data: st.DataObject, late: int | None) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.sequences)))
+        self.drop(seq_id, late)
+
+    @rule()
+    def step_done(self) -> None:
+        self.cache.step_done(self.step_id)
+        self.parked = [(after, held) for after, held in self.parked if after > self.step_id]
+        self.step_id += 1
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.cache.reset_prefix_cache()
+        assert self.cache.stats().num_cached == 0
+
+    @precondition(lambda self: self.sequences and self.groups == (FULL,))
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        """Compute other tokens in the place of final ones."""
+        seq = self.sequences[data.draw(st.sampled_from(sorted(self.sequences)))]
+        seq.num_computed = data.draw(st.integers(0, seq.num_computed), label="num_computed_tokens")
+        seq.tokens[seq.num_computed :] = data.draw(st.lists(TOKENS, min_size=1, max_size=6), label="other tokens")
+
+    # Parts of a step
+
+    def allocate(self, seq_id: int, num_new: int, scheduled: dict[int, tuple[int, int]]) -> Allocation | None:
+        seq = self.sequences[seq_id]
+        while True:
+            before = self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences]
+            possible = self.cache.can_allocate(seq_id, seq.num_computed, num_new)
+            try:
+                allocation = self.cache.allocate(seq_id, seq.num_computed, num_new)
+            except CacheFull:
+                assert not possible
+                assert before == (self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences])
+            else:
+                assert possible
+                for row, update in zip(seq.rows, allocation.updates, strict=bool(allocation.updates)):
+                    row[update.first_index : update.first_index + len(update.block_ids)] = update.block_ids
+                seq.num_tokens = seq.num_computed + num_new
+                return allocation
+            victims = [other for other in self.sequences if other != seq_id]
+            if not victims:
+                return None
+            scheduled.pop(victims[-1], None)
+            self.drop(victims[-1], None)
+
+    def write(self, seq_id: int, start: int, stop: int) -> None:
+        seq, holders = self.sequences[seq_id], self.holders()
+        for group, row in enumerate(seq.rows):
+            for position in range(start, stop):
+                block_id, offset = row[position // self.size], position % self.size
+                assert holders[block_id] == 1, f"block {block_id} is shared and written"
+                self.memory[block_id, offset] = seq.content(position, group)
+
+    def accept(self, seq_id: int, num_accepted: int, stop: int, final: bool) -> None:
+        seq = self.sequences[seq_id]
+        seq.num_computed = num_accepted
+        if num_accepted < stop:
+            del seq.tokens[num_accepted:]
+        if final:  # else a later step commits these tokens too
+            self.cache.commit(seq_id, seq.tokens, num_accepted)
+
+    def drop(self, seq_id: int, late: int | None) -> None:
+        held = [block_id for row in self.sequences.pop(seq_id).rows for block_id in row if block_id]
+        if late is None:
+            self.cache.free(seq_id)
+        else:
+            self.cache.free(seq_id, after=self.step_id + late)
+            self.parked.append((self.step_id + late, held))
+
+    def holders(self) -> Counter[int]:
+        rows = (row for seq in self.sequences.values() for row in seq.rows)
+        parked = (held for _, held in self.parked)
+        return Counter(block_id for held in itertools.chain(rows, parked) for block_id in held if block_id)
+
+    # What must always hold
+
+    @invariant()
+    def rows_follow_from_updates(self) -> None:
+        for seq_id, seq in self.sequences.items():
+            assert self.cache.block_ids(seq_id) == tuple(seq.rows)
+
+    @invariant()
+    def contents_equal_the_model(self) -> None:
+        for seq in self.sequences.values():
+            for group, (spec, row) in enumerate(zip(self.groups, seq.rows, strict=True)):
+                first_seen = 0 if spec.window is None else max(0, seq.num_computed - spec.window + 1)
+                for position in range(first_seen, seq.num_computed):
+                    block_id, offset = row[position // self.size], position % self.size
+                    assert block_id != 0
+                    assert self.memory[block_id, offset] == seq.content(position, group)
+
+    @invariant()
+    def no_block_is_leaked_and_counts_add_up(self) -> None:
+        stats, holders = self.cache.stats(), self.holders()
+        assert stats.num_used == len(holders)
+        assert stats.num_used + stats.num_free == stats.num_usable
+        assert stats.num_shared == sum(count > 1 for count in holders.values())
+        assert stats.num_copies == self.num_copies
+        assert stats.num_sequences == len(self.sequences)
+        pool = self.cache._pool
+        free = pool.free_block_ids()
+        assert sorted([*free, *holders]) == list(range(1, stats.num_blocks))
+        assert {block_id: pool.ref_count(block_id) for block_id in holders} == holders
+        cached = [block_id for block_id in free if pool.block_hash(block_id) is not None]
+        assert stats.num_cached == len(cached)
+        assert free[len(free) - len(cached) :] == cached  # evicted last
+
+    @invariant()
+    def every_hash_leads_to_its_block(self) -> None:
+        pool, prefix = self.cache._pool, self.cache._prefix
+        hashes = {block_id: pool.block_hash(block_id) for block_id in range(self.cache.num_blocks)}
+        hashed = {block_id: block_hash for block_id, block_hash in hashes.items() if block_hash is not None}
+        assert len(prefix) == len(hashed)
+        assert all(prefix.get(block_hash) == block_id for block_id, block_hash in hashed.items())
+
+    @invariant()
+    def waste_is_counted_exactly(self) -> None:
+        filled: dict[int, int] = {}
+        num_table_blocks = 0
+        for seq in self.sequences.values():
+            for row in seq.rows:
+                for index, block_id in enumerate(row):
+                    if block_id:
+                        num_table_blocks += 1
+                        num_here = min(max(seq.num_tokens - index * self.size, 0), self.size)
+                        filled[block_id] = max(filled.get(block_id, 0), num_here)
+        stats = self.cache.stats()
+        assert stats.num_live_tokens == sum(filled.values())
+        assert stats.num_table_blocks == num_table_blocks
+        assert stats.num_used - stats.num_parked == len(filled)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for seq_id in list(self.sequences):
+            self.drop(seq_id, None)
+        self.cache.step_done(self.step_id + 100)
+        stats = self.cache.stats()
+        assert (stats.num_used, stats.num_live_tokens, stats.num_table_blocks) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [(FULL,), (FULL, window(5)), (window(3), window(6))],
+    ids=["full", "full and window", "two windows"],
+)
+def test_any_sequence_of_operations_equals_copying_everything(groups):
+    machine = type("Machine", (CacheMachine,), {"groups": groups})
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))

@@ -1,0 +1,109 @@
+import pytest
+
+torch = pytest.importorskip("torch", reason="KVStorage needs torch")
+pytest.importorskip("octavo_kernels", reason="KVStorage needs octavo-kernels")
+
+from octavo_kvcache import BlockCopy, InvalidArgument, KVCacheSpec, KVStorage, UnsupportedSpec  # noqa: E402 - after the skip
+
+FULL = KVCacheSpec(num_kv_heads=2, head_dim=4)
+WINDOW = KVCacheSpec(num_kv_heads=2, head_dim=4, kind="window", window=8)
+
+
+def numbered(specs, num_blocks=8, block_size=4) -> KVStorage:
+    """Storage whose blocks hold their own number, negative for V, plus 100 per layer."""
+    storage = KVStorage(specs, num_blocks, block_size)
+    for index in range(storage.num_layers):
+        for sign, cache in zip((1, -1), storage.layer(index), strict=True):
+            cache.copy_(torch.arange(num_blocks).view(-1, 1, 1, 1).expand_as(cache) * sign + 100 * index)
+    return storage
+
+
+def blocks(storage, layer):
+    k_cache, v_cache = storage.layer(layer)
+    assert (k_cache == k_cache[:, :1, :1, :1]).all()
+    assert (v_cache == v_cache[:, :1, :1, :1]).all()
+    return k_cache[:, 0, 0, 0].int().tolist(), v_cache[:, 0, 0, 0].int().tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_layer_is_two_views_of_one_allocation(dtype):
+    storage = KVStorage([KVCacheSpec(3, 64, dtype)] * 2, num_blocks=5, block_size=16)
+    k_cache, v_cache = storage.layer(1)
+    assert k_cache.shape == v_cache.shape == (5, 3, 16, 64)
+    assert k_cache.dtype == getattr(torch, dtype)
+    assert k_cache.untyped_storage().data_ptr() == v_cache.untyped_storage().data_ptr()
+    assert k_cache.untyped_storage().data_ptr() != storage.layer(0)[0].untyped_storage().data_ptr()
+    assert k_cache.untyped_storage().nbytes() * 2 == storage.bytes_per_block * storage.num_blocks
+    assert storage.bytes_per_block == 2 * KVCacheSpec(3, 64, dtype).bytes_per_block(16)
+
+
+def test_null_block_is_zero():
+    storage = KVStorage([FULL], num_blocks=3, block_size=4)
+    assert all((cache[0] == 0).all() for cache in storage.layer(0))
+
+
+def test_copies_move_keys_and_values_of_all_layers():
+    storage = numbered([FULL, FULL])
+    storage.apply([BlockCopy(1, 5), BlockCopy(1, 6)])
+    assert blocks(storage, 0) == ([0, 1, 2, 3, 4, 1, 1, 7], [0, -1, -2, -3, -4, -1, -1, -7])
+    assert blocks(storage, 1) == ([100, 101, 102, 103, 104, 101, 101, 107], [100, 99, 98, 97, 96, 99, 99, 93])
+    storage.apply([])
+    assert blocks(storage, 0)[0] == [0, 1, 2, 3, 4, 1, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("copies", "expected"),
+    [
+        ([(1, 2), (2, 3)], [0, 1, 1, 1, 4]),
+        ([(1, 2), (3, 2)], [0, 1, 3, 3, 4]),
+        ([(2, 3), (1, 2)], [0, 1, 1, 2, 4]),
+        ([(1, 4), (2, 1), (4, 2)], [0, 2, 1, 3, 1]),
+    ],
+    ids=["chain", "overwritten", "source reused", "swap by a third"],
+)
+def test_copies_have_the_effect_of_one_after_the_other(copies, expected):
+    storage = numbered([FULL], num_blocks=5)
+    storage.apply([BlockCopy(src, dst) for src, dst in copies])
+    assert blocks(storage, 0)[0] == expected
+
+
+def test_groups_of_one_shape_share_tensors():
+    storage = KVStorage([WINDOW, WINDOW, FULL], num_blocks=4, block_size=4)
+    pointers = [storage.layer(index)[0].data_ptr() for index in range(3)]
+    assert pointers[2] == pointers[0] != pointers[1]
+    assert storage.bytes_per_block == 2 * FULL.bytes_per_block(4)
+
+
+def test_groups_of_another_shape_have_their_own():
+    other = KVCacheSpec(num_kv_heads=1, head_dim=4, kind="window", window=8)
+    storage = KVStorage([other, FULL], num_blocks=4, block_size=4)
+    assert storage.bytes_per_block == FULL.bytes_per_block(4) + other.bytes_per_block(4)
+    assert storage.layer(0)[0].shape == (4, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("copy", "error", "message"),
+    [
+        (BlockCopy(1, 8), InvalidArgument, "from block 1 to 8"),
+        (BlockCopy(-1, 2), InvalidArgument, "from block -1 to 2"),
+        (BlockCopy(1, 0), InvalidArgument, "from block 1 to 0"),
+        (BlockCopy(1, 2, "host", "device"), UnsupportedSpec, "'host' to 'device'"),
+    ],
+    ids=["past the end", "negative", "null block", "other tier"],
+)
+def test_copy_that_can_not_be_done_is_refused_before_any(copy, error, message):
+    storage = numbered([FULL])
+    with pytest.raises(error, match=message):
+        storage.apply([BlockCopy(1, 2), copy])
+    assert blocks(storage, 0)[0] == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("specs", "num_blocks", "block_size"), [([], 4, 4), ([FULL], 1, 4), ([FULL], 4, 0)])
+def test_storage_of_nothing_is_refused(specs, num_blocks, block_size):
+    with pytest.raises(InvalidArgument, match="at least 1 layer, 2 blocks"):
+        KVStorage(specs, num_blocks, block_size)
+
+
+def test_unknown_layer_is_an_index_error():
+    with pytest.raises(IndexError, match="layer 2 does not exist; the storage has 1 layers"):
+        KVStorage([FULL], 4, 4).layer(2)
