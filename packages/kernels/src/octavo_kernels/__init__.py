@@ -1,1 +1,48 @@
 """Paged attention and the kernels around it, on plain torch tensors: CPU, Triton, and a plain reference."""
+
+from octavo_kernels._dispatch import Backend, Fallback, available_backends, choose, fallbacks
+from octavo_kernels.activation import gelu, gelu_and_mul, silu_and_mul
+from octavo_kernels.attention import paged_attention, varlen_attention
+from octavo_kernels.cache_ops import copy_blocks, gather_kv, write_kv
+from octavo_kernels.errors import (
+    BackendFallbackWarning,
+    BackendUnavailable,
+    DeviceError,
+    DtypeError,
+    KernelError,
+    OptionError,
+    ShapeError,
+)
+from octavo_kernels.merge import merge_states
+from octavo_kernels.noise import gumbel_noise, philox
+from octavo_kernels.norm import add_rms_norm, rms_norm
+from octavo_kernels.rope import rope_kv_write
+
+__all__ = [
+    "Backend",
+    "BackendFallbackWarning",
+    "BackendUnavailable",
+    "DeviceError",
+    "DtypeError",
+    "Fallback",
+    "KernelError",
+    "OptionError",
+    "ShapeError",
+    "add_rms_norm",
+    "available_backends",
+    "choose",
+    "copy_blocks",
+    "fallbacks",
+    "gather_kv",
+    "gelu",
+    "gelu_and_mul",
+    "gumbel_noise",
+    "merge_states",
+    "paged_attention",
+    "philox",
+    "rms_norm",
+    "rope_kv_write",
+    "silu_and_mul",
+    "varlen_attention",
+    "write_kv",
+]

@@ -1,0 +1,185 @@
+"""Backend, and the choice of one for an op: by the tensors' device, or by OCTAVO_BACKEND."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple, cast
+
+import torch
+
+from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, OptionError
+
+
+class Backend(Enum):
+    """Who computes an op.
+
+    REFERENCE: plain torch, the specification, any device. CPU: batched torch, the default on CPU tensors, and on any
+    other device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1. CUDA: compiled
+    C++; this version has none yet.
+    """
+
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+    CUDA = "cuda"
+
+
+class Fallback(NamedTuple):
+    """One op that ran on another backend than the one asked for, and how many calls did."""
+
+    wanted: Backend
+    used: Backend
+    num_calls: int
+
+
+# Which file of each backend's folder holds an op.
+_STEMS: Mapping[str, str] = MappingProxyType(
+    {
+        "paged_attention": "attention",
+        "varlen_attention": "attention",
+        "write_kv": "cache_ops",
+        "copy_blocks": "cache_ops",
+        "gather_kv": "cache_ops",
+        "rope_kv_write": "rope",
+        "rms_norm": "norm",
+        "add_rms_norm": "norm",
+        "silu_and_mul": "activation",
+        "gelu_and_mul": "activation",
+        "gelu": "activation",
+        "merge_states": "merge",
+        "philox": "noise",
+        "gumbel_noise": "noise",
+    }
+)
+
+_OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
+    {
+        Backend.REFERENCE: frozenset(_STEMS),
+        Backend.CPU: frozenset(_STEMS),
+        Backend.TRITON: frozenset({"paged_attention", "write_kv", "rope_kv_write"}),
+        Backend.CUDA: frozenset(),
+    }
+)
+
+
+class _FallbackLog:
+    """Counts fallbacks per op, and says which call is the first."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Fallback] = {}
+        self._lock = threading.Lock()
+
+    def add(self, op: str, wanted: Backend, used: Backend) -> bool:
+        with self._lock:
+            known = self._entries.get(op)
+            self._entries[op] = Fallback(wanted, used, known.num_calls + 1 if known else 1)
+            return known is None
+
+    def snapshot(self) -> dict[str, Fallback]:
+        with self._lock:
+            return dict(self._entries)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+_log = _FallbackLog()
+
+
+def available_backends() -> tuple[Backend, ...]:
+    """Return the backends that can run in this process, in the order of the enum.
+
+    Triton counts when it is installed and a GPU is visible, or when TRITON_INTERPRET=1 asks for its interpreter.
+    """
+    return tuple(backend for backend in Backend if _unavailable(backend) is None)
+
+
+def choose(op: str, device: torch.device | str) -> Backend:
+    """Return the backend that a call of `op` on `device` would use now, reading OCTAVO_BACKEND.
+
+    Without the variable: `cpu` on CPU tensors; elsewhere `triton` when it has the op and can run, else `cpu`. With it:
+    the named backend when it has the op, else `cpu`.
+
+    Raises: OptionError (unknown op or unknown OCTAVO_BACKEND), BackendUnavailable (the forced backend cannot run).
+    """
+    return _resolve(op, torch.device(device).type)[1]
+
+
+def fallbacks() -> dict[str, Fallback]:
+    """Return, by op, what ran on another backend than the one asked for since the process started."""
+    return _log.snapshot()
+
+
+def implementation(op: str, device: torch.device) -> Callable[..., None]:
+    """Return the function that serves `op` on `device`; warn once per op when it is not the backend asked for."""
+    wanted, used = _resolve(op, device.type)
+    if wanted is not used and _log.add(op, wanted, used):
+        warnings.warn(
+            f"{op}: the {wanted.value} backend does not serve it here, {used.value} does; "
+            "see octavo_kernels.fallbacks()",
+            BackendFallbackWarning,
+            stacklevel=3,
+        )
+    return _load(used, op)
+
+
+def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
+    """Return the backend asked for, and the one that serves."""
+    if op not in _STEMS:
+        raise OptionError(f"choose: op is {op!r}, expected one of {', '.join(_STEMS)}; pass such a name")
+    forced = _forced()
+    if forced is not None:
+        reason = _unavailable(forced, device_type)
+        if reason is not None:
+            raise BackendUnavailable(f"OCTAVO_BACKEND={forced.value}: {reason}")
+        return forced, forced if op in _OPS[forced] else Backend.CPU
+    if device_type == "cuda" and op in _OPS[Backend.TRITON]:
+        return Backend.TRITON, Backend.TRITON if _unavailable(Backend.TRITON) is None else Backend.CPU
+    return Backend.CPU, Backend.CPU
+
+
+def _forced() -> Backend | None:
+    name = os.environ.get("OCTAVO_BACKEND", "")
+    if not name:
+        return None
+    try:
+        return Backend(name)
+    except ValueError:
+        names = ", ".join(backend.value for backend in Backend)
+        raise OptionError(
+            f"OCTAVO_BACKEND is {name!r}, expected one of {names}; set one of them, or unset it"
+        ) from None
+
+
+def _unavailable(backend: Backend, device_type: str | None = None) -> str | None:
+    """Say why a backend cannot run (on a device), or None when it can."""
+    if backend is Backend.CUDA:
+        return "this version has no compiled CUDA kernels; use triton, or unset the variable"
+    if backend is not Backend.TRITON:
+        return None
+    if not _has_triton():
+        return "triton is not installed; install octavo-kernels[interpreter], or torch's GPU build"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "the tensors are on the CPU; set TRITON_INTERPRET=1 before the first call, or pass GPU tensors"
+    if not interpreted and not torch.cuda.is_available():
+        return "no GPU is visible; set TRITON_INTERPRET=1 before the first call to interpret kernels on the CPU"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _load(backend: Backend, op: str) -> Callable[..., None]:
+    module = importlib.import_module(f"octavo_kernels.{backend.value}.{_STEMS[op]}")
+    return cast("Callable[..., None]", getattr(module, op))

@@ -1,0 +1,203 @@
+"""The dense part of attention on one bucket: masks, scores, softmax, values."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo_kernels._options import AttentionOptions
+
+_NEVER = float("-inf")
+# Queries per product: bounds the score matrix, and lets causal tiles skip the columns behind their last query.
+_TILE_QUERIES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Which positions the columns and queries of a bucket are.
+
+    starts: the position of column 0 per sequence. seq_lens: tokens per sequence. bounds: min and max over the bucket.
+    """
+
+    starts: Tensor
+    seq_lens: Tensor
+    query_len: int
+    num_columns: int
+    min_end: int
+    max_end: int
+    min_start: int
+    min_seq_len: int
+    max_seq_len: int
+
+    @classmethod
+    def make(
+        cls, starts: list[int], seq_lens: list[int], query_len: int, num_columns: int, device: torch.device
+    ) -> "Span":
+        """Take the positions of a bucket from host lists."""
+        ends = [seq_len - start for start, seq_len in zip(starts, seq_lens, strict=True)]
+        return cls(
+            torch.tensor(starts, device=device),
+            torch.tensor(seq_lens, device=device),
+            query_len,
+            num_columns,
+            min(ends),
+            max(ends),
+            min(starts),
+            min(seq_lens),
+            max(seq_lens),
+        )
+
+    def max_hidden_head(self, options: AttentionOptions) -> int:
+        """Return how many leading columns may lie behind the window of every query, at most."""
+        if options.window is None:
+            return 0
+        first_seen = self.max_seq_len - self.query_len - options.window + 1
+        return min(max(0, first_seen - self.min_start), self.num_columns)
+
+    def has_hidden_columns(self, options: AttentionOptions) -> bool:
+        """Return whether some column is seen by no query."""
+        return self.min_end < self.num_columns or self.max_hidden_head(options) > 0 or self.min_seq_len < self.query_len
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, options: AttentionOptions, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return out [sequences, query_len, num_heads, head_dim] in q's dtype, and lse [sequences, query_len, num_heads].
+
+    q: [sequences, query_len, num_heads, head_dim]. k, v: [sequences, num_kv_heads, columns, head_dim]; modified where
+    no query sees them.
+    """
+    plain = options.soft_cap is None and options.sinks is None and not with_lse and span.min_seq_len >= span.query_len
+    # Fused attention is ahead on tiles of queries, and sums half precision in fp32; on single fp32 rows the batched
+    # product is.
+    fused = plain and q.dtype != torch.float64 and k.dtype == q.dtype and (q.shape[1] > 1 or q.dtype != torch.float32)
+    if not fused:
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        k, v = k.to(wide), v.to(wide)
+    _silence(v, span, options)
+    if fused:
+        _silence(k, span, options)
+    outs: list[Tensor] = []
+    log_sums: list[Tensor] = []
+    for start in range(0, span.query_len, _TILE_QUERIES):
+        stop = min(start + _TILE_QUERIES, span.query_len)
+        columns = _seen_columns(span, options, start, stop)
+        tile = q[:, start:stop], k[:, :, columns], v[:, :, columns]
+        bias = _Bias.make(span, options, start, stop, columns)
+        if fused:
+            outs.append(_fused(*tile, bias, options))
+        else:
+            out, lse = _product(*tile, bias, options)
+            outs.append(out.to(q.dtype))
+            log_sums.append(lse)
+    lse_whole = torch.cat(log_sums, dim=1) if with_lse else None
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), lse_whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    """What is laid over the scores of a tile.
+
+    hidden: [sequences, query_len, columns] bool, or None when every query sees all. penalty: [sequences, num_heads,
+    query_len, columns], ALiBi's, or None.
+    """
+
+    hidden: Tensor | None
+    penalty: Tensor | None
+
+    @classmethod
+    def make(cls, span: Span, options: AttentionOptions, start: int, stop: int, columns: slice) -> "_Bias":
+        device = span.starts.device
+        alone = stop - start == 1 and span.query_len == 1 and options.window is None
+        if alone and options.alibi_slopes is None:
+            if span.min_end >= columns.stop:
+                return cls(None, None)
+            ends = (span.seq_lens - span.starts)[:, None, None]
+            return cls(torch.arange(columns.start, columns.stop, device=device) >= ends, None)
+        keys = span.starts[:, None, None] + torch.arange(columns.start, columns.stop, device=device)
+        queries = (span.seq_lens[:, None] + torch.arange(start - span.query_len, stop - span.query_len, device=device))[
+            :, :, None
+        ]
+        distance = queries - keys
+        hidden = distance < 0 if options.causal else keys >= span.seq_lens[:, None, None]
+        if options.window is not None:
+            hidden = hidden | (distance.abs() >= options.window)
+        penalty = None
+        if options.alibi_slopes is not None:
+            penalty = options.alibi_slopes[:, None, None] * distance.abs()[:, None]
+        return cls(hidden.expand(-1, stop - start, -1), penalty)
+
+
+def _seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) -> slice:
+    """Return the columns that some query of a tile may see."""
+    last = span.max_end
+    if options.causal:
+        last = max(min(last, span.max_end - span.query_len + stop), 0)
+    first = 0
+    if options.window is not None:
+        first = min(max(0, span.min_end - span.query_len + start - options.window + 1), last)
+    return slice(first, last)
+
+
+def _silence(x: Tensor, span: Span, options: AttentionOptions) -> None:
+    """Zero the columns that no query of a sequence sees: they may hold NaN, which no probability of 0 silences."""
+    if span.min_end < x.shape[2]:
+        tail = max(span.min_end, 0)
+        ends = (span.seq_lens - span.starts)[:, None]
+        hidden = torch.arange(tail, x.shape[2], device=x.device) >= ends
+        x[:, :, tail:].masked_fill_(hidden[:, None, :, None], 0.0)
+    head = span.max_hidden_head(options)
+    if head:
+        first_seen = span.seq_lens - span.query_len - (options.window or 0) + 1 - span.starts
+        hidden = torch.arange(head, device=x.device) < first_seen[:, None]
+        x[:, :, :head].masked_fill_(hidden[:, None, :, None], 0.0)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions) -> Tensor:
+    """Return out by torch's fused attention."""
+    mask: Tensor | None = None
+    if bias.penalty is not None:
+        mask = (-bias.penalty).to(q.dtype)
+        if bias.hidden is not None:
+            mask = mask.masked_fill(bias.hidden[:, None], _NEVER)
+    elif bias.hidden is not None:
+        mask = ~bias.hidden[:, None]
+    if q.shape[1] == 1 and bias.penalty is None:
+        # [S, 1, heads, D] -> [S, kv heads, group, D]: the group's heads are rows, and keys are read once.
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=options.scale).view(q.shape)
+    heads_first = q.transpose(1, 2)
+    result = F.scaled_dot_product_attention(heads_first, k, v, attn_mask=mask, scale=options.scale, enable_gqa=True)
+    return result.transpose(1, 2)
+
+
+def _product(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """Return out and lse by two batched products around a softmax, in k's dtype."""
+    num_sequences, query_len, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    # [S, Q, heads, D] -> [S, kv heads, group * Q, D]
+    rows = (q.to(k.dtype) * options.scale).view(num_sequences, query_len, num_kv_heads, -1, head_dim)
+    rows = rows.permute(0, 2, 3, 1, 4).reshape(num_sequences, num_kv_heads, -1, head_dim)
+    scores = torch.matmul(rows, k.transpose(-1, -2)).view(num_sequences, num_heads, query_len, k.shape[2])
+    if options.soft_cap is not None:
+        scores = scores.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+    if bias.penalty is not None:
+        scores = scores.sub_(bias.penalty)
+    if bias.hidden is not None:
+        scores = scores.masked_fill_(bias.hidden[:, None], _NEVER)
+    weights, lse = _softmax(scores, options.sinks)
+    out = torch.matmul(weights.view(num_sequences, num_kv_heads, -1, k.shape[2]), v)
+    out = out.view(num_sequences, num_kv_heads, -1, query_len, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(q.shape), lse.transpose(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the weights and the log of their denominator; rows that see nothing have weights 0 and lse -inf."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    shift = lse.masked_fill(lse == _NEVER, 0.0)
+    weights = torch.exp(scores - shift[..., None])
+    return (weights if sinks is None else weights[..., :-1].contiguous()), lse

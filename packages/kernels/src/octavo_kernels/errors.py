@@ -1,0 +1,48 @@
+"""The exceptions and the one warning of this package.
+
+KernelError
+├── ShapeError          (ValueError)    a tensor's shape or stride does not fit
+├── DtypeError          (TypeError)     a tensor's dtype does not fit
+├── DeviceError         (ValueError)    tensors lie on different devices
+├── OptionError         (ValueError)    a plain argument or OCTAVO_BACKEND has an impossible value
+└── BackendUnavailable  (RuntimeError)  the backend asked for cannot run here
+BackendFallbackWarning  (UserWarning)   another backend than the one asked for serves an op
+"""
+
+__all__ = [
+    "BackendFallbackWarning",
+    "BackendUnavailable",
+    "DeviceError",
+    "DtypeError",
+    "KernelError",
+    "OptionError",
+    "ShapeError",
+]
+
+
+class KernelError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ShapeError(KernelError, ValueError):
+    """A tensor has a shape or a stride that the op cannot take."""
+
+
+class DtypeError(KernelError, TypeError):
+    """A tensor has a dtype that the op cannot take."""
+
+
+class DeviceError(KernelError, ValueError):
+    """The tensors of one call lie on different devices."""
+
+
+class OptionError(KernelError, ValueError):
+    """A plain argument, or the variable OCTAVO_BACKEND, has a value outside its range."""
+
+
+class BackendUnavailable(KernelError, RuntimeError):  # noqa: N818 - the name says the state, as in the design
+    """The backend that was asked for cannot run on this machine or on these tensors."""
+
+
+class BackendFallbackWarning(UserWarning):
+    """An op runs on another backend than the one that was asked for; given once per op."""
