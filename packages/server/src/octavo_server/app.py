@@ -1,0 +1,51 @@
+"""Puts the HTTP application together: routes, errors and middleware around one engine."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from octavo_engine.api import EngineClient
+from octavo_server.config import ServerSettings
+from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
+from octavo_server.middleware import ApiKeyGate, BodyLimit, Cors, RequestContext
+from octavo_server.routes import chat, completions, embeddings, health, metrics, models, tokens
+from octavo_server.state import ServerState
+
+
+def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> FastAPI:
+    """Return an ASGI application that serves an engine, in this process or in another, under OpenAI's interface.
+
+    The caller owns the engine: the application neither starts nor closes it.
+
+    Example:
+        >>> app = create_app(engine, ServerSettings(api_keys=("secret",)))  # doctest: +SKIP
+        >>> uvicorn.run(app, port=8000)  # doctest: +SKIP
+    """
+    settings = settings or ServerSettings()
+    state = ServerState.build(engine, settings)
+    # No generated pages: the interface is OpenAI's, and bodies are read by hand for errors in its shape.
+    app = FastAPI(title="Octavo", openapi_url=None, redirect_slashes=False, middleware=_middleware(state))
+    app.state.server = state
+    for module in (chat, completions, embeddings, health, metrics, models, tokens):
+        app.include_router(module.router)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    for kind in (ApiError, ValidationError, *ERRORS):
+        if kind is not Exception:  # an unforeseen error passes on to RequestContext, which logs it with its id
+            app.add_exception_handler(kind, handle_error)
+    return app
+
+
+def _middleware(state: ServerState) -> list[Middleware]:
+    """Return the layers, outermost first."""
+    settings = state.settings
+    layers = [
+        Middleware(RequestContext, metrics=state.metrics),
+        Middleware(Cors, allowed_origins=settings.allowed_origins),
+    ]
+    if settings.api_keys:
+        layers.append(Middleware(ApiKeyGate, api_keys=settings.api_keys))
+    layers.append(Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
+    return layers

@@ -1,0 +1,80 @@
+"""One choice of an answer as it grows: its text, its log-probabilities, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from octavo_engine.text.tokenizer import Tokenizer
+from octavo_engine.types import CompletionDelta, FinishReason, SamplingParams
+from octavo_server.generation import Generation
+from octavo_server.logprobs import LogprobTrack, TokenEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for."""
+
+    index: int
+    text: str
+    entries: list[TokenEntry] | None
+    finish_reason: FinishReason | None
+
+
+class Choice:
+    """Collects deltas until they are taken as a piece.
+
+    Args:
+        index: the choice's number in the HTTP answer.
+        sampling: of its request.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, index: int, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
+        self._index = index
+        self._texts: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._track: LogprobTrack | None = None
+        if sampling.logprobs is not None:
+            self._track = LogprobTrack(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+
+    def push(self, delta: CompletionDelta) -> None:
+        """Take in what is new."""
+        if delta.text:
+            self._texts.append(delta.text)
+        self._finish_reason = delta.finish_reason
+        if self._track is not None:
+            self._track.push(delta)
+
+    @property
+    def has_news(self) -> bool:
+        """True if there is text to show, or the end."""
+        return bool(self._texts) or self._finish_reason is not None
+
+    def take(self) -> Piece:
+        """Return, once, what has come since the last time."""
+        text = "".join(self._texts)
+        self._texts.clear()
+        entries = None if self._track is None else self._track.take()
+        return Piece(self._index, text, entries, self._finish_reason)
+
+
+async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
+    """Run a generation and yield each choice's pieces as soon as they can be shown, for a stream."""
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            for index, delta in batch:
+                choice = choices[index]
+                choice.push(delta)
+                if choice.has_news:
+                    yield choice.take()
+
+
+async def whole(generation: Generation, choices: Sequence[Choice]) -> list[Piece]:
+    """Run a generation to its end and return its choices in order."""
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            for index, delta in batch:
+                choices[index].push(delta)
+    return [choice.take() for choice in choices]

@@ -1,0 +1,159 @@
+"""One HTTP request's share of the engine: its requests side by side, its choices numbered through, its usage."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+
+from octavo_engine.api import EngineClient
+from octavo_engine.errors import RequestFailed
+from octavo_engine.types import CompletionDelta, FinishReason, Request
+from octavo_server.metrics import Metrics
+
+WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
+
+ChoiceDeltas = list[tuple[int, CompletionDelta]]
+"""(number of the choice in the HTTP answer, what is new in it)"""
+
+T = TypeVar("T")
+
+
+class Generation:
+    """Runs the requests of one HTTP request at the same time.
+
+    Args:
+        engine: runs them.
+        metrics: is told of each request.
+        requests: one per prompt, all with the same `n`.
+        prompt_only: generate nothing: every choice ends at once, empty, for its length.
+    """
+
+    def __init__(
+        self, engine: EngineClient, metrics: Metrics, requests: Sequence[Request], *, prompt_only: bool = False
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._requests = requests
+        self._prompt_only = prompt_only
+        self._n = requests[0].sampling.n
+        self._num_tokens = [0] * (self._n * len(requests))
+        self._num_cached_tokens = [0] * len(requests)
+        self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices over all prompts; those of prompt i are numbered from i x n."""
+        return len(self._num_tokens)
+
+    def usage(self) -> dict[str, Any]:
+        """Return the tokens used so far; a prompt counts once, however many choices it has."""
+        num_generated = sum(self._num_tokens)
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": num_generated,
+            "total_tokens": self._num_prompt_tokens + num_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
+        }
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
+        """Run the requests; closing this generator aborts those that have not ended.
+
+        Raises:
+            RequestFailed: if the engine could not compute one of them; the others are aborted.
+            EngineDead: if the engine has stopped.
+        """
+        if self._prompt_only:
+            yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
+            return
+        streams = self._run(0) if len(self._requests) == 1 else self._run_all()
+        async with aclosing(streams) as merged:
+            async for deltas in merged:
+                yield deltas
+
+    async def _run(self, place: int) -> AsyncGenerator[ChoiceDeltas, None]:
+        request = self._requests[place]
+        first_choice = place * self._n
+        with self._metrics.track(request) as track:
+            # The contract promises an async generator's aclose, though its annotation is the wider iterator.
+            stream = cast("AsyncGenerator[list[CompletionDelta], None]", self._engine.generate(request))
+            async with aclosing(stream) as batches:
+                async for batch in batches:
+                    now = time.monotonic()
+                    for delta in batch:
+                        _check_reason(delta)
+                        track.observe(delta, now)
+                        self._num_tokens[first_choice + delta.index] = delta.num_tokens
+                        self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.num_cached_tokens)
+                    yield [(first_choice + delta.index, delta) for delta in batch]
+
+    async def _run_all(self) -> AsyncGenerator[ChoiceDeltas, None]:
+        queue: asyncio.Queue[ChoiceDeltas | Exception | None] = asyncio.Queue()
+
+        async def read(place: int) -> None:
+            try:
+                async with aclosing(self._run(place)) as stream:
+                    async for deltas in stream:
+                        queue.put_nowait(deltas)
+            except Exception as error:  # raised again by the reader of the queue
+                queue.put_nowait(error)
+            else:
+                queue.put_nowait(None)
+
+        readers = [asyncio.create_task(read(place)) for place in range(len(self._requests))]
+        try:
+            num_open = len(readers)
+            while num_open:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_open -= 1
+                else:
+                    yield item
+        finally:
+            await cancel_all(readers)
+
+
+async def until_disconnect(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Do work for a client who waits for it; stop at once if the client leaves.
+
+    Raises:
+        ClientDisconnect: if the client left first; the work has been cancelled and has ended.
+    """
+    worker = asyncio.create_task(work)
+    watcher = asyncio.create_task(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise ClientDisconnect
+        return worker.result()
+    finally:
+        await cancel_all([worker, watcher])
+
+
+async def wait_for_disconnect(receive: Any) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended, whatever they end with."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_reason(delta: CompletionDelta) -> None:
+    if delta.finish_reason is not None and delta.finish_reason not in WIRE_REASONS:
+        raise RequestFailed(f"a choice ended with reason {delta.finish_reason}")
+
+
+def _empty(choice: int) -> CompletionDelta:
+    return CompletionDelta(index=choice, text="", token_ids=(), num_tokens=0, finish_reason=FinishReason.LENGTH)

@@ -1,0 +1,128 @@
+"""Turns request bodies into the engine's requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from octavo_engine.errors import InvalidRequest, PromptTooLong
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.types import Pooling, Request, SamplingParams
+from octavo_server.config import MAX_CHOICES
+from octavo_server.protocol.chat import ChatBody
+from octavo_server.protocol.completions import CompletionBody, Prompt
+from octavo_server.protocol.embeddings import EmbeddingBody
+from octavo_server.protocol.generation import GenerationBody
+
+_INLINE_CHARS = 8192
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_PLAIN = (
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "min_tokens",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+T = TypeVar("T")
+
+
+def sampling_params(
+    body: GenerationBody, text: TextProcessor, *, max_n: int, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Return the sampling parameters of a body; what it leaves out comes from the model's own defaults.
+
+    Raises:
+        InvalidRequest: if a value is out of range; names it.
+    """
+    n = body.n or 1
+    if n > max_n:
+        raise InvalidRequest(f"n must be between 1 and {max_n}, got {n}", param="n")
+    chosen = {name: text.default_sampling[name] for name in _DEFAULTS if name in text.default_sampling}
+    for name in (*_DEFAULTS, *_PLAIN):
+        if (value := getattr(body, name)) is not None:
+            chosen[name] = value
+    return SamplingParams(n=n, stop=body.stop_strings, max_tokens=max_tokens, logprobs=logprobs, **chosen)
+
+
+async def completion_requests(
+    body: CompletionBody, text: TextProcessor, *, request_id: str, max_n: int
+) -> list[Request]:
+    """Return one request per prompt. With `max_tokens` 0 they are only checked: their limit is 1, and none should run.
+
+    Raises:
+        InvalidRequest: if a prompt or a parameter cannot be served; PromptTooLong if the context is too small.
+    """
+    sampling = sampling_params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
+    prompts = body.prompts
+    _check_num_choices(len(prompts) * sampling.n, "prompt")
+    encoded = await _encode_all(text, prompts, name="prompt")
+    return [
+        _request(body, text, ids, sampling, request_id=request_id if len(encoded) == 1 else f"{request_id}-{place}")
+        for place, ids in enumerate(encoded)
+    ]
+
+
+async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, max_n: int) -> Request:
+    """Return the request of a conversation.
+
+    Raises:
+        InvalidRequest: if a message or a parameter cannot be served; PromptTooLong if the context is too small.
+    """
+    sampling = sampling_params(body, text, max_n=max_n, max_tokens=body.num_new_tokens, logprobs=body.num_logprobs)
+    messages = body.template_messages
+    num_chars = sum(len(str(message["content"])) for message in messages)
+    token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages))
+    try:
+        return _request(body, text, token_ids, sampling, request_id=request_id)
+    except PromptTooLong as error:
+        error.param = "messages"
+        raise
+
+
+async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
+    """Return one request per input.
+
+    Raises:
+        InvalidRequest: if an input is empty, out of vocabulary or too long.
+    """
+    inputs = body.inputs
+    _check_num_choices(len(inputs), "input")
+    pooling: Pooling = body.pooling or "last"
+    return [
+        text.make_request(ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling)
+        for place, ids in enumerate(await _encode_all(text, inputs, name="input"))
+    ]
+
+
+def _request(
+    body: GenerationBody, text: TextProcessor, token_ids: list[int], sampling: SamplingParams, *, request_id: str
+) -> Request:
+    salt = (body.cache_salt or "").encode()
+    return text.make_request(token_ids, sampling, request_id=request_id, priority=body.priority or 0, salt=salt)
+
+
+def _check_num_choices(num_choices: int, param: str) -> None:
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"a request may ask for {MAX_CHOICES} choices over all prompts, got {num_choices}; send several requests",
+            param=param,
+        )
+
+
+async def _encode_all(text: TextProcessor, prompts: Sequence[Prompt], *, name: str) -> list[list[int]]:
+    num_chars = sum(len(prompt) for prompt in prompts)
+    try:
+        return await _off_loop_if_long(num_chars, lambda: [text.encode_prompt(prompt) for prompt in prompts])
+    except InvalidRequest as error:
+        error.param = name
+        raise
+
+
+async def _off_loop_if_long(num_chars: int, encode: Callable[[], T]) -> T:
+    """Encode in a thread if it takes long enough to hold up other requests; tokenizers release the GIL."""
+    return encode() if num_chars <= _INLINE_CHARS else await asyncio.to_thread(encode)

@@ -1,0 +1,243 @@
+"""The server's and the engine's figures for Prometheus, in a registry of their own.
+
+Gauges and counters of the engine are read when they are asked for; what only the server sees - latencies, outcomes,
+HTTP statuses - is counted as it happens. Names end like vLLM's, so that dashboards port.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from octavo_engine.api import EngineClient, EngineInfo, EngineStats
+from octavo_engine.types import CompletionDelta, Request, RequestTimes
+
+_LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 30)
+_DURATIONS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_QUEUE_TIMES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Metrics:
+    """Everything that is measured for one app.
+
+    Args:
+        engine: whose figures are read at each scrape.
+    """
+
+    def __init__(self, engine: EngineClient) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self.registry)
+        self._define_latencies()
+        self._define_sizes()
+        self._define_outcomes()
+
+    def _define_latencies(self) -> None:
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", _LATENCIES
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between one token of a choice and the next.", _LATENCIES
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its end.", _DURATIONS
+        )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From a request's arrival to its first step.", _QUEUE_TIMES
+        )
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From a request's first step to its first token.", _DURATIONS
+        )
+        self.decode_time = self._histogram(
+            "request_decode_time_seconds", "From a request's first token to its end.", _DURATIONS
+        )
+        self.inference_time = self._histogram(
+            "request_inference_time_seconds", "From a request's first step to its end.", _DURATIONS
+        )
+
+    def _define_sizes(self) -> None:
+        self.prompt_tokens = self._histogram("request_prompt_tokens", "Tokens in a finished request's prompt.", _TOKENS)
+        self.generation_tokens = self._histogram(
+            "request_generation_tokens", "Tokens generated for a finished request, over all its choices.", _TOKENS
+        )
+
+    def _define_outcomes(self) -> None:
+        self.success = self._counter(
+            "request_success", "Choices that ended well, by finish reason.", ("finished_reason",)
+        )
+        for reason in ("stop", "length"):
+            self.success.labels(reason)
+        self.aborted = self._counter("requests_aborted", "Requests whose client left before their end.")
+        self.failed = self._counter("requests_failed", "Requests that the engine could not compute.")
+        self.http_requests = self._counter(
+            "http_requests",
+            "HTTP requests by method, route template and status; 499 is a client that left.",
+            ("method", "route", "status"),
+        )
+        self.http_duration = Histogram(
+            "octavo_http_request_duration_seconds",
+            "From the first byte of an HTTP request to the last of its answer.",
+            ("method", "route"),
+            buckets=_DURATIONS,
+            registry=self.registry,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"octavo_{name}", text, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(f"octavo_{name}", text, labels, registry=self.registry)
+
+    def track(self, request: Request) -> RequestTrack:
+        """Start to measure one request to the engine; a context manager, whose end decides the outcome."""
+        return RequestTrack(self, request)
+
+    def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one HTTP request."""
+        method = method if method in _METHODS else "other"
+        self.http_requests.labels(method, route, str(status)).inc()
+        self.http_duration.labels(method, route).observe(seconds)
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Return all figures and their content type, in the format that an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class RequestTrack:
+    """Measures one request while its deltas come; it ends as finished, aborted or failed, exactly once."""
+
+    def __init__(self, metrics: Metrics, request: Request) -> None:
+        self._metrics = metrics
+        self._request = request
+        self._arrival = time.monotonic()
+        self._num_open = request.sampling.n
+        self._num_tokens = 0
+        self._last_token: dict[int, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._num_open:
+            self._finish()
+        elif kind is not None and issubclass(kind, Exception):
+            self._metrics.failed.inc()
+        else:  # cancelled or closed
+            self._metrics.aborted.inc()
+
+    def observe(self, delta: CompletionDelta, now: float) -> None:
+        """Take in a delta that came at a time of the monotonic clock."""
+        if delta.token_ids:
+            self._observe_tokens(delta.index, len(delta.token_ids), now)
+        if delta.finish_reason is not None:
+            if self._num_open == self._request.sampling.n and delta.times is not None:
+                self._observe_times(delta.times)
+            self._num_open -= 1
+            self._metrics.success.labels(delta.finish_reason.value).inc()
+
+    def _observe_tokens(self, index: int, num_tokens: int, now: float) -> None:
+        if not self._num_tokens:
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        self._num_tokens += num_tokens
+        last = self._last_token.get(index)
+        self._last_token[index] = now
+        # Tokens that came together share the time since those before them; the first of a choice has none before it.
+        num_gaps = num_tokens if last is not None else num_tokens - 1
+        gap = 0.0 if last is None else (now - last) / num_tokens
+        for _ in range(num_gaps):
+            self._metrics.inter_token_latency.observe(gap)
+
+    def _observe_times(self, times: RequestTimes) -> None:
+        if times.scheduled is None:
+            return
+        self._metrics.queue_time.observe(times.scheduled - times.arrival)
+        self._metrics.inference_time.observe(times.finished - times.scheduled)
+        if times.first_token is not None:
+            self._metrics.prefill_time.observe(times.first_token - times.scheduled)
+            self._metrics.decode_time.observe(times.finished - times.first_token)
+
+    def _finish(self) -> None:
+        self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        self._metrics.prompt_tokens.observe(len(self._request.prompt_token_ids))
+        self._metrics.generation_tokens.observe(self._num_tokens)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's own figures at each scrape."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterator[Metric]:
+        """Name nothing ahead, so that registering does not ask the engine."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        yield _info(self._engine.info)
+        for name, text, value in _gauges(stats):
+            yield GaugeMetricFamily(f"octavo_{name}", text, value=value)
+        for name, text, count in _counters(stats):
+            yield CounterMetricFamily(f"octavo_{name}", text, value=count)
+        fallbacks = CounterMetricFamily(
+            "octavo_kernel_fallbacks", "Calls that ran on another backend than the wanted one.", labels=("kernel",)
+        )
+        for kernel, count in stats.fallbacks.items():
+            fallbacks.add_metric((kernel,), count)
+        yield fallbacks
+
+
+def _info(info: EngineInfo) -> Metric:
+    labels = {
+        "model": info.model_name,
+        "architecture": info.architecture,
+        "dtype": info.dtype,
+        "device": info.device,
+        "kernel_backend": info.kernel_backend,
+        "block_size": str(info.block_size),
+        "num_blocks": str(info.num_blocks),
+        "max_model_len": str(info.max_model_len),
+        "max_num_seqs": str(info.max_num_seqs),
+    }
+    family = GaugeMetricFamily("octavo_engine_info", "What is served and how it was set up; always 1.", labels=labels)
+    family.add_metric(list(labels.values()), 1)
+    return family
+
+
+def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
+    cache = stats.cache
+    usable = max(cache.num_usable, 1)
+    yield "num_requests_running", "Sequences that take part in steps.", stats.num_running
+    yield "num_requests_waiting", "Sequences that wait for their first step, or to resume.", stats.num_waiting
+    yield "kv_cache_usage_perc", "Blocks of the KV cache in use, from 0 to 1.", cache.num_used / usable
+    yield "kv_cache_blocks_used", "Blocks of the KV cache in use.", cache.num_used
+    yield "kv_cache_blocks_cached", "Free blocks whose content can still be hit.", cache.num_cached
+    yield "kv_cache_blocks_shared", "Blocks that more than one sequence holds.", cache.num_shared
+    sharing = cache.num_table_blocks / cache.num_used if cache.num_used else 1.0
+    yield "kv_cache_sharing_ratio", "Blocks in all block tables over blocks in use; above 1 is saved.", sharing
+    yield "kv_cache_waste_ratio", "Slots in allocated blocks without a live token, mean over steps.", stats.mean_waste
+
+
+def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
+    cache = stats.cache
+    yield "engine_steps", "Steps of the engine.", stats.num_steps
+    yield "num_preemptions", "Sequences that lost their blocks and were computed again.", stats.num_preemptions
+    yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
+    yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens
+    yield "generation_tokens", "Tokens generated.", stats.num_generation_tokens
+    yield "prefix_cache_queries", "Tokens looked up in the prefix cache.", cache.num_query_tokens
+    yield "prefix_cache_hits", "Tokens found in the prefix cache.", cache.num_hit_tokens
+    yield "kv_cache_copies", "Blocks copied before a write because they were shared.", cache.num_copies
+    yield "kv_cache_evictions", "Cached blocks given to new content.", cache.num_evictions

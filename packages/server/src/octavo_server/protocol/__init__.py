@@ -1,0 +1,1 @@
+"""The request bodies of the HTTP interface."""

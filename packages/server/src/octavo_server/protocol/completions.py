@@ -1,0 +1,93 @@
+"""The body of POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from octavo_engine.errors import InvalidRequest
+from octavo_engine.types import MAX_LOGPROBS
+from octavo_server.protocol.body import refuse_unsupported
+from octavo_server.protocol.generation import GenerationBody
+from octavo_server.protocol.violations import summarise
+
+DEFAULT_MAX_TOKENS = 16
+
+Prompt = str | list[int]
+
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",), "response_format": ({"type": "text"},)}
+
+
+class CompletionBody(GenerationBody):
+    """OpenAI's fields of a text completion, and Octavo's extras."""
+
+    prompt: Any = None
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    best_of: int | None = Field(default=None, ge=1)
+
+    def check(self) -> None:
+        super().check()
+        refuse_unsupported(self, _UNSUPPORTED)
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest(
+                f"best_of {self.best_of} other than n is not supported by this server; leave it out",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "echo together with logprobs is not supported by this server; leave one out",
+                param="echo",
+                code="unsupported_parameter",
+            )
+
+    @property
+    def num_new_tokens(self) -> int:
+        """The most tokens to generate; OpenAI's default is 16."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts in any of OpenAI's four forms: a string, strings, token ids, or lists of token ids.
+
+        Raises:
+            InvalidRequest: if it is none of these, or nothing.
+        """
+        return parse_prompts(self.prompt, name="prompt")
+
+
+def parse_prompts(value: Any, *, name: str) -> list[Prompt]:
+    """Return a field of OpenAI's four prompt forms as a list of prompts; token ids are not checked further.
+
+    Raises:
+        InvalidRequest: names the field or its item that is wrong.
+    """
+    if value is None:
+        raise InvalidRequest(f"{name} is required", param=name)
+    if value in ("", []):
+        raise InvalidRequest(f"{name} is empty; give at least one token", param=name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise InvalidRequest(
+            f"{name} must be a string, strings, token ids or lists of token ids, got {summarise(value)}", param=name
+        )
+    if _is_token_ids(value):
+        return [value]
+    for place, item in enumerate(value):
+        where = f"{name}[{place}]"
+        if item in ("", []):
+            raise InvalidRequest(f"{where} is empty; give at least one token", param=where)
+        if not isinstance(item, str) and not _is_token_ids(item):
+            raise InvalidRequest(f"{where} must be a string or a list of token ids, got {summarise(item)}", param=where)
+    if len({type(item) for item in value}) > 1:
+        raise InvalidRequest(f"{name} must hold strings or lists of token ids, not both", param=name)
+    return value
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)

@@ -1,0 +1,83 @@
+"""The fields that completions and chat completions share, beyond Octavo's own extras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from octavo_client.wire import Extras
+from octavo_engine.errors import InvalidRequest
+from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
+
+MAX_STOP_STRINGS = 4
+
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "use_beam_search": (False,),
+    "truncate_prompt_tokens": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+"""Fields of OpenAI and vLLM that change the answer and are not implemented, with the values that mean nothing."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides the choices."""
+
+    model_config = BODY_CONFIG
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Extras):
+    """OpenAI's sampling and streaming fields, and Octavo's extras."""
+
+    model_config = BODY_CONFIG
+
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: Any = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings in either form they may be given in.
+
+        Raises:
+            InvalidRequest: if there are more than four, or one is empty or no string.
+        """
+        stops = [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise InvalidRequest("stop must be a non-empty string or a list of such", param="stop")
+        if len(stops) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(stops)}", param="stop")
+        return tuple(stops)
+
+    def check(self) -> None:
+        """Check what concerns several fields.
+
+        Raises:
+            InvalidRequest: names the field.
+        """
+        refuse_unsupported(self, UNSUPPORTED)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options goes with stream true; leave it out", param="stream_options")

@@ -1,0 +1,83 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from octavo_engine.text.tokenizer import Tokenizer
+from octavo_server.choices import Choice, Piece, pieces, whole
+from octavo_server.generation import Generation, until_disconnect
+from octavo_server.logprobs import chat_logprobs
+from octavo_server.mapping import chat_request
+from octavo_server.protocol.body import read_body
+from octavo_server.protocol.chat import ChatBody
+from octavo_server.state import state_of
+from octavo_server.streaming import ChunkWriter, EventStream, json_response
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, in one answer or as a stream of events."""
+    state = state_of(request)
+    body = await read_body(request, ChatBody)
+    body.check()
+    model = state.resolve_model(body.model)
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    text = state.engine.text
+    engine_request = await chat_request(body, text, request_id=completion_id, max_n=state.max_n)
+    state.engine.check_health()
+    head = {
+        "id": completion_id,
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": state.fingerprint,
+    }
+    generation = Generation(state.engine, state.metrics, [engine_request])
+    choices = [Choice(i, engine_request.sampling, text.tokenizer) for i in range(generation.num_choices)]
+    if body.stream:
+        writer = ChunkWriter(head, body.stream_options, generation.usage)
+        events = _events(generation, choices, writer, text.tokenizer)
+        return EventStream(events, keep_alive=state.settings.keep_alive)
+    answers = [_answer(piece, text.tokenizer) for piece in await until_disconnect(request, whole(generation, choices))]
+    return json_response(head | {"choices": answers, "usage": generation.usage()})
+
+
+async def _events(
+    generation: Generation, choices: list[Choice], writer: ChunkWriter, tokenizer: Tokenizer
+) -> AsyncGenerator[bytes, None]:
+    for index in range(len(choices)):
+        yield writer.chunk(_chunk(index, {"role": "assistant", "content": ""}))
+    async with aclosing(pieces(generation, choices)) as stream:
+        async for piece in stream:
+            delta = {"content": piece.text} if piece.text else {}
+            yield writer.chunk(_chunk(piece.index, delta, _logprobs(piece, tokenizer), piece.finish_reason))
+    yield writer.end()
+
+
+def _chunk(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _answer(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "index": piece.index,
+        "message": {"role": "assistant", "content": piece.text, "refusal": None},
+        "logprobs": _logprobs(piece, tokenizer),
+        "finish_reason": piece.finish_reason,
+    }
+
+
+def _logprobs(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    return None if piece.entries is None else chat_logprobs(piece.entries, tokenizer)

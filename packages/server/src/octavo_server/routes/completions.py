@@ -1,0 +1,104 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.text.tokenizer import Tokenizer
+from octavo_engine.types import Request as EngineRequest
+from octavo_server.choices import Choice, Piece, pieces, whole
+from octavo_server.generation import Generation, until_disconnect
+from octavo_server.logprobs import completion_logprobs
+from octavo_server.mapping import completion_requests
+from octavo_server.protocol.body import read_body
+from octavo_server.protocol.completions import CompletionBody
+from octavo_server.state import state_of
+from octavo_server.streaming import ChunkWriter, EventStream, json_response
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Complete prompts, in one answer or as a stream of events."""
+    state = state_of(request)
+    body = await read_body(request, CompletionBody)
+    body.check()
+    model = state.resolve_model(body.model)
+    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    text = state.engine.text
+    requests = await completion_requests(body, text, request_id=completion_id, max_n=state.max_n)
+    state.engine.check_health()
+    head = {
+        "id": completion_id,
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": state.fingerprint,
+    }
+    generation = Generation(state.engine, state.metrics, requests, prompt_only=body.num_new_tokens == 0)
+    answer = _Answer(generation, requests, _echoes(body, requests, text), text.tokenizer)
+    if body.stream:
+        writer = ChunkWriter(head, body.stream_options, generation.usage)
+        return EventStream(answer.events(writer), keep_alive=state.settings.keep_alive)
+    choices = await until_disconnect(request, answer.whole())
+    return json_response(head | {"choices": choices, "usage": generation.usage()})
+
+
+class _Answer:
+    """The choices of one completion, each with the prompt that it echoes (empty if it does not)."""
+
+    def __init__(
+        self, generation: Generation, requests: list[EngineRequest], echoes: list[str], tokenizer: Tokenizer
+    ) -> None:
+        self._generation = generation
+        self._tokenizer = tokenizer
+        n = requests[0].sampling.n
+        self._echoes = [echo for echo in echoes for _ in range(n)]
+        self._choices = [
+            Choice(index, requests[index // n].sampling, tokenizer) for index in range(generation.num_choices)
+        ]
+
+    async def whole(self) -> list[dict[str, Any]]:
+        return [
+            self._choice(piece, self._echoes[piece.index]) for piece in await whole(self._generation, self._choices)
+        ]
+
+    async def events(self, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
+        for index, echo in enumerate(self._echoes):
+            if echo:
+                yield writer.chunk(self._choice(Piece(index, "", None, None), echo))
+        async with aclosing(pieces(self._generation, self._choices)) as stream:
+            async for piece in stream:
+                yield writer.chunk(self._choice(piece, ""))
+        yield writer.end()
+
+    def _choice(self, piece: Piece, echo: str) -> dict[str, Any]:
+        logprobs = None
+        if piece.entries is not None:
+            logprobs = completion_logprobs(piece.entries, self._tokenizer)
+        return {
+            "index": piece.index,
+            "text": echo + piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+
+
+def _echoes(body: CompletionBody, requests: list[EngineRequest], text: TextProcessor) -> list[str]:
+    if not body.echo:
+        return [""] * len(requests)
+    return [
+        prompt
+        if isinstance(prompt, str)
+        else text.tokenizer.decode(prompt, skip_special_tokens=request.sampling.skip_special_tokens)
+        for prompt, request in zip(body.prompts, requests, strict=True)
+    ]

@@ -1,0 +1,65 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from octavo_engine.api import EngineClient
+from octavo_engine.types import EmbeddingOutput
+from octavo_engine.types import Request as EngineRequest
+from octavo_server.generation import cancel_all, until_disconnect
+from octavo_server.mapping import embedding_requests
+from octavo_server.protocol.body import read_body
+from octavo_server.protocol.embeddings import EmbeddingBody
+from octavo_server.state import state_of
+from octavo_server.streaming import json_response
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(request: Request) -> Response:
+    """Return one vector of unit length per input, as numbers or in base64 (float32, little-endian)."""
+    state = state_of(request)
+    body = await read_body(request, EmbeddingBody)
+    body.check()
+    model = state.resolve_model(body.model)
+    requests = await embedding_requests(body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}")
+    state.engine.check_health()
+    outputs = await until_disconnect(request, _embed_all(state.engine, requests))
+    num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    in_base64 = body.encoding_format == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _in_base64(output.embedding) if in_base64 else output.embedding,
+        }
+        for index, output in enumerate(outputs)
+    ]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+
+
+async def _embed_all(engine: EngineClient, requests: Sequence[EngineRequest]) -> list[EmbeddingOutput]:
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(_embed(engine, request)) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel_all(tasks)
+
+
+async def _embed(engine: EngineClient, request: EngineRequest) -> EmbeddingOutput:
+    return await engine.embed(request)
+
+
+def _in_base64(embedding: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()

@@ -1,0 +1,71 @@
+"""What the routes of one app share."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from starlette.requests import Request
+
+from octavo_engine.api import EngineClient
+from octavo_server.config import MAX_CHOICES_PER_PROMPT, ServerSettings
+from octavo_server.errors import ApiError
+from octavo_server.metrics import Metrics
+from octavo_server.protocol.violations import summarise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerState:
+    """One app's engine and what belongs to it; fixed after the start."""
+
+    engine: EngineClient
+    settings: ServerSettings
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def build(cls, engine: EngineClient, settings: ServerSettings) -> ServerState:
+        """Make the state of an app."""
+        return cls(engine, settings, Metrics(engine))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may use."""
+        return self.settings.served_model_names or (self.engine.info.model_name,)
+
+    @property
+    def max_n(self) -> int:
+        """The most choices of one prompt."""
+        return min(MAX_CHOICES_PER_PROMPT, self.engine.info.max_num_seqs)
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: the same as long as the same software serves the same model."""
+        info = self.engine.info
+        parts = (version("octavo-server"), info.model_name, info.dtype, info.device, info.kernel_backend)
+        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+    def resolve_model(self, name: str | None) -> str:
+        """Return the name under which a request is answered; none means the model that is served.
+
+        Raises:
+            ApiError: 404 if no model of this name is served.
+        """
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            raise ApiError(
+                404,
+                f"the model {summarise(name)} does not exist; this server has {', '.join(self.model_names)}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+
+def state_of(request: Request) -> ServerState:
+    """Return the state of the app that serves a request."""
+    state: ServerState = request.app.state.server
+    return state

@@ -1,0 +1,119 @@
+"""Server-sent events: how a chunk is written, and how a stream of them is sent until the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo_server.errors import to_api_error
+from octavo_server.generation import cancel_all, wait_for_disconnect
+from octavo_server.protocol.generation import StreamOptions
+
+DONE = b"data: [DONE]\n\n"
+_PING = b": ping\n\n"
+
+
+def to_json(value: Any) -> bytes:
+    """Return a value as compact JSON; NaN and infinity are our own mistakes and raise ValueError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Any) -> Response:
+    """Return a JSON answer."""
+    return Response(to_json(value), media_type="application/json")
+
+
+class ChunkWriter:
+    """Writes the chunks of one stream: id, model and time are encoded once, for all of them.
+
+    Args:
+        head: the members that every chunk repeats.
+        options: what the client wants besides the choices.
+        usage: gives the usage so far.
+    """
+
+    def __init__(
+        self, head: Mapping[str, Any], options: StreamOptions | None, usage: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
+        self._usage = usage
+        self._wants_usage = bool(options and options.include_usage)
+        self._continuous = bool(options and options.continuous_usage_stats)
+
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        """Return an event with one choice."""
+        usage = b""
+        if self._continuous:
+            usage = b',"usage":' + to_json(self._usage())
+        elif self._wants_usage:
+            usage = b',"usage":null'
+        return self._head + to_json(choice) + b"]" + usage + b"}\n\n"
+
+    def end(self) -> bytes:
+        """Return what stands after the last choice: the usage, if it was asked for, and the end mark."""
+        if not self._wants_usage:
+            return DONE
+        return self._head + b'],"usage":' + to_json(self._usage()) + b"}\n\n" + DONE
+
+
+class EventStream(Response):
+    """A response of server-sent events; when the client leaves, the events' generator is closed at once.
+
+    An error after the start becomes one last event in OpenAI's error shape, without an end mark.
+
+    Args:
+        events: whole events, as bytes.
+        keep_alive: seconds of silence after which a comment is sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive: float) -> None:
+        self._events = events
+        self._keep_alive = keep_alive
+        self._last_sent = 0.0
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._last_sent = asyncio.get_running_loop().time()
+        pump = asyncio.create_task(self._pump(send))
+        others = [asyncio.create_task(wait_for_disconnect(receive)), asyncio.create_task(self._ping(send))]
+        try:
+            await asyncio.wait({pump, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            await cancel_all([pump, *others])
+
+    async def _pump(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            try:
+                async for event in events:
+                    await self._send(send, event)
+            except Exception as error:  # the boundary: the status is sent, so the error becomes an event
+                await self._send(send, b"data: " + to_json(to_api_error(error).body()) + b"\n\n")
+        self._last_sent = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, event: bytes) -> None:
+        self._last_sent = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def _ping(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            silence = loop.time() - self._last_sent
+            if silence >= self._keep_alive:
+                await self._send(send, _PING)
+            await asyncio.sleep(self._keep_alive - min(silence, self._keep_alive) or self._keep_alive)

@@ -1,0 +1,220 @@
+"""An engine without a model, whose tokens are scripted, and an app around it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.errors import EngineDead, RequestFailed
+from octavo_engine.text.chat_template import ChatTemplate
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
+from octavo_engine.types import (
+    CompletionDelta,
+    EmbeddingOutput,
+    FinishReason,
+    Request,
+    RequestTimes,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+from octavo_kvcache import CacheStats
+from octavo_server import create_app
+
+EOS, BOS = 256, 257
+VOCAB_SIZE = 258
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+INFO = EngineInfo(
+    model_name="org/fake-model",
+    architecture="fake",
+    dtype="float32",
+    device="cpu",
+    kernel_backend="reference",
+    vocab_size=VOCAB_SIZE,
+    max_model_len=200,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    block_size=16,
+    num_blocks=100,
+    kv_cache_bytes=1 << 20,
+    kv_cache_reason="a test asked for it",
+    num_parameters=1000,
+    load_seconds=0.5,
+)
+CACHE = CacheStats(
+    num_blocks=101,
+    block_size=16,
+    num_sequences=0,
+    num_free=75,
+    num_used=25,
+    num_cached=10,
+    num_shared=5,
+    num_parked=0,
+    num_table_blocks=50,
+    num_live_tokens=390,
+    num_query_tokens=640,
+    num_hit_tokens=320,
+    num_copies=3,
+    num_evictions=2,
+)
+
+
+class ByteBackend:
+    """A vocabulary of the 256 bytes and two special tokens."""
+
+    vocab_size = VOCAB_SIZE
+    _special = {EOS: "<eos>", BOS: "<bos>"}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token(self, token_id: int) -> str | None:
+        return self._special.get(token_id, chr(token_id))
+
+    def token_id(self, token: str) -> int | None:
+        return next((i for i, t in self._special.items() if t == token), ord(token[0]))
+
+
+def byte_tokenizer() -> Tokenizer:
+    rules = TokenizerRules(
+        bytes_of=lambda token: token.encode("latin-1"),
+        strip_leading_space=False,
+        special_token_ids=frozenset({EOS, BOS}),
+        special_tokens={"eos_token": "<eos>", "bos_token": "<bos>"},
+    )
+    return Tokenizer(ByteBackend(), rules)
+
+
+class FakeEngine:
+    """An `EngineClient` that answers every request with `replies`, by the choice's index, one byte a token.
+
+    Attributes a test may set: `replies`; `step` (tokens per delta); `hold_after` (tokens after which a request waits
+    for ever); `fail_after` (tokens after which it fails); `broken` (what check_health and every request raise).
+    """
+
+    def __init__(self) -> None:
+        self.info = INFO
+        self.text = TextProcessor(
+            byte_tokenizer(),
+            ChatTemplate(TEMPLATE, {}),
+            max_model_len=INFO.max_model_len,
+            max_num_seqs=INFO.max_num_seqs,
+            vocab_size=VOCAB_SIZE,
+        )
+        self.replies: list[str | bytes] = [" Paris."]
+        self.step = 1
+        self.hold_after: int | None = None
+        self.fail_after: int | None = None
+        self.num_cached_tokens = 0
+        self.broken: Exception | None = None
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.num_running = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.closed = False
+
+    def check_health(self) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+    async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+        self.check_health()
+        self.requests.append(request)
+        self.num_running += 1
+        stream = self.text.stream(request)
+        scripts = [self._script(request, index) for index in range(request.sampling.n)]
+        num_done = 0
+        try:
+            while not stream.finished:
+                await asyncio.sleep(0)
+                if self.fail_after is not None and num_done >= self.fail_after:
+                    raise RequestFailed("cannot open /secret/path/model.bin")
+                if self.hold_after is not None and num_done >= self.hold_after:
+                    await asyncio.Event().wait()
+                updates = [
+                    self._update(request, i, s[num_done : num_done + self.step], len(s) <= num_done + self.step)
+                    for i, s in enumerate(scripts)
+                    if num_done < len(s)
+                ]
+                num_done += self.step
+                deltas = [delta for update in updates if (delta := stream.push(update)) is not None]
+                self.num_generation_tokens += sum(len(delta.token_ids) for delta in deltas)
+                yield deltas
+            self.num_prompt_tokens += len(request.prompt_token_ids)
+        finally:
+            self.num_running -= 1
+            if not stream.finished:
+                self.aborted.append(request.request_id)
+
+    def _script(self, request: Request, index: int) -> list[int]:
+        reply = self.replies[index % len(self.replies)]
+        tokens = [*(reply.encode() if isinstance(reply, str) else reply), EOS]
+        return tokens[: request.sampling.max_tokens]
+
+    def _update(self, request: Request, index: int, tokens: list[int], last: bool) -> SequenceUpdate:
+        reason = None
+        if last:
+            reason = FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
+        logprobs = None
+        if request.sampling.logprobs is not None:
+            logprobs = tuple(token_logprobs(token, request.sampling.logprobs) for token in tokens)
+        arrival = request.arrival_time
+        return SequenceUpdate(
+            request_id=request.request_id,
+            index=index,
+            token_ids=tuple(tokens),
+            logprobs=logprobs,
+            finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
+            times=RequestTimes(arrival, arrival + 0.25, arrival + 0.5, arrival + 1.0) if last else None,
+        )
+
+    async def embed(self, request: Request) -> EmbeddingOutput:
+        self.check_health()
+        self.requests.append(request)
+        await asyncio.sleep(0)
+        return EmbeddingOutput(
+            request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, embedding=[0.6, -0.8]
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=0,
+            num_steps=7,
+            num_preemptions=1,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_prompt_tokens=self.num_cached_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+            mean_waste=0.025,
+            cache=CACHE,
+            fallbacks={"paged_attention": 2},
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def token_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """The token itself at -0.5, then its successors at -1.5, -2.5, ...; minus infinity in the fifth place."""
+    top = tuple(((token + i) % 256, float("-inf") if i == 4 else -0.5 - i) for i in range(num_top))
+    return TokenLogprobs(token, -0.5, 1, top)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(engine)) as client:
+        yield client
+
+
+@pytest.fixture
+def dead() -> EngineDead:
+    return EngineDead("the engine stopped: OSError: /secret/path")
