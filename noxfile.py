@@ -91,7 +91,9 @@ def env(session: nox.Session) -> None:
         kept = [line for line in constraints.splitlines() if not line.startswith("torch==")]
         constraints = "\n".join([*kept, f"torch=={torch}"]) + "\n"
     projects = [ROOT / "pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
-    wanted = hashlib.sha256("".join([sys.version, constraints, *(p.read_text() for p in projects)]).encode()).hexdigest()
+    wanted = hashlib.sha256(
+        "".join([sys.version, constraints, *(p.read_text() for p in projects)]).encode()
+    ).hexdigest()
     stamp = Path(session.virtualenv.location, "octavo-requirements.sha256")
     if stamp.exists() and stamp.read_text() == wanted:
         session.log("the shared environment is up to date")
