@@ -108,7 +108,7 @@ class ModelConfig:
             bos_token_ids=token_ids(values.get("bos_token_id"), f"{where}: bos_token_id"),
             eos_token_ids=token_ids(values.get("eos_token_id"), f"{where}: eos_token_id"),
             dtype=_hf_dtype(values, where),
-            hidden_act=str(values.get("hidden_act", "silu")),
+            hidden_act=fields.text("hidden_act", "silu"),
         )
 
     @classmethod
@@ -135,11 +135,12 @@ class ModelConfig:
             CorruptModelFile: if a value is missing, of the wrong type, out of range, or contradicts another one.
         """
         names = frozenset(tensor_names)
-        prefix = metadata.get("general.architecture")
-        if prefix != "llama" or metadata.get("llama.expert_count", 0) != 0:
-            found = prefix if prefix != "llama" else "llama with experts"
-            raise UnsupportedModel(f"{where}: architecture {found!r} is not supported; of GGUF files, llama is")
+        architecture = _Fields(metadata, where).text("general.architecture")
+        if architecture != "llama":
+            raise UnsupportedModel(f"{where}: architecture {architecture!r} is not supported; of GGUF files, llama is")
         fields = _Fields(metadata, where, "llama.")
+        if (num_experts := fields.get("expert_count")) is not None:
+            fields.unsupported("expert_count", num_experts, "models without experts are")
         hidden_size, num_heads = fields.size("embedding_length"), fields.size("attention.head_count")
         head_dim = fields.head_dim("attention.key_length", hidden_size, num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -218,6 +219,14 @@ class _Fields:
 
     def unsupported(self, key: str, found: Any, supported: str) -> NoReturn:
         raise UnsupportedModel(f"{self._where}: {self._prefix}{key} {found!r} is not supported; {supported}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, str):
+            self.fail(key, "a string", value)
+        return value
 
     def size(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
@@ -310,7 +319,7 @@ def _hf_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
 
 
 def _hf_rope_kind(fields: _Fields) -> RopeKind:
-    found = fields.get("rope_type") or fields.get("type") or "default"
+    found = fields.text("rope_type", fields.text("type", "default"))
     for kind in _HF_ROPE_KINDS:
         if kind == found:
             return kind
@@ -327,7 +336,7 @@ def _check_llama3(rope: RopeConfig, fields: _Fields) -> None:
 
 def _gguf_rope(fields: _Fields, freq_factors: tuple[float, ...] | None) -> RopeConfig:
     theta = fields.number("rope.freq_base", 10000.0)
-    kind = fields.get("rope.scaling.type") or "none"
+    kind = fields.text("rope.scaling.type", "none")
     if freq_factors is not None:
         if any(not 0 < factor < math.inf for factor in freq_factors):
             fields.fail("rope_freqs.weight", "positive numbers", freq_factors)

@@ -53,7 +53,7 @@ class GGUFVocabulary:
     @classmethod
     def read(cls, metadata: Mapping[str, Any], where: str) -> GGUFVocabulary:
         """Check and collect the keys; see Tokenizer.from_gguf for what is raised."""
-        model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+        model, pre = _text(metadata, "model", None, where), _text(metadata, "pre", "default", where)
         if model not in ("gpt2", "llama"):
             raise UnsupportedModel(f"{where}: tokenizer.ggml.model {model!r} is not supported; gpt2 and llama are")
         if model == "gpt2" and pre not in _SPLITS:
@@ -199,6 +199,13 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: list[str], where: str) 
             _fail(where, f"{key}_token_id", f"an id below {len(tokens)}", token_id)
         found[name] = tokens[token_id]
     return found
+
+
+def _text(metadata: Mapping[str, Any], key: str, default: str | None, where: str) -> str:
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, str):
+        _fail(where, key, "a string", value)
+    return value
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool, where: str) -> bool:

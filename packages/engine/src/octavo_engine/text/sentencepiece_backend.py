@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
+from octavo_engine.text.byte_alphabet import SPACE_MARK
 
 
 class SentencePieceBackend:
@@ -27,12 +28,7 @@ class SentencePieceBackend:
         spellings = sorted((self._model.id_to_piece(i) for i in self.special_token_ids), key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, spellings)) + ")")
         self._special_ids = {self._model.id_to_piece(i): i for i in self.special_token_ids}
-        # A model that adds a space before the text takes it away again; one letter shows it.
-        self.adds_space_prefix = self._model.decode([*self._model.encode(" a")]) != " a" or self._starts_with_space()
-
-    def _starts_with_space(self) -> bool:
-        pieces = self._model.encode("a", out_type=str)
-        return bool(pieces) and pieces[0].startswith("\u2581")
+        self.adds_space_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
 
     def _named_tokens(self) -> Iterator[tuple[str, str]]:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}

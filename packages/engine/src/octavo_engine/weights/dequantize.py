@@ -47,8 +47,10 @@ def dequantize(raw: Bytes, tensor_type: TensorType, shape: tuple[int, ...]) -> F
     unpack = _UNPACK[tensor_type]
     blocks = flat.reshape(-1, tensor_type.block_bytes)
     out = np.empty((len(blocks), _BLOCK), np.float32)
-    for start in range(0, len(blocks), _CHUNK_BLOCKS):
-        unpack(blocks[start : start + _CHUNK_BLOCKS], out[start : start + _CHUNK_BLOCKS])
+    # A damaged file may hold infinite scales; numpy's warning about their products would help nobody.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(blocks), _CHUNK_BLOCKS):
+            unpack(blocks[start : start + _CHUNK_BLOCKS], out[start : start + _CHUNK_BLOCKS])
     return out.reshape(shape)
 
 

@@ -1,0 +1,101 @@
+"""Loading: streams a source's weights into a model's slots, each read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo_engine.errors import CorruptModelFile
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.registry import Model, model_class
+from octavo_engine.quant.base import WeightSlot
+
+Progress = Callable[[int, int], None]
+"""(weights loaded, weights in all)"""
+
+
+class WeightSource(Protocol):
+    """What loading needs of a source."""
+
+    name: str
+    config: ModelConfig
+    num_weights: int
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield each weight once, under its Hugging Face name."""
+        ...
+
+
+def load_model(
+    source: WeightSource,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Model:
+    """Make a source's model and fill it with its weights, converted to `dtype`.
+
+    Args:
+        source: the configuration and the weights.
+        device: where the weights go.
+        dtype: of weights and activations.
+        progress: called after each weight with the number that was read and the total.
+
+    Raises:
+        UnsupportedModel: if no class runs the architecture.
+        CorruptModelFile: if a tensor is missing, unexpected, repeated or of the wrong shape; names it.
+    """
+    model = model_class(source.config.architecture)(
+        source.config, LayerOptions(dtype=dtype, device=torch.device(device))
+    )
+    load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)
+    return model
+
+
+def load_weights(
+    model: Model,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    where: str,
+    num_weights: int,
+    progress: Progress | None = None,
+) -> None:
+    """Copy a stream of (name, tensor) into a model; errors begin with `where`. Raises as `load_model`."""
+    empty = {slot.name: slot for slot in model.slots()}
+    filled: set[str] = set()
+    for num_read, (name, tensor) in enumerate(weights, start=1):
+        slot = empty.pop(name, None)
+        if slot is not None:
+            _copy(slot, tensor, where)
+            filled.add(name)
+        elif name in filled:
+            raise CorruptModelFile(f"{where}: expected tensor {name!r} once, found it twice")
+        elif not model.is_redundant(name):
+            raise CorruptModelFile(
+                f"{where}: tensor {name!r} of shape {list(tensor.shape)} has no place in a "
+                f"{model.config.architecture} with the sizes of its configuration"
+            )
+        if progress is not None:
+            progress(num_read, num_weights)
+    if empty:
+        raise CorruptModelFile(_missing(where, list(empty.values())))
+
+
+def _copy(slot: WeightSlot, tensor: Tensor, where: str) -> None:
+    if tensor.shape != slot.target.shape:
+        raise CorruptModelFile(
+            f"{where}: tensor {slot.name!r}: expected shape {list(slot.target.shape)}, found {list(tensor.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise CorruptModelFile(f"{where}: tensor {slot.name!r}: expected a floating dtype, found {tensor.dtype}")
+    slot.target.copy_(tensor)
+
+
+def _missing(where: str, slots: list[WeightSlot]) -> str:
+    first = slots[0]
+    others = f", nor {len(slots) - 1} others" if len(slots) > 1 else ""
+    return f"{where}: expected tensor {first.name!r} of shape {list(first.target.shape)}, found none{others}"

