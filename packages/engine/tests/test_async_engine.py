@@ -66,13 +66,13 @@ class Gate:
     """Lets so many steps through, so that a test decides what happens meanwhile."""
 
     def __init__(self) -> None:
-        self.steps = threading.Semaphore(1_000_000)
+        self.steps = threading.Semaphore(1000)
 
     def allow_only(self, num_steps: int) -> None:
         self.steps = threading.Semaphore(num_steps)
 
     def open(self) -> None:
-        self.steps.release(1_000_000)
+        self.steps.release(1000)
 
 
 class GatedExecutor(FakeExecutor):

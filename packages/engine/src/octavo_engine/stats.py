@@ -32,4 +32,4 @@ def _kernel_fallbacks() -> Mapping[str, int]:
     kernels = sys.modules.get("octavo_kernels")
     if kernels is None:
         return {}
-    return {op: fallback.count for op, fallback in kernels.fallbacks().items()}
+    return {op: fallback.num_calls for op, fallback in kernels.fallbacks().items()}
