@@ -1,13 +1,17 @@
 """An engine without a model, whose tokens are scripted, and an app around it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from octavo_engine.api import EngineInfo, EngineStats
-from octavo_engine.errors import EngineDead, RequestFailed
+from octavo_engine.errors import RequestFailed
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
@@ -21,11 +25,15 @@ from octavo_engine.types import (
     TokenLogprobs,
 )
 from octavo_kvcache import CacheStats
-from octavo_server import create_app
+from octavo_server import ServerSettings, create_app
+from octavo_server.serving import listen, make_server
 
 EOS, BOS = 256, 257
 VOCAB_SIZE = 258
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 INFO = EngineInfo(
     model_name="org/fake-model",
     architecture="fake",
@@ -65,7 +73,9 @@ class ByteBackend:
     """A vocabulary of the 256 bytes and two special tokens."""
 
     vocab_size = VOCAB_SIZE
-    _special = {EOS: "<eos>", BOS: "<bos>"}
+
+    def __init__(self) -> None:
+        self._special = {EOS: "<eos>", BOS: "<bos>"}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -216,5 +226,67 @@ def client(engine: FakeEngine) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def dead() -> EngineDead:
-    return EngineDead("the engine stopped: OSError: /secret/path")
+def make_client() -> Iterator[Callable[..., TestClient]]:
+    """Make a client of an app with settings."""
+    with ExitStack() as stack:
+        yield lambda engine, **settings: stack.enter_context(
+            TestClient(create_app(engine, ServerSettings(**settings)), raise_server_exceptions=False)
+        )
+
+
+@pytest.fixture
+def stream(client: TestClient) -> Callable[..., list[Any]]:
+    """Post a body with stream true; return the events' JSON, the end mark as a string."""
+
+    def post(path: str, **body: Any) -> list[Any]:
+        response = client.post(path, json={"stream": True, **body})
+        assert response.status_code == 200, response.text
+        return parse_events(response.text)
+
+    return post
+
+
+def parse_events(text: str) -> list[Any]:
+    assert text.endswith("\n\n")
+    events = []
+    for event in text[:-2].split("\n\n"):
+        assert event.startswith("data: "), event
+        assert "\n" not in event
+        data = event.removeprefix("data: ")
+        events.append(data if data == "[DONE]" else json.loads(data))
+    return events
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Run an app by uvicorn on a loopback port in a thread; return its base URL."""
+    with ExitStack() as stack:
+
+        def start(engine: FakeEngine, **settings: Any) -> str:
+            listening = stack.enter_context(listen("127.0.0.1", 0))
+            server = make_server(create_app(engine, ServerSettings(**settings)))
+            server.capture_signals = nullcontext  # a thread cannot take signals
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+            thread.start()
+
+            def stop() -> None:
+                server.should_exit = server.force_exit = True
+                thread.join(10)
+
+            stack.callback(stop)
+            return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        yield start
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool]], None]:
+    """Wait for something that another thread brings about; fail after five seconds."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen within five seconds"
+            threading.Event().wait(0.005)
+
+    return wait

@@ -211,7 +211,9 @@ def _info(info: EngineInfo) -> Metric:
         "max_model_len": str(info.max_model_len),
         "max_num_seqs": str(info.max_num_seqs),
     }
-    family = GaugeMetricFamily("octavo_engine_info", "What is served and how it was set up; always 1.", labels=labels)
+    family = GaugeMetricFamily(
+        "octavo_engine_info", "What is served and how it was set up; always 1.", labels=list(labels)
+    )
     family.add_metric(list(labels.values()), 1)
     return family
 

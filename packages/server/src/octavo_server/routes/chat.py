@@ -60,7 +60,9 @@ async def _events(
     async with aclosing(pieces(generation, choices)) as stream:
         async for piece in stream:
             delta = {"content": piece.text} if piece.text else {}
-            yield writer.chunk(_chunk(piece.index, delta, _logprobs(piece, tokenizer), piece.finish_reason))
+            yield writer.chunk(
+                _chunk(piece.index, delta, _logprobs(piece, tokenizer) if piece.text else None, piece.finish_reason)
+            )
     yield writer.end()
 
 

@@ -1,0 +1,251 @@
+"""The `octavo` command: serve, run, chat, version."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import EngineError, InvalidConfig
+from octavo_server.app import create_app
+from octavo_server.config import ServerSettings
+from octavo_server.loading import engine_report, load_engine
+from octavo_server.protocol.violations import describe_violations
+from octavo_server.routes.health import installed_versions
+from octavo_server.serving import listen, make_server
+from octavo_server.terminal import Conversation, stream_chat, stream_completion
+
+_MODEL_HELP = "A GGUF file, a folder in Hugging Face layout, or a hub id. Default: the demo model."
+_DTYPE_HELP = "Of weights, activations and KV cache: auto, float32, bfloat16 or float16."
+
+ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)]
+ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=False)]
+Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
+Device = Annotated[str, typer.Option(help="A torch device, or auto.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and output together, in tokens.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
+KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")]
+KVCacheBytes = Annotated[int | None, typer.Option(help="Memory for the KV cache, in bytes.")]
+MaxTokens = Annotated[int | None, typer.Option(help="The most tokens to generate. Default: what the context holds.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
+
+app = typer.Typer(
+    name="octavo",
+    help="Serve and run language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name for requests to use; may be given several times.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
+    num_blocks: Annotated[int | None, typer.Option(help="Blocks in the KV cache.")] = None,
+    kv_cache_gib: KVCacheGib = None,
+    kv_cache_bytes: KVCacheBytes = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
+    no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
+    threads: Threads = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that requests must bring; may be given several times.", envvar="OCTAVO_API_KEY"),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin that browsers may call from; may be given several times.")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="The largest request body, in bytes.")] = 8 << 20,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every HTTP request.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a model under OpenAI's HTTP interface."""
+    console = Console(stderr=True)
+    with _clear_errors(console):
+        _set_up_logging(log_level)
+        settings = ServerSettings(
+            served_model_names=tuple(served_model_name or ()),
+            api_keys=tuple(api_key or ()),
+            max_body_bytes=max_body_bytes,
+            allowed_origins=tuple(allowed_origin or ()),
+        )
+        config = EngineConfig(
+            model=model,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_bytes=_cache_bytes(kv_cache_gib, kv_cache_bytes),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_cache=not no_prefix_cache,
+            num_threads=threads,
+        )
+        _serve(config, settings, console, host=host, port=port, access_log=access_log)
+
+
+def _serve(
+    config: EngineConfig, settings: ServerSettings, console: Console, *, host: str, port: int, access_log: bool
+) -> None:
+    # The socket comes first: a port in use is found before the model is loaded.
+    with listen(host, port) as listening:
+        engine = load_engine(config, console)
+        try:
+            console.print(engine_report(engine.info))
+            shown = f"[{host}]" if ":" in host else host
+            names = ", ".join(settings.served_model_names or (engine.info.model_name,))
+            console.print(
+                f"serving {names} at http://{shown}:{listening.getsockname()[1]}/v1"
+                + (" with API keys" if settings.api_keys else ""),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            make_server(create_app(engine, settings), access_log=access_log).run(sockets=[listening])
+        finally:
+            engine.close()
+    console.print("stopped")
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
+    model: ModelOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on from the prompt, without the model's chat template.")
+    ] = False,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Say how fast the answer came, on standard error.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+) -> None:
+    """Answer one prompt in the terminal."""
+    console = Console(stderr=True)
+    with _clear_errors(console):
+        _set_up_logging("warning")
+        options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if raw and system is not None:
+            raise InvalidConfig("--system goes with the chat template, --raw came too; leave one out")
+        text = sys.stdin.read() if prompt == "-" else prompt
+        config = EngineConfig(
+            model=model, dtype=dtype, device=device, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads
+        )
+        engine = load_engine(config, console)
+        try:
+            if raw:
+                answer = asyncio.run(stream_completion(engine, text, options, _write))
+            else:
+                messages = [{"role": "system", "content": system}] if system else []
+                messages.append({"role": "user", "content": text})
+                answer = asyncio.run(stream_chat(engine, messages, options, _write))
+        finally:
+            engine.close()
+        _write("\n")
+        if stats:
+            console.print(answer.speed, style="dim")
+
+
+@app.command()
+def chat(
+    model: ModelOption = None,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with a model in the terminal."""
+    console = Console()
+    with _clear_errors(Console(stderr=True)):
+        _set_up_logging("warning")
+        options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        config = EngineConfig(
+            model=model, dtype=dtype, device=device, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads
+        )
+        engine = load_engine(config, console)
+        try:
+            console.print(engine_report(engine.info))
+            Conversation(engine, console, options, system).run()
+        finally:
+            engine.close()
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of Octavo's packages."""
+    for name, number in installed_versions().items():
+        typer.echo(f"{name} {number}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def _clear_errors(console: Console) -> Generator[None, None, None]:
+    """Turn a user's mistake into one line and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except (EngineError, ValidationError) as error:
+        message = describe_violations(error)[0] if isinstance(error, ValidationError) else str(error)
+        console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _set_up_logging(level: str) -> None:
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise InvalidConfig(f"log_level {level!r} is not one of debug, info, warning, error")
+    logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def _cache_bytes(gib: float | None, num_bytes: int | None) -> int | None:
+    if gib is not None and num_bytes is not None:
+        raise InvalidConfig("--kv-cache-gib and --kv-cache-bytes both came; give one")
+    return num_bytes if gib is None else int(gib * 2**30)
+
+
+def _sampling(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

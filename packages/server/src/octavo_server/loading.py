@@ -1,0 +1,50 @@
+"""Loads a model into an engine in this process, with a progress bar, and says what came of it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from octavo_engine.api import EngineInfo
+from octavo_engine.async_engine import AsyncEngine
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import InvalidConfig
+
+
+def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
+    """Load a model and start its engine; the bar shows the weights loaded.
+
+    Raises:
+        InvalidConfig: if what runs models is not installed, or a setting does not fit.
+        EngineError: if the model cannot be found, read or run.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("loading weights", total=None)
+        try:
+            return AsyncEngine.from_config(
+                config, progress=lambda num_done, total: progress.update(bar, completed=num_done, total=total)
+            )
+        except ModuleNotFoundError as error:
+            raise InvalidConfig(
+                f"running a model in this process needs {error.name}; install it: pip install 'octavo-server[local]'"
+            ) from error
+
+
+def engine_report(info: EngineInfo) -> Table:
+    """Return what was loaded and what was chosen for it, as a table of two columns."""
+    num_slots = info.num_blocks * info.block_size
+    rows = {
+        "model": f"{info.model_name} ({info.architecture}, {info.num_parameters / 1e6:.0f} M parameters)",
+        "compute": f"{info.dtype} on {info.device}, kernels: {info.kernel_backend}",
+        "context": f"{info.max_model_len} tokens",
+        "KV cache": f"{info.num_blocks} blocks of {info.block_size} tokens = {num_slots} tokens,"
+        f" {info.kv_cache_bytes / 2**30:.2f} GiB: {info.kv_cache_reason}",
+        "batching": f"up to {info.max_num_seqs} sequences and {info.max_num_batched_tokens} tokens a step",
+        "loaded in": f"{info.load_seconds:.1f} s",
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", value.replace("[", r"\["))
+    return table
