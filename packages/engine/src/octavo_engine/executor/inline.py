@@ -1,0 +1,52 @@
+"""InlineExecutor: runs each step in the caller's thread, before submit returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo_engine.batch import ModelOutput, ScheduledBatch
+
+
+class Runner(Protocol):
+    """What executes a batch."""
+
+    def execute(self, batch: ScheduledBatch) -> ModelOutput:
+        """Run one step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step that has run: its output, or what it raised."""
+
+    outcome: ModelOutput | Exception
+
+    def result(self) -> ModelOutput:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class InlineExecutor:
+    """Runs batches on a runner in this thread. What a step raises is kept until its result is asked for."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner: Runner | None = runner
+
+    @property
+    def max_in_flight(self) -> int:
+        """One: a step is over when submit returns."""
+        return 1
+
+    def submit(self, batch: ScheduledBatch) -> _Done:
+        """Run the step."""
+        assert self._runner is not None, "submit after close"
+        try:
+            return _Done(self._runner.execute(batch))
+        except Exception as error:
+            return _Done(error)
+
+    def close(self) -> None:
+        """Drop the runner and with it the model."""
+        self._runner = None

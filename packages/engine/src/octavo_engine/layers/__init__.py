@@ -1,0 +1,1 @@
+"""The parts that models are built of: linears, embeddings, norms, rotary tables, attention, feed-forward."""

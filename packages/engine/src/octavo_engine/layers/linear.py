@@ -1,0 +1,45 @@
+"""Linear: one matrix product for one or several of a checkpoint's linears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
+
+
+class Linear:
+    """A linear layer, possibly fused: the rows of its weight are those of its shards, one after the other.
+
+    The query, key and value projections are one Linear with three shards, gate and up one with two.
+
+    Args:
+        in_features: columns of the weight.
+        shards: the checkpoint's linears and their rows.
+        bias: whether each shard has a bias.
+        options: how the weights are made.
+    """
+
+    __slots__ = ("_quant", "parameters", "shards")
+
+    def __init__(self, in_features: int, shards: Sequence[Shard], *, bias: bool, options: LayerOptions) -> None:
+        self.shards = tuple(shards)
+        self._quant: QuantMethod[Any] = options.quant
+        self.parameters = options.quant.create(
+            in_features,
+            sum(shard.num_rows for shard in shards),
+            bias=bias,
+            dtype=options.dtype,
+            device=options.device,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x [num_tokens, in_features] times the weight, [num_tokens, rows of all shards]."""
+        return self._quant.apply(self.parameters, x)
+
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """Yield where the checkpoint's tensors go; their names begin with `prefix`."""
+        return self._quant.slots(self.parameters, self.shards, prefix)

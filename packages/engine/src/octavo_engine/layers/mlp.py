@@ -1,0 +1,32 @@
+"""GatedMLP: the feed-forward block with a SiLU gate (SwiGLU, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.quant.base import Shard, WeightSlot
+from octavo_kernels import silu_and_mul
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    __slots__ = ("down", "gate_up")
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, options: LayerOptions) -> None:
+        shards = (Shard("gate_proj", intermediate_size), Shard("up_proj", intermediate_size))
+        self.gate_up = Linear(hidden_size, shards, bias=bias, options=options)
+        self.down = Linear(intermediate_size, (Shard("down_proj", hidden_size),), bias=bias, options=options)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the block's output for x, both [num_tokens, hidden_size]."""
+        return self.down(silu_and_mul(self.gate_up(x)))
+
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """Yield where the checkpoint's tensors go."""
+        yield from self.gate_up.slots(prefix)
+        yield from self.down.slots(prefix)

@@ -1,0 +1,27 @@
+"""LayerOptions: what every layer of a model is made with, so that a model passes it on and knows nothing of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from octavo_engine.quant.base import QuantMethod, Unquantized
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """Where weights live, in which dtype activations are, and how linears hold their weights.
+
+    Memory for weights is allocated and not initialised: the loader fills it. On device `meta` nothing is allocated, to
+    count a model's parameters before loading it.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    quant: QuantMethod[Any] = field(default_factory=Unquantized)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Allocate a tensor for weights of this shape."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -1,0 +1,99 @@
+"""Llama: the decoder of Llama 1 to 3, SmolLM2 and their kin (arXiv 2302.13971)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from octavo_engine.layers.attention import Attention
+from octavo_engine.layers.embedding import Embedding, LMHead
+from octavo_engine.layers.mlp import GatedMLP
+from octavo_engine.layers.norm import RMSNorm
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.layers.rotary import rope_table
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.quant.base import WeightSlot
+from octavo_engine.runner.model_input import ModelInput
+from octavo_kvcache import KVCacheSpec
+
+
+class LlamaLayer:
+    """Attention and a gated feed-forward block, each behind a norm and beside a residual."""
+
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, *, options: LayerOptions) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
+        self.attention = Attention(config, layer, cos_sin, options=options)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, options=options)
+
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """Yield where the checkpoint's tensors go."""
+        yield from self.attention_norm.slots(f"{prefix}input_layernorm")
+        yield from self.attention.slots(f"{prefix}self_attn.")
+        yield from self.mlp_norm.slots(f"{prefix}post_attention_layernorm")
+        yield from self.mlp.slots(f"{prefix}mlp.")
+
+
+class Llama:
+    """Checkpoints of the architecture LlamaForCausalLM.
+
+    Args:
+        config: sizes and constants.
+        options: how the weights are made; they are not initialised.
+    """
+
+    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+        self.config = config
+        cos_sin = rope_table(config.rope, config.head_dim, config.max_position_embeddings, options.device)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, options=options)
+        self.layers = [LlamaLayer(config, i, cos_sin, options=options) for i in range(config.num_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
+        self.head = LMHead(self.embedding, tied=config.tie_word_embeddings, options=options)
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
+        residual = self.embedding(model_input.token_ids)
+        x = self.layers[0].attention_norm(residual)
+        for layer, next_norm in zip(self.layers, self._next_norms(), strict=True):
+            x = layer.mlp_norm.add(layer.attention(x, model_input), residual)
+            x = next_norm.add(layer.mlp(x), residual)
+        return x
+
+    def _next_norms(self) -> Iterator[RMSNorm]:
+        """Yield the norm that follows each layer's feed-forward block."""
+        for layer in self.layers[1:]:
+            yield layer.attention_norm
+        yield self.norm
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
+        return self.head(hidden)
+
+    def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
+        """Say what each layer keeps per token.
+
+        A sliding window is masked in attention; the blocks behind it are kept.
+        """
+        name = str(dtype).removeprefix("torch.")
+        return [KVCacheSpec(self.config.num_kv_heads, self.config.head_dim, name) for _ in self.layers]
+
+    def slots(self) -> Iterator[WeightSlot]:
+        """Yield where each tensor of a checkpoint goes."""
+        yield from self.embedding.slots("model.embed_tokens")
+        for index, layer in enumerate(self.layers):
+            yield from layer.slots(f"model.layers.{index}.")
+        yield from self.norm.slots("model.norm")
+        yield from self.head.slots("lm_head")
+
+    def is_redundant(self, name: str) -> bool:
+        """Return whether a checkpoint's tensor says nothing new: a tied head, a rotary table of old checkpoints."""
+        return name.endswith("rotary_emb.inv_freq") or (self.head.tied and name == "lm_head.weight")
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights, each once."""
+        for slot in self.slots():
+            yield slot.target

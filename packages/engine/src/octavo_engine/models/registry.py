@@ -1,0 +1,70 @@
+"""Which class runs which architecture, and what such a class offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo_engine.errors import UnsupportedModel
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.llama import Llama
+from octavo_engine.quant.base import WeightSlot
+from octavo_engine.runner.model_input import ModelInput
+from octavo_kvcache import KVCacheSpec
+
+
+class Model(Protocol):
+    """A decoder that reads its KV from the input it is given."""
+
+    config: ModelConfig
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of some hidden states: [rows, hidden_size] -> [rows, vocab_size] fp32."""
+        ...
+
+    def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
+        """Say what each layer keeps per token, if it keeps it in `dtype`."""
+        ...
+
+    def slots(self) -> Iterator[WeightSlot]:
+        """Yield where each tensor of a checkpoint goes."""
+        ...
+
+    def is_redundant(self, name: str) -> bool:
+        """Return whether a tensor without a slot may be passed over."""
+        ...
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the weights, each once."""
+        ...
+
+
+class ModelClass(Protocol):
+    """Makes a model whose weights are allocated and not initialised."""
+
+    def __call__(self, config: ModelConfig, options: LayerOptions) -> Model:
+        """Make the model."""
+        ...
+
+
+_MODELS: Mapping[str, ModelClass] = MappingProxyType({"LlamaForCausalLM": Llama})
+
+
+def model_class(architecture: str) -> ModelClass:
+    """Return the class that runs an architecture, by Hugging Face's class name.
+
+    Raises:
+        UnsupportedModel: if there is none; lists those there are.
+    """
+    if architecture not in _MODELS:
+        raise UnsupportedModel(f"architecture {architecture!r} is not supported; these are: {', '.join(_MODELS)}")
+    return _MODELS[architecture]

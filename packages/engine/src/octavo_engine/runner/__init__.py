@@ -1,0 +1,1 @@
+"""Turns scheduled batches into tensors, runs the model and draws tokens."""

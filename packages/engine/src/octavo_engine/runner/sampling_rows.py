@@ -1,0 +1,118 @@
+"""SamplingRows: how each running sequence draws its tokens, as arrays; SamplingBatch: the part that one step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from octavo_engine.batch import NewRow
+from octavo_engine.runner.penalties import Penalties, PenaltyRows
+
+_MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How the rows of some logits are drawn; every array has one entry per row and stays on the host.
+
+    Attributes:
+        temperature: float32; 0 takes the arg-max.
+        top_k: int64; 0 keeps all.
+        top_p: float32.
+        min_p: float32.
+        seeds: int64.
+        sequence_index: int64.
+        positions: int64, position of the token that is drawn.
+        wants_logprobs: bool.
+        num_top_logprobs: int64, how many of the likeliest tokens are reported where logprobs are wanted.
+        banned: rows and token ids, int64 arrays of one length, of tokens that may not be drawn; None if none.
+        penalties: of the rows that have any; None if none has.
+    """
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seeds: NDArray[np.int64]
+    sequence_index: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    wants_logprobs: NDArray[np.bool_]
+    num_top_logprobs: NDArray[np.int64]
+    banned: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    penalties: Penalties | None = None
+
+
+class SamplingRows:
+    """The sampling parameters of the running sequences, and their token counts where there are penalties.
+
+    Only the ModelRunner writes it. Rows that were added stay until another takes their place.
+    """
+
+    def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
+        def column(dtype: Any) -> NDArray[Any]:
+            return np.zeros(max_num_rows, dtype)
+
+        self._plain = column(np.bool_)  # the arg-max of the logits as they are, nothing else asked for
+        self._temperature, self._top_p, self._min_p = column(np.float32), column(np.float32), column(np.float32)
+        self._top_k, self._seeds, self._sequence_index = column(np.int64), column(np.int64), column(np.int64)
+        self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
+        self._first_free_position = column(np.int64)  # from here on, stop tokens may be drawn
+        self._stop_token_ids: dict[int, NDArray[np.int64]] = {}  # of rows with min_tokens
+        self._penalties = PenaltyRows(max_num_rows, vocab_size, device)
+
+    def add(self, new: NewRow) -> None:
+        """Fill a row, whatever it held before."""
+        row, sampling = new.row, new.sampling
+        self._temperature[row] = 0.0 if sampling.greedy else max(sampling.temperature, _MIN_TEMPERATURE)
+        self._top_k[row], self._top_p[row], self._min_p[row] = sampling.top_k, sampling.top_p, sampling.min_p
+        self._seeds[row], self._sequence_index[row] = new.seed, new.sequence_index
+        self._wants_logprobs[row] = sampling.logprobs is not None
+        self._num_top_logprobs[row] = sampling.logprobs or 0
+        self._first_free_position[row] = new.num_prompt_tokens + sampling.min_tokens
+        self._stop_token_ids.pop(row, None)
+        if sampling.min_tokens and new.stop_token_ids:
+            self._stop_token_ids[row] = np.array(sorted(new.stop_token_ids), np.int64)
+        penalised = self._penalties.add(new)
+        self._plain[row] = sampling.greedy and sampling.logprobs is None and not sampling.min_tokens and not penalised
+
+    def batch(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingBatch | None:
+        """Collect what the next draw of some rows needs; None if all of them take the plain arg-max.
+
+        Args:
+            rows: [num_rows], the rows that draw.
+            positions: [num_rows], the position of the token that each draws.
+        """
+        if self._plain[rows].all():
+            return None
+        return SamplingBatch(
+            temperature=self._temperature[rows],
+            top_k=self._top_k[rows],
+            top_p=self._top_p[rows],
+            min_p=self._min_p[rows],
+            seeds=self._seeds[rows],
+            sequence_index=self._sequence_index[rows],
+            positions=positions,
+            wants_logprobs=self._wants_logprobs[rows],
+            num_top_logprobs=self._num_top_logprobs[rows],
+            banned=self._banned(rows, positions),
+            penalties=self._penalties.of(rows),
+        )
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Count one drawn token in each of some different rows."""
+        self._penalties.append(rows, token_ids)
+
+    def _banned(
+        self, rows: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        if not self._stop_token_ids:
+            return None
+        early = np.flatnonzero(positions < self._first_free_position[rows])
+        ids = [self._stop_token_ids.get(row, np.empty(0, np.int64)) for row in rows[early].tolist()]
+        if not ids:
+            return None
+        return np.repeat(early, [len(i) for i in ids]), np.concatenate(ids)
