@@ -109,6 +109,7 @@ def test_yarn_without_its_own_length_uses_the_models() -> None:
     ("keys", "expected"),
     [
         ({"llama.rope.scaling.type": "none"}, RopeConfig(theta=500000.0)),
+        ({"llama.rope.scale_linear": 4.0}, RopeConfig(kind="linear", theta=500000.0, factor=4.0)),
         (
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
             RopeConfig(kind="linear", theta=500000.0, factor=2.0),
@@ -122,7 +123,7 @@ def test_yarn_without_its_own_length_uses_the_models() -> None:
             RopeConfig(kind="yarn", theta=500000.0, factor=2.0, original_max_position_embeddings=128),
         ),
     ],
-    ids=["none", "linear", "yarn"],
+    ids=["none", "old-linear", "linear", "yarn"],
 )
 def test_gguf_rope_scaling(keys: dict[str, Any], expected: RopeConfig) -> None:
     assert from_gguf(keys).rope == expected
@@ -185,6 +186,7 @@ def test_dtype_is_read_under_both_of_its_names() -> None:
             CorruptModelFile,
             "original_max_position_embeddings: expected the length before scaling, found nothing",
         ),
+        ({"rope_parameters": {"mscale": 1.0}}, UnsupportedModel, "mscale 1.0 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, UnsupportedModel, "partial_rotary_factor 0.5 is not"),
     ],
 )

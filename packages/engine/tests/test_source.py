@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
 from octavo_engine.weights import digest, locate
+from octavo_engine.weights.files import SafetensorsFiles
 from octavo_engine.weights.source import FolderSource, GGUFSource, open_source
 
 MakeGGUF = Callable[..., Path]
@@ -240,6 +242,25 @@ def test_damaged_safetensors_names_the_file(
         open_source(copy)
 
 
+def test_damaged_safetensors_headers_end_in_typed_errors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path, rng = tmp_path / "model.safetensors", random.Random(0)
+    save_file({f"t{i}": torch.zeros(4, 8) for i in range(6)}, path)
+    raw = path.read_bytes()
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(raw)
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(len(raw) - 768)] = rng.choice(b'0123456789"{}[],:-aF. \x00\xff')
+        path.write_bytes(changed)
+        try:
+            list(SafetensorsFiles(tmp_path))
+        except CorruptModelFile:
+            refused += 1
+    assert refused > 200
+
+
 def test_what_only_the_library_sees_is_named_too(folder: Path, tmp_path: Path) -> None:
     copy = _copy(folder, tmp_path)
     path = copy / "model.safetensors"
@@ -285,6 +306,14 @@ def test_folder_template_comes_from_any_of_three_places(folder: Path, tmp_path: 
     chat_template = open_source(copy).chat_template()
     assert chat_template is not None
     assert chat_template.render([{"role": "user", "content": "a"}]) == "ba"
+
+
+@pytest.mark.parametrize("template", [5, [{"name": "default", "template": 5}]], ids=["number", "list"])
+def test_template_that_is_no_text_is_corrupt(folder: Path, tmp_path: Path, template: object) -> None:
+    copy = _copy(folder, tmp_path)
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CorruptModelFile, match="chat_template: expected a string, found int"):
+        open_source(copy).chat_template()
 
 
 def test_folder_without_template_has_none(folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -244,8 +245,6 @@ def sentencepiece_model(sentencepiece_folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def sentencepiece_gguf(sentencepiece_model: Any) -> Tokenizer:
     """The same vocabulary as a GGUF file would have it."""
-    import numpy as np
-
     model, ids = sentencepiece_model, range(sentencepiece_model.vocab_size())
     types = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
     metadata = {
@@ -275,6 +274,16 @@ def test_tokenizer_model_equals_sentencepiece(sentencepiece_folder: Path, senten
     ids = tokenizer.encode(text)
     assert ids == [1, *sentencepiece_model.encode(text)]
     assert tokenizer.decode(ids) == text
+
+
+def test_endless_sentencepiece_token_is_refused() -> None:
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["a" * 1025],
+        "tokenizer.ggml.scores": np.zeros(1, np.float32),
+    }
+    with pytest.raises(CorruptModelFile, match="tokens of at most 1024 characters, found 'one of 1025'"):
+        Tokenizer.from_gguf(metadata, "spm.gguf")
 
 
 def test_tokenizer_model_recognises_control_tokens(sentencepiece_folder: Path) -> None:
@@ -342,6 +351,16 @@ def test_damaged_tokenizer_file_is_corrupt(tmp_path: Path, name: str) -> None:
         pytest.importorskip("sentencepiece", reason="SentencePiece reads the file")
     (tmp_path / name).write_bytes(b"{ no tokenizer")
     with pytest.raises(CorruptModelFile, match=re.escape(name)):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_panic_of_the_library_is_a_corrupt_file(tmp_path: Path) -> None:
+    _folder(tmp_path, bos_in_template=True, config={})
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["post_processor"]["special_tokens"] = {"other": {"id": "other", "ids": [1], "tokens": ["<s>"]}}
+    path.write_text(json.dumps(spec))
+    with pytest.raises(CorruptModelFile, match=r"tokenizer\.json: expected a tokenizer of the tokenizers library: "):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -12,6 +12,7 @@ from octavo_engine.errors import CorruptModelFile, UnsupportedModel
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
 
 _HF_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+_UNUSED_ROPE_KEYS = ("mscale", "mscale_all_dim", "truncate")  # they would change the angles, and no llama has them
 _DTYPES = ("float32", "float16", "bfloat16")
 _ARCHITECTURE_BY_MODEL_TYPE = {"llama": "LlamaForCausalLM"}
 _MAX_SIZE = 1 << 31  # of any single count; more is a damaged file
@@ -299,6 +300,9 @@ def _hf_rope(values: Mapping[str, Any], where: str) -> RopeConfig:
     kind = _hf_rope_kind(fields)
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         fields.unsupported("partial_rotary_factor", fields.get("partial_rotary_factor"), "1.0 is")
+    for key in _UNUSED_ROPE_KEYS:
+        if fields.get(key) is not None:
+            fields.unsupported(key, fields.get(key), "RoPE parameters without it are")
     original = fields.optional_size("original_max_position_embeddings")
     if kind == "yarn" and original is None:
         original = _Fields(values, where).size("max_position_embeddings", 2048)
@@ -344,14 +348,26 @@ def _gguf_rope(fields: _Fields, freq_factors: tuple[float, ...] | None) -> RopeC
             fields.unsupported("rope.scaling.type", kind, "with rope_freqs.weight, none is")
         return RopeConfig(kind="factors", theta=theta, freq_factors=freq_factors)
     if kind == "none":
-        return RopeConfig(theta=theta)
+        factor = fields.number("rope.scale_linear", 1.0)  # how linear scaling was written before it had a type
+        return RopeConfig(theta=theta) if factor == 1.0 else RopeConfig(kind="linear", theta=theta, factor=factor)
     if kind == "linear":
         return RopeConfig(kind="linear", theta=theta, factor=fields.number("rope.scaling.factor"))
     if kind == "yarn":
-        original = fields.size("rope.scaling.original_context_length")
-        factor = fields.number("rope.scaling.factor")
-        return RopeConfig(kind="yarn", theta=theta, factor=factor, original_max_position_embeddings=original)
+        return _gguf_yarn(fields, theta)
     return fields.unsupported("rope.scaling.type", kind, "none, linear and yarn are")
+
+
+def _gguf_yarn(fields: _Fields, theta: float) -> RopeConfig:
+    if fields.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        fields.unsupported("rope.scaling.attn_factor", fields.get("rope.scaling.attn_factor"), "1.0 is")
+    return RopeConfig(
+        kind="yarn",
+        theta=theta,
+        factor=fields.number("rope.scaling.factor"),
+        original_max_position_embeddings=fields.size("rope.scaling.original_context_length"),
+        beta_fast=fields.optional_number("rope.scaling.yarn_beta_fast"),
+        beta_slow=fields.optional_number("rope.scaling.yarn_beta_slow"),
+    )
 
 
 def _gguf_eos_ids(metadata: Mapping[str, Any], where: str) -> tuple[int, ...]:

@@ -12,7 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from octavo_engine.errors import CorruptModelFile, UnsupportedModel
 from octavo_engine.text.byte_alphabet import BYTE_OF_CHAR, SPACE_MARK, spell
+from octavo_engine.text.library_errors import corrupt_if_refused
 
+_MAX_TOKEN_CHARS = 1024
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 # How each vocabulary splits text before merging. Their order matters, as in every regex alternation:
@@ -103,14 +105,8 @@ def build(vocabulary: GGUFVocabulary) -> Tokenizer:
     Raises:
         CorruptModelFile: if a merge does not fit the vocabulary.
     """
-    try:
+    with corrupt_if_refused(f"{vocabulary.where}: the tokenizer's vocabulary and merges do not fit"):
         tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
-    except CorruptModelFile:
-        raise
-    except Exception as error:  # the library raises plain Exception for a vocabulary that it refuses
-        raise CorruptModelFile(
-            f"{vocabulary.where}: the tokenizer's vocabulary and merges do not fit: {error}"
-        ) from error
     special = set(vocabulary.special_ids)
     plain = [i for i in vocabulary.user_defined_ids if i not in special]
     tokens = vocabulary.tokens
@@ -139,6 +135,9 @@ def _byte_level(vocabulary: GGUFVocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: GGUFVocabulary) -> Tokenizer:
+    longest = max(map(len, vocabulary.tokens))
+    if longest > _MAX_TOKEN_CHARS:  # the work below grows with the square of it
+        _fail(vocabulary.where, "tokens", f"tokens of at most {_MAX_TOKEN_CHARS} characters", f"one of {longest}")
     merges = _merges_from_scores(vocabulary.ids, vocabulary.scores)
     unknown = vocabulary.special_tokens.get("unk_token")
     model = models.BPE(vocab=vocabulary.ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
 from octavo_engine.text.byte_alphabet import bytes_of_byte_level, bytes_of_sentencepiece
+from octavo_engine.text.library_errors import corrupt_if_refused
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -113,16 +114,14 @@ class Tokenizer:
     def _from_json(cls, path: Path, config: Mapping[str, Any]) -> Tokenizer:
         from tokenizers import Tokenizer as Backend
 
-        try:
+        with corrupt_if_refused(f"{path}: expected a tokenizer of the tokenizers library"):
             inner = Backend.from_str(path.read_text(encoding="utf-8"))
+            inner.no_truncation()
+            inner.no_padding()
             spec = json.loads(inner.to_str())
-        except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-            raise CorruptModelFile(f"{path}: expected a tokenizer of the tokenizers library: {error}") from error
-        inner.no_truncation()
-        inner.no_padding()
+            prefix, suffix = _template(inner)
         backend = _TokenizersBackend(inner)
         bytes_of, strip = _decoding_rules(spec.get("decoder"), path)
-        prefix, suffix = _template(inner)
         special_tokens = _special_tokens(config)
         rules = TokenizerRules(
             bytes_of=bytes_of,

@@ -226,11 +226,15 @@ class FolderSource(Source):
         """From chat_template.jinja, else from tokenizer_config.json (a string, or a list that has a `default`)."""
         separate = self.path / "chat_template.jinja"
         if separate.is_file():
-            return separate.read_text(encoding="utf-8")
+            try:
+                return separate.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CorruptModelFile(f"{separate}: expected UTF-8 text: {error.reason}") from error
         path = self.path / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if template is not None and not isinstance(template, str):
             raise CorruptModelFile(f"{path}: chat_template: expected a string, found {type(template).__name__}")
         return template
