@@ -62,7 +62,7 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
     {
         Backend.REFERENCE: frozenset(_STEMS),
         Backend.CPU: frozenset(_STEMS),
-        Backend.TRITON: frozenset({"paged_attention", "write_kv", "rope_kv_write"}),
+        Backend.TRITON: frozenset({"paged_attention", "varlen_attention", "write_kv", "rope_kv_write"}),
         Backend.CUDA: frozenset(),
     }
 )

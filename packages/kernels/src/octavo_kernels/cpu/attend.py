@@ -68,13 +68,11 @@ def attend(
     q: [sequences, query_len, num_heads, head_dim]. k, v: [sequences, num_kv_heads, columns, head_dim]; modified where
     no query sees them.
     """
-    plain = options.soft_cap is None and options.sinks is None and not with_lse and span.min_seq_len >= span.query_len
-    # Fused attention is ahead on tiles of queries, and sums half precision in fp32; on single fp32 rows the batched
-    # product is.
-    fused = plain and q.dtype != torch.float64 and k.dtype == q.dtype and (q.shape[1] > 1 or q.dtype != torch.float32)
-    if not fused:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        k, v = k.to(wide), v.to(wide)
+    everyone_sees = span.min_seq_len >= span.query_len
+    # A row that sees nothing has no softmax; only the product gives it output 0.
+    fused = everyone_sees and _fusable(q.dtype, q.shape[1], options, with_lse=with_lse)
+    dtype = q.dtype if fused or q.dtype == torch.float64 else torch.float32
+    k, v = k.to(dtype), v.to(dtype)
     _silence(v, span, options)
     if fused:
         _silence(k, span, options)
@@ -88,11 +86,25 @@ def attend(
         if fused:
             outs.append(_fused(*tile, bias, options))
         else:
-            out, lse = _product(*tile, bias, options)
+            out, lse = _product(*tile, bias, options, some_empty=not everyone_sees, with_lse=with_lse)
             outs.append(out.to(q.dtype))
-            log_sums.append(lse)
+            if lse is not None:
+                log_sums.append(lse)
     lse_whole = torch.cat(log_sums, dim=1) if with_lse else None
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), lse_whole
+
+
+def product_dtype(dtype: torch.dtype, query_len: int, options: AttentionOptions, *, with_lse: bool) -> torch.dtype:
+    """Return the dtype in which `attend` wants keys and values for queries of `dtype`."""
+    if dtype == torch.float64 or _fusable(dtype, query_len, options, with_lse=with_lse):
+        return dtype
+    return torch.float32
+
+
+def _fusable(dtype: torch.dtype, query_len: int, options: AttentionOptions, *, with_lse: bool) -> bool:
+    """Return whether torch's fused attention can serve: it is ahead on tiles of queries, the product on single rows."""
+    plain = options.soft_cap is None and options.sinks is None and not with_lse
+    return plain and query_len > 1 and dtype != torch.float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +175,15 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptio
             mask = mask.masked_fill(bias.hidden[:, None], _NEVER)
     elif bias.hidden is not None:
         mask = ~bias.hidden[:, None]
-    if q.shape[1] == 1 and bias.penalty is None:
-        # [S, 1, heads, D] -> [S, kv heads, group, D]: the group's heads are rows, and keys are read once.
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=options.scale).view(q.shape)
     heads_first = q.transpose(1, 2)
     result = F.scaled_dot_product_attention(heads_first, k, v, attn_mask=mask, scale=options.scale, enable_gqa=True)
     return result.transpose(1, 2)
 
 
-def _product(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """Return out and lse by two batched products around a softmax, in k's dtype."""
+def _product(
+    q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions, *, some_empty: bool, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return out and, if asked for, lse by two batched products around a softmax, in k's dtype."""
     num_sequences, query_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     # [S, Q, heads, D] -> [S, kv heads, group * Q, D]
@@ -186,10 +196,15 @@ def _product(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOpt
         scores = scores.sub_(bias.penalty)
     if bias.hidden is not None:
         scores = scores.masked_fill_(bias.hidden[:, None], _NEVER)
-    weights, lse = _softmax(scores, options.sinks)
+    lse: Tensor | None = None
+    if with_lse or some_empty or options.sinks is not None:
+        weights, lse = _softmax(scores, options.sinks)
+        lse = lse.transpose(1, 2)
+    else:
+        weights = torch.softmax(scores, dim=-1)
     out = torch.matmul(weights.view(num_sequences, num_kv_heads, -1, k.shape[2]), v)
     out = out.view(num_sequences, num_kv_heads, -1, query_len, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(q.shape), lse.transpose(1, 2)
+    return out.reshape(q.shape), lse if with_lse else None
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ The result of a sequence may change in its last bits with its neighbours: the pa
 decide how the matrix library orders its sums. Only compiled kernels can promise more.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from octavo_kernels._options import AttentionOptions
-from octavo_kernels.cpu.attend import Span, attend
+from octavo_kernels.cpu.attend import Span, attend, product_dtype
+from octavo_kernels.cpu.scratch import scratch
 
 # A bucket gathers at most _BUCKET_BYTES of keys, of which at most _PADDING_BYTES may be padding: past that, the time
 # spent on padding exceeds that of the ten or so calls of one more bucket.
-_BUCKET_BYTES = 32 << 20
+_BUCKET_BYTES = 4 << 20
 _PADDING_BYTES = 1 << 20
 
 
@@ -56,9 +56,10 @@ def paged_attention(
     block_bytes = k_cache[0].numel() * k_cache.element_size()
     for bucket in _buckets(sequences, block_bytes):
         block_ids = _block_ids(block_table, bucket)
-        k, v = _gather(k_cache, block_ids, k_scale, q.dtype), _gather(v_cache, block_ids, v_scale, q.dtype)
         rows = _rows(bucket, q.device)
         query = q.index_select(0, rows).view(len(bucket), -1, *q.shape[1:])
+        dtype = product_dtype(q.dtype, query.shape[1], options, with_lse=lse is not None)
+        k, v = _gather(k_cache, block_ids, k_scale, dtype, "k"), _gather(v_cache, block_ids, v_scale, dtype, "v")
         starts = [sequence.first_block * k_cache.shape[2] for sequence in bucket]
         span = Span.make(starts, [sequence.seq_len for sequence in bucket], query.shape[1], k.shape[2], q.device)
         result, log_sum = attend(query, k, v, span, options, with_lse=lse is not None)
@@ -155,31 +156,31 @@ def _rows(bucket: list[_Sequence], device: torch.device) -> Tensor:
     return (starts[:, None] + torch.arange(bucket[0].query_len, device=device)).flatten()
 
 
-def _gather(cache: Tensor, block_ids: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return [sequences, num_kv_heads, columns, head_dim] of a cache, scaled, in a dtype that products can take."""
-    gathered = _gather_blocks(cache, block_ids)
-    if scales is None:
-        return gathered if gathered.dtype == dtype else gathered.to(_product_dtype(dtype))
-    factors = _gather_blocks(scales.unsqueeze(-1), block_ids)
-    return gathered.to(_product_dtype(dtype)) * factors
+def _gather(cache: Tensor, block_ids: Tensor, scales: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:
+    """Return [sequences, num_kv_heads, columns, head_dim] of a cache, scaled, in `dtype`; valid until the next call."""
+    gathered = _gather_blocks(cache, block_ids, name)
+    if scales is None and cache.dtype == dtype:
+        return gathered
+    wide = scratch(f"{name} wide", tuple(gathered.shape), dtype, cache.device)
+    wide.copy_(gathered)
+    return wide if scales is None else wide.mul_(_gather_blocks(scales.unsqueeze(-1), block_ids, f"{name} scales"))
 
 
-def _gather_blocks(cache: Tensor, block_ids: Tensor) -> Tensor:
+def _gather_blocks(cache: Tensor, block_ids: Tensor, name: str) -> Tensor:
     num_blocks, num_heads, block_size, width = cache.shape
     num_sequences, longest = block_ids.shape
     heads = torch.arange(num_heads, device=cache.device)[None, :, None]
+    shape = (num_sequences, num_heads, longest * block_size, width)
+    picked = scratch(name, shape, cache.dtype, cache.device)
     row_stride = cache.stride(1) if num_heads > 1 else cache.stride(0)
     contiguous = cache.stride(2) == width and (width == 1 or cache.stride(3) == 1)
     if contiguous and row_stride and cache.stride(0) % row_stride == 0:
         # One row per (block, head): index_select then copies whole tiles, three times faster than two indices.
         per_block = cache.stride(0) // row_stride
         rows = cache.as_strided(((num_blocks - 1) * per_block + num_heads, block_size * width), (row_stride, 1))
-        picked = rows.index_select(0, (block_ids[:, None, :] * per_block + heads).flatten())
+        ids = (block_ids[:, None, :] * per_block + heads).flatten()
+        torch.index_select(rows, 0, ids, out=picked.view(-1, block_size * width))
     else:
-        picked = cache[block_ids[:, None, :], heads]
-    return picked.view(num_sequences, num_heads, longest * block_size, width)
-
-
-@functools.cache
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        tiles = picked.view(num_sequences, num_heads, longest, block_size, width)
+        tiles.copy_(cache[block_ids[:, None, :], heads])
+    return picked

@@ -1,0 +1,1 @@
+"""Triton kernels: CUDA and ROCm tensors, or CPU tensors under TRITON_INTERPRET=1. Imported when first used."""
