@@ -45,9 +45,9 @@ def test_the_capital_of_france(llm):
 
 
 def test_several_conversations_are_answered_in_order(llm):
-    other = [{"role": "user", "content": "What is the capital of Italy?"}]
+    other = [{"role": "user", "content": "What is the capital of Germany?"}]
     answers = llm.chat([other, FRANCE, other], SamplingParams(temperature=0, max_tokens=24))
-    assert ["Rome" in text_of(a) for a in answers] == [True, False, True]
+    assert ["Berlin" in text_of(a) for a in answers] == [True, False, True]
     assert "Paris" in text_of(answers[1])
 
 
@@ -89,7 +89,8 @@ def test_the_seed_that_was_drawn_repeats_the_answer(llm):
 
 def test_samples_of_one_prompt_differ_and_share_its_computation(llm):
     before = llm.stats()
-    output = llm.generate("A story about a" * 20, SamplingParams(n=4, seed=3, max_tokens=16))[0]
+    prompt = {"prompt_token_ids": list(range(100, 183))}  # five blocks and a part of a sixth
+    output = llm.generate(prompt, SamplingParams(n=4, seed=3, max_tokens=16))[0]
     after = llm.stats()
     assert len({tuple(o.token_ids) for o in output.outputs}) == 4
     assert [o.index for o in output.outputs] == [0, 1, 2, 3]

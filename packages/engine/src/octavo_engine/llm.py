@@ -139,8 +139,7 @@ class LLM:
             InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
             RequestFailed: if the engine could not compute one of them.
         """
-        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts  # type: ignore[list-item]  # a dict here is a TokensPrompt
-        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in many]
+        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
         return self._run(self._requests(encoded, sampling))
 
     def chat(
@@ -159,12 +158,11 @@ class LLM:
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
         """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
-        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str | dict) else prompts  # type: ignore[list-item]  # a dict here is a TokensPrompt
         requests = [
             self._text.make_request(
                 self._encode(prompt), SamplingParams(), request_id=self._next_id(), task="embed", pooling=pooling
             )
-            for prompt in many
+            for prompt in _many(prompts)
         ]
         pooled: dict[str, tuple[float, ...]] = {}
         for request in requests:
@@ -204,7 +202,7 @@ class LLM:
 
     def _requests(
         self,
-        encoded: list[tuple[str | None, list[int]]],
+        encoded: Sequence[tuple[str | None, list[int]]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Running]:
         if sampling is None:
@@ -247,3 +245,11 @@ class LLM:
     def _updates(self) -> Iterator[SequenceUpdate]:
         while self._engine.has_work:
             yield from self._engine.step()
+
+
+def _many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        return [prompts]
+    return prompts

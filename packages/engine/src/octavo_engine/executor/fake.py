@@ -77,7 +77,8 @@ class FakeExecutor:
         self.batches.append(batch)
         if batch.step_id in self.fail_steps:
             self._release(batch)
-            self._broken.update(row.row for row in (*batch.new, *batch.cached))
+            self._broken.update(row.row for row in batch.new)
+            self._broken.update(row.row for row in batch.cached)
             self._answers.append(RuntimeError(f"step {batch.step_id} was told to fail"))
         else:
             self._answers.append(self._run(batch))
@@ -101,19 +102,20 @@ class FakeExecutor:
             ids = list(new.block_ids[0])
             self._rows[new.row] = _Row(list(new.token_ids), new.sequence_index, ids, new.task == "embed")
         for cached in batch.cached:
-            for first, ids in cached.block_updates[:1]:
+            for update in cached.block_updates[:1]:
                 if cached.row in self._rows:
-                    self._rows[cached.row].block_ids[first : first + len(ids)] = ids
-        scheduled = [*batch.new, *batch.cached]
+                    start = update.first_index
+                    self._rows[cached.row].block_ids[start : start + len(update.block_ids)] = update.block_ids
+        scheduled: list[NewRow | CachedRow] = [*batch.new, *batch.cached]
         errors = {place: "an earlier step failed" for place, row in enumerate(scheduled) if row.row in self._broken}
         for place, row in enumerate(scheduled):
             if place not in errors:
                 self._write(self._rows[row.row], row)
-        drawn = [() if place in errors else self._draw(row) for place, row in enumerate(scheduled)]
+        drawn: list[tuple[int, ...]] = [() if place in errors else self._draw(row) for place, row in enumerate(scheduled)]
         for row, token_ids in zip(scheduled, drawn, strict=True):
             if row.row in self._rows:
                 self._rows[row.row].token_ids.extend(token_ids)
-        pooled = {
+        pooled: dict[int, tuple[float, ...]] = {
             place: (1.0,)
             for place, row in enumerate(scheduled)
             if place not in errors and row.samples and self._rows[row.row].embeds
