@@ -34,6 +34,19 @@ def demo_source(demo_path: Path) -> GGUFSource:
     return GGUFSource(demo_path)
 
 
+@pytest.fixture(scope="session")
+def transformers_with_gguf() -> Any:
+    """Transformers, able to read GGUF: the oracle."""
+    pytest.importorskip("gguf", reason="Transformers, the oracle, needs the gguf package to read GGUF")
+    return pytest.importorskip("transformers", reason="Transformers is the oracle")
+
+
+@pytest.fixture(scope="session")
+def transformers_demo(demo_path: Path, transformers_with_gguf: Any) -> Any:
+    """Transformers' own tokenizer of the demo model."""
+    return transformers_with_gguf.AutoTokenizer.from_pretrained(demo_path.parent, gguf_file=demo_path.name)
+
+
 def _string(text: str) -> bytes:
     data = text.encode("utf-8")
     return struct.pack("<Q", len(data)) + data

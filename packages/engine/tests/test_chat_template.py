@@ -124,14 +124,11 @@ def test_arguments_that_are_no_json_are_refused() -> None:
 
 
 @pytest.mark.model
-def test_demo_template_equals_transformers(demo_source: GGUFSource) -> None:
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
-    path = demo_source.path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def test_demo_template_equals_transformers(demo_source: GGUFSource, transformers_demo: Any) -> None:
     template = demo_source.chat_template()
     assert template is not None
     for messages in (CHAT, [{"role": "system", "content": "Be brief."}, *CHAT]):
-        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = transformers_demo.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert template.render(messages) == expected
     assert expected.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
 

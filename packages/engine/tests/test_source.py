@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,16 +322,14 @@ def test_folder_without_template_has_none(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::DeprecationWarning:transformers")
-def test_demo_weights_equal_transformers_bit_for_bit(demo_source: GGUFSource) -> None:
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
-    pytest.importorskip("accelerate", reason="Transformers needs it to read GGUF")
+def test_demo_weights_equal_transformers_bit_for_bit(demo_source: GGUFSource, transformers_with_gguf: Any) -> None:
+    pytest.importorskip("accelerate", reason="Transformers, the oracle, needs it to read GGUF weights")
     path = demo_source.path
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
+        quantization_config=transformers_with_gguf.GgufConfig(dequantize=True),
     )
     expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
     found = set()

@@ -45,12 +45,6 @@ def demo(demo_source: GGUFSource) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def transformers_demo(demo_path: Path) -> Any:
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
-    return transformers.AutoTokenizer.from_pretrained(demo_path.parent, gguf_file=demo_path.name)
-
-
-@pytest.fixture(scope="session")
 def original_demo(transformers_demo: Any) -> Any:
     """The same vocabulary split as SmolLM2's own tokenizer.json does; Transformers leaves the digits out for GGUF."""
     from tokenizers import Tokenizer as Backend
@@ -117,10 +111,9 @@ def test_lone_surrogate_is_replaced(demo: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe", "qwen2"])
-def test_pre_tokenizers_split_as_transformers(make_gguf: MakeGGUF, pre: str) -> None:
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+def test_pre_tokenizers_split_as_transformers(make_gguf: MakeGGUF, transformers_with_gguf: Any, pre: str) -> None:
     path = make_gguf(pre=pre)
-    expected = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    expected = transformers_with_gguf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     found = Tokenizer.from_gguf(GGUFFile(path).metadata, str(path))
     texts = [
         "hello world",
