@@ -100,9 +100,13 @@ class TextProcessor:
                 "continue_final_message and add_generation_prompt exclude each other; set add_generation_prompt false",
                 param="continue_final_message",
             )
-        text = self._chat_template.render(
-            list(messages), add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
-        )
+        variables = dict(template_kwargs or {})
+        if "add_generation_prompt" in variables:
+            raise InvalidRequest(
+                "add_generation_prompt is a field of its own; leave it out of the template's variables",
+                param="add_generation_prompt",
+            )
+        text = self._chat_template.render(list(messages), add_generation_prompt=add_generation_prompt, **variables)
         if continue_final_message:
             text = _cut_after_final_message(text, messages[-1])
         # The template writes the special tokens itself.
