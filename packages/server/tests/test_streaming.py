@@ -103,7 +103,9 @@ def test_continuous_usage_rises_to_the_sum(engine, stream, path):
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == usage["usage"]["completion_tokens"] == 4 + 3
-    assert all(c["usage"]["total_tokens"] == c["usage"]["prompt_tokens"] + c["usage"]["completion_tokens"] for c in chunks)
+    assert all(
+        c["usage"]["total_tokens"] == c["usage"]["prompt_tokens"] + c["usage"]["completion_tokens"] for c in chunks
+    )
 
 
 @both
@@ -147,7 +149,9 @@ def test_echo_without_tokens_streams_the_prompt(stream):
 
 @both
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 9}, {"max_tokens": 1000}, {"n": 100000000}, {"model": "nope"}], ids=lambda w: next(iter(w))
+    "wrong",
+    [{"temperature": 9}, {"max_tokens": 1000}, {"n": 100000000}, {"model": "nope"}],
+    ids=lambda w: next(iter(w)),
 )
 def test_a_refused_request_is_plain_json_even_if_it_would_stream(client, path, wrong):
     response = client.post(path, json={**BODIES[path], "stream": True, **wrong})

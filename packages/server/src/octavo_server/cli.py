@@ -18,6 +18,7 @@ from octavo_engine.errors import EngineError, InvalidConfig
 from octavo_server.app import create_app
 from octavo_server.config import ServerSettings
 from octavo_server.loading import engine_report, load_engine
+from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
 from octavo_server.routes.health import installed_versions
 from octavo_server.serving import listen, make_server
@@ -243,7 +244,10 @@ def _cache_bytes(gib: float | None, num_bytes: int | None) -> int | None:
 
 
 def _sampling(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    """Return the options that were given, checked before a model is loaded for them."""
+    given = {name: value for name, value in options.items() if value is not None}
+    GenerationBody.model_validate(given)
+    return given
 
 
 def _write(text: str) -> None:

@@ -20,7 +20,7 @@ def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
         EngineError: if the model cannot be found, read or run.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("loading weights", total=None)
         try:
             return AsyncEngine.from_config(

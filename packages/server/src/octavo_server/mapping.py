@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-from octavo_engine.errors import InvalidRequest, PromptTooLong
+from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import Pooling, Request, SamplingParams
 from octavo_server.config import MAX_CHOICES
@@ -60,7 +61,7 @@ async def completion_requests(
     sampling = sampling_params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
     prompts = body.prompts
     _check_num_choices(len(prompts) * sampling.n, "prompt")
-    encoded = await _encode_all(text, prompts, name="prompt")
+    encoded = await _encode_all(text, prompts)
     return [
         _request(body, text, ids, sampling, request_id=request_id if len(encoded) == 1 else f"{request_id}-{place}")
         for place, ids in enumerate(encoded)
@@ -77,11 +78,8 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
     messages = body.template_messages
     num_chars = sum(len(str(message["content"])) for message in messages)
     token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages))
-    try:
+    with _prompt_called("messages"):
         return _request(body, text, token_ids, sampling, request_id=request_id)
-    except PromptTooLong as error:
-        error.param = "messages"
-        raise
 
 
 async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
@@ -93,10 +91,11 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
     inputs = body.inputs
     _check_num_choices(len(inputs), "input")
     pooling: Pooling = body.pooling or "last"
-    return [
-        text.make_request(ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling)
-        for place, ids in enumerate(await _encode_all(text, inputs, name="input"))
-    ]
+    with _prompt_called("input"):
+        return [
+            text.make_request(ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling)
+            for place, ids in enumerate(await _encode_all(text, inputs))
+        ]
 
 
 def _request(
@@ -114,13 +113,20 @@ def _check_num_choices(num_choices: int, param: str) -> None:
         )
 
 
-async def _encode_all(text: TextProcessor, prompts: Sequence[Prompt], *, name: str) -> list[list[int]]:
-    num_chars = sum(len(prompt) for prompt in prompts)
+@contextmanager
+def _prompt_called(name: str) -> Generator[None, None, None]:
+    """Let errors about the prompt name the field that holds it in this body."""
     try:
-        return await _off_loop_if_long(num_chars, lambda: [text.encode_prompt(prompt) for prompt in prompts])
+        yield
     except InvalidRequest as error:
-        error.param = name
+        if error.param == "prompt":
+            error.param = name
         raise
+
+
+async def _encode_all(text: TextProcessor, prompts: Sequence[Prompt]) -> list[list[int]]:
+    num_chars = sum(len(prompt) for prompt in prompts)
+    return await _off_loop_if_long(num_chars, lambda: [text.encode_prompt(prompt) for prompt in prompts])
 
 
 async def _off_loop_if_long(num_chars: int, encode: Callable[[], T]) -> T:

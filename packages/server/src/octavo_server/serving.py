@@ -37,6 +37,10 @@ class _Http(H11Protocol):
         super().data_received(data)
         self._watch_headers()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_headers()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
         super().connection_lost(exc)
@@ -88,10 +92,12 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InvalidConfig: if the address cannot be used; says why.
     """
+    if not 0 <= port <= 65535:
+        raise InvalidConfig(f"cannot listen on port {port}; choose another --port, from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidConfig(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
 
 

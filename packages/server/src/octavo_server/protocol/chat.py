@@ -10,7 +10,7 @@ from pydantic import Field
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.types import MAX_LOGPROBS
 from octavo_server.protocol.body import refuse_unsupported
-from octavo_server.protocol.generation import GenerationBody
+from octavo_server.protocol.generation import MAX_INT32, GenerationBody
 from octavo_server.protocol.violations import summarise
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -42,8 +42,8 @@ class ChatBody(GenerationBody):
     """OpenAI's fields of a chat completion, and Octavo's extras."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 

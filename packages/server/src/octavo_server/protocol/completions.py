@@ -10,7 +10,7 @@ from pydantic import Field
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.types import MAX_LOGPROBS
 from octavo_server.protocol.body import refuse_unsupported
-from octavo_server.protocol.generation import GenerationBody
+from octavo_server.protocol.generation import MAX_INT32, GenerationBody
 from octavo_server.protocol.violations import summarise
 
 DEFAULT_MAX_TOKENS = 16
@@ -24,7 +24,7 @@ class CompletionBody(GenerationBody):
     """OpenAI's fields of a text completion, and Octavo's extras."""
 
     prompt: Any = None
-    max_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(default=None, ge=1)

@@ -12,6 +12,7 @@ from octavo_engine.errors import InvalidRequest
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
 
 MAX_STOP_STRINGS = 4
+MAX_INT32 = 2**31 - 1
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
@@ -47,7 +48,7 @@ class GenerationBody(Extras):
     model_config = BODY_CONFIG
 
     model: str | None = None
-    n: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=MAX_INT32)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     presence_penalty: Penalty | None = None

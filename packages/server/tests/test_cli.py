@@ -1,0 +1,205 @@
+import os
+import re
+import signal
+import threading
+from importlib.metadata import version
+
+import httpx2
+import pytest
+from octavo_engine.async_engine import AsyncEngine
+from octavo_engine.errors import EngineDead, ModelNotFound
+from octavo_server.cli import app
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def octavo(monkeypatch, engine):
+    """Run the command on the fake engine; the configurations it was loaded with are in `octavo.configs`."""
+
+    def load(config, progress=None):
+        invoke.configs.append(config)
+        progress(1, 2)
+        progress(2, 2)
+        if engine.broken is not None:
+            raise engine.broken
+        return engine
+
+    def invoke(*arguments, **options):
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "OCTAVO_API_KEY": ""}, **options)
+
+    invoke.configs = []
+    monkeypatch.setattr(AsyncEngine, "from_config", staticmethod(load))
+    return invoke
+
+
+def test_version_lists_the_packages(octavo):
+    result = octavo("version")
+    assert result.exit_code == 0
+    assert f"octavo-server {version('octavo-server')}\n" in result.stdout
+
+
+def test_run_prints_the_answer_alone_on_standard_output(octavo, engine):
+    result = octavo("run", "hi", "--max-tokens", "20", "--temperature", "0.5", "--seed", "3")
+    assert result.exit_code == 0
+    assert result.stdout == " Paris.\n"
+    sampling = engine.requests[0].sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.seed) == (20, 0.5, 3)
+    assert bytes(engine.requests[0].prompt_token_ids) == b"<user>hi\n<assistant>"
+    assert engine.closed
+
+
+def test_run_passes_a_system_message_and_a_prompt_from_standard_input(octavo, engine):
+    assert octavo("run", "-", "--system", "be brief", input="hello").exit_code == 0
+    assert bytes(engine.requests[0].prompt_token_ids) == b"<system>be brief\n<user>hello\n<assistant>"
+
+
+def test_run_raw_goes_on_from_the_prompt(octavo, engine):
+    assert octavo("run", "once", "--raw", "--max-tokens", "3").stdout == " Pa\n"
+    assert bytes(engine.requests[0].prompt_token_ids) == b"once"
+
+
+def test_run_says_how_fast_it_was_if_asked(octavo):
+    assert re.search(r"8 tokens, first after \d+\.\d\d s, then [\d.]+ tokens/s", octavo("run", "hi", "--stats").stderr)
+
+
+def test_engine_options_reach_the_configuration(octavo):
+    octavo("run", "hi", "--model", "m.gguf", "--dtype", "bfloat16", "--max-model-len", "64", "--threads", "2")
+    (config,) = octavo.configs
+    assert (config.model, config.dtype, config.max_model_len, config.num_threads) == ("m.gguf", "bfloat16", 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "hi", "--temperature", "9"], "temperature must be less than or equal to 2, got 9.0"),
+        (["run", "", "--raw"], "prompt is empty"),
+        (["run", "hi", "--raw", "--system", "x"], "leave one out"),
+        (["run", "hi", "--dtype", "int3"], "dtype 'int3' is not one of"),
+        (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
+        (["serve", "--block-size", "7"], "block_size 7 is not one of"),
+        (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "give one"),
+        (["serve", "--log-level", "loud"], "log_level 'loud'"),
+        (["serve", "--max-body-bytes", "0"], "max_body_bytes must be above 0"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(octavo, arguments, message):
+    result = octavo(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert re.fullmatch(r"error: .*\n", result.stderr)
+    assert result.stdout == ""
+
+
+def test_a_wrong_option_is_found_before_the_model_is_loaded(octavo):
+    assert octavo("run", "hi", "--temperature", "9").exit_code == 2
+    assert octavo("serve", "--block-size", "7", "--port", "0").exit_code == 2
+    assert octavo.configs == []
+
+
+def test_an_empty_message_is_a_conversation(octavo, engine):
+    assert octavo("run", "").exit_code == 0
+    assert bytes(engine.requests[0].prompt_token_ids) == b"<user>\n<assistant>"
+
+
+@pytest.mark.parametrize("command", [["run", "hi"], ["chat"], ["serve", "--port", "0"]], ids=lambda c: c[0])
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_2(octavo, engine, command):
+    engine.broken = ModelNotFound("no model 'x': give a file")
+    result = octavo(*command)
+    assert result.exit_code == 2
+    assert "error: no model 'x': give a file\n" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_missing_parts_of_the_local_engine_say_what_to_install(octavo, engine):
+    engine.broken = ModuleNotFoundError("No module named 'torch'", name="torch")
+    result = octavo("run", "hi")
+    assert result.exit_code == 2
+    assert "needs torch; install it: pip install 'octavo-server[local]'" in result.stderr
+
+
+def test_chat_keeps_the_conversation_until_reset(octavo, engine):
+    engine.replies = ["yes"]
+    result = octavo("chat", "--system", "S", input="one\ntwo\n/reset\nthree\n/help\n/exit\nnever\n")
+    assert result.exit_code == 0
+    assert [bytes(request.prompt_token_ids).decode() for request in engine.requests] == [
+        "<system>S\n<user>one\n<assistant>",
+        "<system>S\n<user>one\n<assistant>yes\n<user>two\n<assistant>",
+        "<system>S\n<user>three\n<assistant>",
+    ]
+    assert result.stdout.count("yes") == 3
+    assert result.stdout.count("/reset forgets the conversation") == 2
+    assert engine.closed
+
+
+def test_chat_ends_with_the_input(octavo):
+    assert octavo("chat", input="").exit_code == 0
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(octavo, engine):
+    result = octavo("chat", input=f"{'x' * 300}\nshort\n")
+    assert result.exit_code == 0
+    assert "maximum context length is 200 tokens" in result.stdout
+    assert [bytes(request.prompt_token_ids) for request in engine.requests] == [b"<user>short\n<assistant>"]
+
+
+def test_chat_ends_with_one_line_if_the_engine_dies(octavo, engine):
+    def die():
+        raise EngineDead("the engine stopped")
+
+    engine.check_health = die
+    result = octavo("chat", input="hi\n")
+    assert result.exit_code == 2
+    assert "error: the engine stopped\n" in result.stderr
+
+
+def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch):
+    """The server runs in this thread, as it must for signals; another one calls it and then interrupts."""
+    seen = {}
+
+    def call_and_interrupt(url):
+        try:
+            seen["health"] = httpx2.get(f"{url}/health").status_code
+            seen["models"] = httpx2.get(f"{url}/v1/models", headers={"x-api-key": "k"}).json()["data"][0]["id"]
+            seen["locked"] = httpx2.get(f"{url}/v1/models").status_code
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    from octavo_server import cli
+
+    def make_server(app, **options):
+        server = serving_make_server(app, **options)
+        url = f"http://127.0.0.1:{ports[0]}"
+        threading.Thread(target=call_and_interrupt, args=(url,)).start()
+        return server
+
+    def listen(host, port):
+        listening = serving_listen(host, port)
+        ports.append(listening.getsockname()[1])
+        return listening
+
+    ports = []
+    serving_make_server, serving_listen = cli.make_server, cli.listen
+    monkeypatch.setattr(cli, "make_server", make_server)
+    monkeypatch.setattr(cli, "listen", listen)
+    before = signal.getsignal(signal.SIGTERM)
+    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", "--kv-cache-gib", "0.5")
+    assert result.exit_code == 0, result.output
+    assert seen == {"health": 200, "models": "m", "locked": 401}
+    assert octavo.configs[0].kv_cache_bytes == 2**29
+    assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
+    assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB: a test asked for it" in result.stderr
+    assert "float32 on cpu, kernels: reference" in result.stderr
+    assert result.stderr.endswith("stopped\n")
+    assert engine.closed
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_serve_finds_a_port_in_use_before_it_loads_the_model(octavo):
+    from octavo_server.serving import listen
+
+    with listen("127.0.0.1", 0) as taken:
+        result = octavo("serve", "--port", str(taken.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "choose another --host or --port" in result.stderr
+    assert octavo.configs == []
