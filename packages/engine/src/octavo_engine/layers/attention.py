@@ -45,7 +45,7 @@ class Attention:
         self._layer = layer
         self._cos_sin = cos_sin
         self._head_dim = head_dim
-        self._split = (num_heads, num_kv_heads, num_kv_heads)
+        self._split = [num_heads, num_kv_heads, num_kv_heads]
         self._scale = head_dim**-0.5
         self._window = config.sliding_window
 
