@@ -81,3 +81,11 @@ def test_parked_blocks_are_held_without_live_tokens():
     assert stats.waste == 1 - 32 / 48
     assert stats.sharing_saved == 0.0  # a sequence in flight is no second user of c's blocks
     assert stats.usage == 3 / 49
+
+
+def test_end_shared_with_a_step_in_flight_is_as_full_as_its_sequence():
+    cache = filled(18)
+    cache.fork("a", "b")
+    cache.free("a", after=1)
+    stats = cache.stats()
+    assert (stats.num_used, stats.num_shared, stats.num_parked, stats.num_live_tokens) == (2, 2, 0, 18)
