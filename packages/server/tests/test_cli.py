@@ -6,10 +6,11 @@ from importlib.metadata import version
 
 import httpx2
 import pytest
+from typer.testing import CliRunner
+
 from octavo_engine.async_engine import AsyncEngine
 from octavo_engine.errors import EngineDead, ModelNotFound
 from octavo_server.cli import app
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import json
 import time
 
 import pytest
+
 from octavo_engine.errors import EngineDead, EngineError, InvalidRequest, PromptTooLong, RequestFailed
 from octavo_server.errors import ApiError, to_api_error
 
@@ -247,7 +248,7 @@ def test_thousands_of_mistakes_make_a_short_answer(client):
     body = {
         "prompt": "a",
         "stop_token_ids": ["x" * 500] * 1000,
-        **{name: "y" * 5000 for name in ("n", "seed", "top_p")},
+        **dict.fromkeys(("n", "seed", "top_p"), "y" * 5000),
     }
     response = client.post(TEXT, json=body)
     assert response.status_code == 400

@@ -2,8 +2,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import octavo_server
 import pytest
+
+import octavo_server
 from octavo_engine.errors import InvalidConfig
 from octavo_server import ServerSettings
 

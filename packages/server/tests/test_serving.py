@@ -7,11 +7,13 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from octavo_client import Extras, Octavo
 from octavo_engine.errors import InvalidConfig
 from octavo_server import serving
 from octavo_server.serving import listen
-from openai import BadRequestError, NotFoundError, OpenAI
-from prometheus_client.parser import text_string_to_metric_families
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -202,6 +204,19 @@ def test_the_openai_sdk_is_served(serve, engine):
         with pytest.raises(BadRequestError) as refused:
             client.chat.completions.create(model="org/fake-model", messages=[USER], temperature=3)
         assert refused.value.param == "temperature"
+
+
+def test_the_typed_client_is_served(serve, engine):
+    with Octavo(base_url=f"{serve(engine, api_keys=('k',))}/v1", api_key="k", max_retries=0) as client:
+        extras = Extras(top_k=5, min_p=0.1, stop_token_ids=[3], priority=2, cache_salt="s")
+        client.chat.completions.create(model="org/fake-model", messages=[USER], extra_body=extras)
+        request = engine.requests[0]
+        assert (request.sampling.top_k, request.sampling.min_p, request.priority) == (5, 0.1, 2)
+        assert client.tokens.tokenize("ab").tokens == [97, 98]
+        assert client.tokens.detokenize([97, 98]).prompt == "ab"
+        assert client.server.health().status == "ok"
+        assert client.server.ready().models == ["org/fake-model"]
+        assert "octavo-server" in client.server.version().packages
 
 
 def test_an_error_in_a_stream_is_raised_by_the_openai_sdk(serve, engine):

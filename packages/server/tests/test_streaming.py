@@ -2,6 +2,7 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from octavo_server.streaming import ChunkWriter, EventStream, to_json
 
 USER = {"role": "user", "content": "hi"}
