@@ -141,11 +141,13 @@ class Driver:
         copies, self._copies = tuple(self._copies), []
         entering = [row for row in num_scheduled_tokens if not self.rows[row].entered]
         staying = [row for row in num_scheduled_tokens if row not in entering]
+        # Before the entering rows: a fork takes the blocks that its parent has after the step.
+        cached = tuple(self._continue(row, num_scheduled_tokens[row]) for row in staying)
         self._step_id += 1
         batch = ScheduledBatch(
             step_id=self._step_id,
             new=tuple(self._enter(row, num_scheduled_tokens[row]) for row in entering),
-            cached=tuple(self._continue(row, num_scheduled_tokens[row]) for row in staying),
+            cached=cached,
             finished=tuple(finished),
             copies=copies,
         )

@@ -1,0 +1,376 @@
+"""The sampler: supports against Transformers' processors, the distribution by chi-square, and that rows stand alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo_engine.batch import NewRow
+from octavo_engine.runner.sampler import Drawn, filtered, sample
+from octavo_engine.runner.sampling_rows import SamplingRows
+from octavo_engine.types import SamplingParams
+
+VOCAB_SIZE = 50
+CPU = torch.device("cpu")
+
+
+def new_row(
+    row: int,
+    sampling: SamplingParams,
+    token_ids: tuple[int, ...] = (1, 2, 3),
+    num_prompt_tokens: int | None = None,
+    **changes: Any,
+) -> NewRow:
+    values: dict[str, Any] = {
+        "row": row,
+        "token_ids": token_ids,
+        "num_prompt_tokens": len(token_ids) if num_prompt_tokens is None else num_prompt_tokens,
+        "sampling": sampling,
+        "seed": 0,
+        "sequence_index": 0,
+        "stop_token_ids": frozenset(),
+        "block_ids": ((),),
+        "num_computed_tokens": 0,
+        "num_scheduled_tokens": len(token_ids),
+        "samples": True,
+    }
+    return NewRow(**{**values, **changes})
+
+
+def sampling_rows(*rows: NewRow, vocab_size: int = VOCAB_SIZE) -> SamplingRows:
+    state = SamplingRows(len(rows), vocab_size, CPU)
+    for row in rows:
+        state.add(row)
+    return state
+
+
+def draw(logits: Tensor, *rows: NewRow) -> Drawn:
+    """Draw once for each of some rows, whose row numbers are 0, 1, ..."""
+    state = sampling_rows(*rows, vocab_size=logits.shape[1])
+    positions = np.array([len(row.token_ids) for row in rows], np.int64)
+    return sample(logits.clone(), state.batch(np.arange(len(rows)), positions))
+
+
+def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def support(scores: Tensor, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Filter every row alike; returns which tokens are left."""
+    num_rows = len(scores)
+    kept = filtered(
+        scores,
+        min_p=np.full(num_rows, min_p, np.float32),
+        top_k=np.full(num_rows, top_k, np.int64),
+        top_p=np.full(num_rows, top_p, np.float32),
+    )
+    assert torch.equal(kept[kept.isfinite()], scores[kept.isfinite()])
+    return kept.isfinite()
+
+
+def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int) -> Tensor:
+    """Count the tokens of independent draws from one row of logits, by seed."""
+    rows = 20_000
+    counts = torch.zeros(len(logits), dtype=torch.int64)
+    state = SamplingRows(rows, len(logits), CPU)
+    for row in range(rows):
+        state.add(new_row(row, sampling, seed=row))
+    for round_number in range(num_draws // rows):
+        positions = np.full(rows, 3 + round_number, np.int64)
+        drawn = sample(logits.repeat(rows, 1), state.batch(np.arange(rows), positions))
+        counts += torch.bincount(torch.from_numpy(drawn.token_ids), minlength=len(logits))
+    return counts
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, int]:
+    """Return the statistic over the cells that can occur, and its degrees of freedom."""
+    possible = probabilities > 0
+    expected = probabilities[possible] * counts.sum()
+    return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
+
+
+# -- which tokens are left ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 49, 50, 1000])
+def test_top_k_keeps_what_transformers_keeps(top_k: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    scores = random_logits(16)
+    expected = transformers.TopKLogitsWarper(top_k)(None, scores).isfinite()
+    assert torch.equal(support(scores, top_k=top_k), expected)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_keeps_what_transformers_keeps(top_p: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    scores = random_logits(16)
+    expected = transformers.TopPLogitsWarper(top_p)(None, scores).isfinite()
+    assert torch.equal(support(scores, top_p=top_p), expected)
+
+
+@pytest.mark.parametrize("min_p", [0.001, 0.05, 0.3, 1.0])
+def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    scores = random_logits(16)
+    expected = transformers.MinPLogitsWarper(min_p)(None, scores).isfinite()
+    assert torch.equal(support(scores, min_p=min_p), expected)
+
+
+def test_filters_together_apply_in_the_stated_order() -> None:
+    transformers = pytest.importorskip("transformers")
+    scores = random_logits(64)
+    expected = scores
+    for warper in (
+        transformers.MinPLogitsWarper(0.01),
+        transformers.TopKLogitsWarper(12),
+        transformers.TopPLogitsWarper(0.8),
+    ):
+        expected = warper(None, expected)
+    assert torch.equal(support(scores, min_p=0.01, top_k=12, top_p=0.8), expected.isfinite())
+
+
+def test_each_row_has_its_own_filters() -> None:
+    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(5, 1)
+    kept = filtered(
+        scores,
+        min_p=np.array([0, 0, 0, 0.2, 0], np.float32),
+        top_k=np.array([0, 1, 3, 0, 0]),
+        top_p=np.array([1, 1, 1, 1, 0.7], np.float32),
+    ).isfinite()
+    assert kept.int().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1]]
+
+
+def test_ties_at_the_boundary_are_all_kept() -> None:
+    scores = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]])
+    assert support(scores, top_k=2).tolist() == [[True, True, True, False, True]]
+    assert support(scores, top_p=0.5).tolist() == [[True, True, True, False, True]]
+
+
+def test_top_p_of_a_flat_distribution_looks_beyond_the_short_prefix() -> None:
+    scores = torch.linspace(0, 0.001, 5000)[None].repeat(2, 1)
+    kept = support(scores, top_p=0.9)[0]
+    assert 4495 <= int(kept.sum()) <= 4505
+    assert kept.tolist() == sorted(kept.tolist())  # the scores rise, so what is kept is the end
+
+
+# -- the distribution --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampling", "keeps"),
+    [
+        (SamplingParams(temperature=1.0), 12),
+        (SamplingParams(temperature=0.5), 12),
+        (SamplingParams(temperature=1.5, top_k=5), 5),
+        (SamplingParams(temperature=1.0, top_p=0.8), None),
+    ],
+    ids=["plain", "cold", "top_k", "top_p"],
+)
+def test_draws_follow_the_softmax(sampling: SamplingParams, keeps: int | None) -> None:
+    logits = random_logits(1, 12, seed=5)[0] / 2
+    counts = many_draws(logits, sampling, 100_000)
+    scores = logits / sampling.temperature
+    left = support(scores[None], top_k=sampling.top_k, top_p=sampling.top_p)[0]
+    assert keeps in (None, int(left.sum()))
+    probabilities = scores.masked_fill(~left, float("-inf")).double().softmax(0)
+    assert counts[~left].sum() == 0
+    statistic, freedom = chi_square(counts, probabilities)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # p below 1e-3; the noise is fixed, so the verdict is too
+
+
+def test_greedy_rows_take_the_arg_max_beside_random_rows() -> None:
+    logits = random_logits(4)
+    hot = SamplingParams(temperature=2.0)
+    cold = SamplingParams(temperature=0)
+    rows = [new_row(i, hot if i % 2 else cold, seed=i) for i in range(4)]
+    assert draw(logits, *rows).token_ids[[0, 2]].tolist() == logits.argmax(-1)[[0, 2]].tolist()
+
+
+def test_greedy_tie_takes_the_lowest_token_id() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, [7, 30]] = 1.0
+    assert draw(logits, new_row(0, SamplingParams(temperature=0))).token_ids.tolist() == [7]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 5e-324])
+def test_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    logits = random_logits(1)
+    drawn = draw(logits, new_row(0, SamplingParams(temperature=temperature)))
+    assert drawn.token_ids.tolist() == logits.argmax(-1).tolist()
+
+
+# -- rows stand alone --------------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_token_whatever_the_batch() -> None:
+    logits = random_logits(40, 500)
+    sampling = [
+        SamplingParams(temperature=0.5 + i / 40, top_k=(i % 3) * 20, top_p=1 - (i % 4) / 10, logprobs=i % 5)
+        for i in range(40)
+    ]
+    rows = [new_row(i, sampling[i], seed=1000 + i) for i in range(40)]
+    together = draw(logits, *rows)
+    for i in range(40):
+        alone = draw(logits[i : i + 1], new_row(0, sampling[i], seed=1000 + i))
+        assert alone.token_ids[0] == together.token_ids[i]
+        assert alone.logprobs is not None
+        assert together.logprobs is not None
+        assert alone.logprobs[0] == together.logprobs[i]
+
+
+def test_seed_sequence_index_and_position_each_change_the_draw() -> None:
+    logits = torch.zeros(1, 100_000)
+    hot = SamplingParams(temperature=1.0)
+    first = draw(logits, new_row(0, hot)).token_ids[0]
+    others = [
+        new_row(0, hot, seed=1),
+        new_row(0, hot, seed=-1),
+        new_row(0, hot, sequence_index=1),
+        new_row(0, hot, token_ids=(1, 2, 3, 4)),
+    ]
+    drawn = {int(draw(logits, row).token_ids[0]) for row in others} | {int(first)}
+    assert len(drawn) == 5
+    assert draw(logits, new_row(0, hot, token_ids=(9, 9, 9))).token_ids[0] == first
+
+
+def test_unsound_row_is_marked_and_the_others_are_drawn() -> None:
+    logits = random_logits(4)
+    logits[1, 3] = float("nan")
+    logits[2] = float("-inf")
+    for sampling in (SamplingParams(temperature=0), SamplingParams(temperature=1.0, top_p=0.5)):
+        drawn = draw(logits, *[new_row(i, sampling, seed=i) for i in range(4)])
+        assert drawn.sound.tolist() == [True, False, False, True]
+        sound = draw(random_logits(4), *[new_row(i, sampling, seed=i) for i in range(4)])
+        assert drawn.token_ids[[0, 3]].tolist() == sound.token_ids[[0, 3]].tolist()
+
+
+# -- penalties and bans ------------------------------------------------------------------------------------------
+
+
+def penalised_logits(logits: Tensor, row: NewRow) -> Tensor:
+    state = sampling_rows(row)
+    batch = state.batch(np.array([0]), np.array([len(row.token_ids)]))
+    assert batch is not None
+    assert batch.penalties is not None
+    changed = logits.clone()
+    batch.penalties.apply(changed)
+    return changed
+
+
+def test_repetition_penalty_equals_transformers_on_prompt_and_output() -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits(1)
+    token_ids = (1, 5, 9, 9, 14)
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), logits.clone())
+    row = new_row(0, SamplingParams(temperature=0, repetition_penalty=1.7), token_ids, num_prompt_tokens=2)
+    torch.testing.assert_close(penalised_logits(logits, row), expected)
+
+
+def test_presence_and_frequency_count_the_output_alone() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    sampling = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    row = new_row(0, sampling, (1, 5, 9, 9, 14), num_prompt_tokens=2)
+    changed = penalised_logits(logits, row)[0]
+    assert {i: v for i, v in enumerate(changed.tolist()) if v} == {9: -1.0, 14: -0.75}
+
+
+def test_drawn_tokens_are_counted() -> None:
+    row = new_row(0, SamplingParams(temperature=0, frequency_penalty=1.0))
+    state = sampling_rows(row)
+    for _ in range(3):
+        state.append(np.array([0]), np.array([4]))
+    batch = state.batch(np.array([0]), np.array([6]))
+    assert batch is not None
+    assert batch.penalties is not None
+    assert batch.penalties.output_counts[0].nonzero().tolist() == [[4]]
+    assert batch.penalties.output_counts[0, 4] == 3
+
+
+def test_row_that_is_taken_again_forgets_its_counts() -> None:
+    sampling = SamplingParams(temperature=0, frequency_penalty=1.0, repetition_penalty=2.0)
+    state = sampling_rows(new_row(0, sampling, (1, 2, 3), num_prompt_tokens=1))
+    state.append(np.array([0]), np.array([4]))
+    state.add(new_row(0, sampling, (7, 8), num_prompt_tokens=1))
+    batch = state.batch(np.array([0]), np.array([2]))
+    assert batch is not None
+    assert batch.penalties is not None
+    assert batch.penalties.output_counts[0].nonzero().tolist() == [[8]]
+    assert batch.penalties.prompt_seen[0].nonzero().tolist() == [[7]]
+
+
+def test_penalties_leave_other_rows_alone() -> None:
+    logits = random_logits(3)
+    best = logits.argmax(-1).tolist()
+    plain = SamplingParams(temperature=0)
+    harsh = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=10.0)
+    rows = [
+        new_row(0, plain),
+        new_row(1, harsh, (1, best[1], best[1], best[1]), num_prompt_tokens=1),
+        new_row(2, plain),
+    ]
+    drawn = draw(logits, *rows).token_ids.tolist()
+    assert [drawn[0], drawn[2]] == [best[0], best[2]]
+    assert drawn[1] != best[1]
+
+
+def test_min_tokens_bans_stop_tokens_until_they_are_reached() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 7], logits[0, 8], logits[0, 9] = 3.0, 2.0, 1.0
+    sampling = SamplingParams(temperature=0, min_tokens=2)
+
+    def drawn_after(num_output_tokens: int) -> int:
+        token_ids = (1, 2, 3) + (4,) * num_output_tokens
+        row = new_row(0, sampling, token_ids, num_prompt_tokens=3, stop_token_ids=frozenset({7, 8}))
+        return int(draw(logits, row).token_ids[0])
+
+    assert [drawn_after(n) for n in range(4)] == [9, 9, 7, 7]
+
+
+def test_min_tokens_bans_nothing_in_other_rows() -> None:
+    logits = torch.zeros(3, VOCAB_SIZE)
+    logits[:, 7] = 3.0
+    logits[:, 8] = 2.0
+    rows = [
+        new_row(0, SamplingParams(temperature=0), stop_token_ids=frozenset({7})),
+        new_row(1, SamplingParams(temperature=0, min_tokens=1), stop_token_ids=frozenset({7})),
+        new_row(2, SamplingParams(temperature=0, min_tokens=1)),
+    ]
+    assert draw(logits, *rows).token_ids.tolist() == [7, 8, 7]
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    logits = random_logits(3)
+    raw = logits.log_softmax(-1)
+    sampling = SamplingParams(temperature=1.9, top_p=0.99, presence_penalty=1.0, logprobs=4)
+    rows = [
+        new_row(0, SamplingParams(temperature=0)),
+        new_row(1, sampling, seed=3),
+        new_row(2, SamplingParams(temperature=0, logprobs=0)),
+    ]
+    drawn = draw(logits, *rows)
+    assert drawn.logprobs is not None
+    plain, full, bare = drawn.logprobs
+    assert plain is None
+    assert full is not None
+    token_id = int(drawn.token_ids[1])
+    assert full.token_id == token_id
+    assert full.logprob == pytest.approx(raw[1, token_id].item(), abs=1e-6)
+    order = raw[1].argsort(descending=True).tolist()
+    assert full.rank == order.index(token_id) + 1
+    assert [i for i, _ in full.top] == order[:4]
+    assert [v for _, v in full.top] == pytest.approx(raw[1, order[:4]].tolist(), abs=1e-6)
+    assert bare is not None
+    assert bare.rank == 1
+    assert bare.top == ()
+
+
+def test_plain_greedy_batch_collects_nothing() -> None:
+    rows = [new_row(i, SamplingParams(temperature=0)) for i in range(3)]
+    assert sampling_rows(*rows).batch(np.arange(3), np.full(3, 3)) is None
