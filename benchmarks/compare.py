@@ -41,16 +41,17 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as a Markdown table; ratios are the first row's figure over this row's."""
     first = rows[0]
+    ratio_title = f"{first['engine']} / this"
     lines = [
-        f"| engine | output tok/s | {first['engine']} / this | single stream tok/s | {first['engine']} / this | load s | peak RSS MB |",
+        f"| engine | output tok/s | {ratio_title} | single stream tok/s | {ratio_title} | load s | peak RSS MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratio = first["output_tokens_per_s"] / row["output_tokens_per_s"]
         single = first["single_stream_tokens_per_s"] / row["single_stream_tokens_per_s"]
         lines.append(
-            f"| {row['label']} | {row['output_tokens_per_s']:.1f} | {ratio:.2f} | {row['single_stream_tokens_per_s']:.1f}"
-            f" | {single:.2f} | {row['load_seconds']:.1f} | {row['peak_rss_mb']:.0f} |"
+            f"| {row['label']} | {row['output_tokens_per_s']:.1f} | {ratio:.2f}"
+            f" | {row['single_stream_tokens_per_s']:.1f} | {single:.2f} | {row['load_seconds']:.1f} | {row['peak_rss_mb']:.0f} |"
         )
     return "\n".join(lines)
 

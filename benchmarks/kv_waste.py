@@ -15,13 +15,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from workload import WorkloadRequest, make_workload
+
 from octavo_engine import EngineConfig, Request, SamplingParams
 from octavo_engine.engine import Engine
 from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.types import TokenSpan
 from octavo_kvcache import CacheManager
-from workload import WorkloadRequest, make_workload
 
 RESERVED_LENGTH = 2048  # tokens a contiguous cache sets aside for a sequence: the paper's setting
 

@@ -14,8 +14,9 @@ import resource
 import time
 from pathlib import Path
 
-from octavo_engine import LLM, SamplingParams
 from workload import WorkloadRequest
+
+from octavo_engine import LLM, SamplingParams
 
 SINGLE_STREAM_TOKENS = 128
 

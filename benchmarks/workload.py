@@ -1,7 +1,7 @@
 """Makes workloads with ShareGPT-like lengths: log-normal, means as published for ShareGPT, outputs shortened.
 
 The PagedAttention paper (arXiv 2309.06180, section 6.1) reports means of 161 prompt and 338 output tokens; for a small
-machine the outputs are shortened to 200. Prompts are random token ids: lengths decide throughput and memory, words do not.
+machine the outputs are shortened to 200. Prompts are random token ids: lengths decide speed and memory, words do not.
 
     python benchmarks/workload.py --requests 64 --seed 7 --out workload.json
 """
@@ -49,7 +49,9 @@ def main() -> None:
     requests = make_workload(arguments.requests, arguments.seed)
     arguments.out.write_text(json.dumps(requests))
     num_prompt_tokens = sum(len(r["prompt_ids"]) for r in requests)
-    print(f"{len(requests)} requests, {num_prompt_tokens} prompt tokens, {sum(r['out'] for r in requests)} output tokens")
+    print(
+        f"{len(requests)} requests, {num_prompt_tokens} prompt tokens, {sum(r['out'] for r in requests)} output tokens"
+    )
 
 
 if __name__ == "__main__":

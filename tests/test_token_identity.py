@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from octavo_engine import LLM, SamplingParams
 from octavo_engine.weights.locate import locate_model
 
@@ -44,7 +45,7 @@ def prompts() -> list[Tokens]:
         inspect.getdoc(module) or inspect.getsource(module)
         for module in (argparse, textwrap, heapq, random, json, collections, email.message)
     )
-    ids = llm._text.encode_prompt(text + "\nzażółć gęślą jaźń, 你好，世界! 🙂\n" + inspect.getsource(textwrap))
+    ids = llm._text.encode_prompt(text + "\nzażółć gęślą jaźń, 你好, 世界! 🙂\n" + inspect.getsource(textwrap))
     llm.close()
     rng = random.Random(20)
     cut: list[Tokens] = []

@@ -5,6 +5,7 @@ import threading
 from contextlib import aclosing
 
 import pytest
+
 from octavo_engine.api import EngineInfo
 from octavo_engine.async_engine import AsyncEngine
 from octavo_engine.engine import Engine
@@ -272,7 +273,7 @@ def test_a_bad_prompt_is_refused(engine, prompt, message: str):
 
 
 def test_a_prompt_beyond_the_context_is_refused(engine):
-    with pytest.raises(PromptTooLong, match="maximum context length is 40 tokens. However, you requested 40"):
+    with pytest.raises(PromptTooLong, match=r"maximum context length is 40 tokens\. However, you requested 40"):
         request(engine, "a" * 40, max_tokens=None)
     with pytest.raises(PromptTooLong, match="38 in the prompt and 3 to generate"):
         request(engine, "a" * 38, max_tokens=3)

@@ -1,4 +1,5 @@
 import pytest
+
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.runner.memory import available_bytes, plan_memory
 

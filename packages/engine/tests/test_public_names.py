@@ -1,8 +1,9 @@
 import subprocess
 import sys
 
-import octavo_engine
 import pytest
+
+import octavo_engine
 
 
 def test_every_public_name_can_be_imported_without_surprise():

@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import pytest
+
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.engine import Engine
 from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
@@ -340,7 +341,9 @@ def test_counters_add_up(make):
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traffic_gives_each_request_its_own_tokens_and_leaks_nothing(make, seed: int):
     rng = random.Random(seed)
-    bench = make(num_blocks=rng.randint(16, 40), max_num_seqs=rng.randint(3, 8), budget=rng.randint(4, 40), max_model_len=60)
+    bench = make(
+        num_blocks=rng.randint(16, 40), max_num_seqs=rng.randint(3, 8), budget=rng.randint(4, 40), max_model_len=60
+    )
     wanted = {}
     aborted = set()
     beginnings = [prompt(rng.randint(1, 20), start=i) for i in range(3)]

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.types import Request, SamplingParams, TokenSpan
 

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from octavo_kvcache import CacheStats
-
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, Request
+from octavo_kvcache import CacheStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

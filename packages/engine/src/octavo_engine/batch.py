@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
 from octavo_kvcache import BlockCopy, TableUpdate
 
-from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from octavo_kernels import choose
-from octavo_kvcache import CacheManager
-from octavo_kvcache.storage import KVStorage
 
 from octavo_engine.api import EngineInfo
 from octavo_engine.config import EngineConfig
@@ -23,7 +20,10 @@ from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.weights.load import load_model
-from octavo_engine.weights.source import Source, open_source
+from octavo_engine.weights.source import open_source
+from octavo_kernels import choose
+from octavo_kvcache import CacheManager
+from octavo_kvcache.storage import KVStorage
 
 _log = logging.getLogger(__name__)
 

@@ -7,61 +7,19 @@ thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
 
 from __future__ import annotations
 
-import heapq
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from octavo_kvcache import Allocation, BlockCopy, CacheFull, CacheManager
-
-from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
+from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.counters import SchedulerCounters
+from octavo_engine.row_pool import RowPool
 from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.step import ScheduledSequence, StepBuilder
 from octavo_engine.types import FinishReason, Request, RequestTimes, SequenceUpdate, TokenLogprobs
-
-
-class _Scheduled(NamedTuple):
-    """One row of a step in flight: enough to read its answer when it comes."""
-
-    sequence: Sequence
-    epoch: int
-    num_computed_tokens: int  # once the step has ended
-    samples: bool
-
-
-@dataclass(slots=True)
-class _Step:
-    """The batch under construction."""
-
-    step_id: int
-    budget: int
-    new: list[NewRow] = field(default_factory=list)
-    new_scheduled: list[_Scheduled] = field(default_factory=list)
-    cached: list[CachedRow] = field(default_factory=list)
-    cached_scheduled: list[_Scheduled] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    members: set[int] = field(default_factory=set)
-    short_of_blocks: bool = False
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """What has happened since the start; only the scheduler writes it."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
-    sum_waste: float = 0.0
-
-    @property
-    def mean_waste(self) -> float:
-        """KV waste averaged over the steps so far; 0 before the first."""
-        return self.sum_waste / self.num_steps if self.num_steps else 0.0
+from octavo_engine.waiting import WaitingQueue
+from octavo_kvcache import Allocation, CacheFull, CacheManager
 
 
 class Scheduler:
@@ -96,14 +54,11 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
-        self._waiting: list[Sequence] = []
-        self._num_waiting = 0
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._by_request: dict[str, list[Sequence]] = {}
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._num_reserved_rows = 0
-        self._finished_rows: list[int] = []
-        self._in_flight: deque[tuple[int, list[_Scheduled]]] = deque()
+        self._rows = RowPool(max_num_seqs)
+        self._in_flight: deque[tuple[int, list[ScheduledSequence]]] = deque()
         self._next_step_id = 0
         self._next_seq_id = 0
 
@@ -115,12 +70,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a row or for blocks, preempted ones included."""
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
         """True until every sequence has ended and every step was read."""
-        return bool(self._running or self._num_waiting or self._in_flight)
+        return bool(self._running or self._waiting or self._in_flight)
 
     def sequences(self, request_id: str) -> list[Sequence]:
         """Return the live sequences of a request in index order; empty if it is unknown or has ended."""
@@ -147,7 +102,7 @@ class Scheduler:
         )
         self._by_request[request.request_id] = [sequence]
         self.counters.num_prompt_tokens += len(prompt)
-        self._wait(sequence)
+        self._waiting.push(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, wherever it stands; unknown ids are ignored."""
@@ -156,24 +111,17 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
-        step = _Step(self._next_step_id, self._max_num_batched_tokens)
+        step = StepBuilder(self._next_step_id, self._max_num_batched_tokens)
         self._schedule_running(step)
         if not step.short_of_blocks:
             self._admit(step)
-        if not step.members:
+        if not step:
             return None
         self._next_step_id += 1
-        self._in_flight.append((step.step_id, step.new_scheduled + step.cached_scheduled))
+        self._in_flight.append((step.step_id, step.sequences))
         self.counters.num_steps += 1
         self.counters.sum_waste += self.cache.stats().waste
-        finished, self._finished_rows = tuple(self._finished_rows), []
-        return ScheduledBatch(
-            step_id=step.step_id,
-            new=tuple(step.new),
-            cached=tuple(step.cached),
-            finished=finished,
-            copies=tuple(step.copies),
-        )
+        return step.batch(self._rows.take_finished())
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[SequenceUpdate]:
         """Take in the answer to the oldest step in flight: append, finish, free, report."""
@@ -193,17 +141,17 @@ class Scheduler:
 
     # -- choosing a step -----------------------------------------------------------------------------------------
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: StepBuilder) -> None:
         decoding_first = sorted(self._running, key=lambda s: s.num_uncomputed_tokens > 1)
         for sequence in decoding_first:
             num_new = min(sequence.num_uncomputed_tokens, step.budget)
             if num_new == 0 or sequence.status is not SequenceStatus.RUNNING:
                 continue
             allocation = self._allocate(step, sequence, num_new)
-            if allocation is not None:
-                self._take_cached(step, sequence, num_new, allocation)
+            if allocation is not None and step.add_cached(sequence, num_new, allocation):
+                self._fork(step, sequence)
 
-    def _allocate(self, step: _Step, sequence: Sequence, num_new: int) -> Allocation | None:
+    def _allocate(self, step: StepBuilder, sequence: Sequence, num_new: int) -> Allocation | None:
         """Find blocks for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
         while True:
             try:
@@ -212,36 +160,25 @@ class Scheduler:
                 step.short_of_blocks = True
             if self.cache.stats().num_parked:  # a step in flight will give blocks back
                 return None
-            victim = next((s for s in reversed(self._running) if s.seq_id not in step.members), sequence)
-            if victim is sequence and step.members:  # those that go ahead will make room
+            victim = next((s for s in reversed(self._running) if s not in step), sequence)
+            if victim is sequence and step:  # those that go ahead will make room
                 return None
             assert victim is not sequence or len(self._running) > 1, "a sequence alone always fits"
             self._preempt(victim)
             if victim is sequence:
                 return None
 
-    def _take_cached(self, step: _Step, sequence: Sequence, num_new: int, allocation: Allocation) -> None:
-        assert sequence.row is not None
-        start = sequence.num_computed_tokens
-        samples = self._advance(step, sequence, num_new)
-        step.copies += allocation.copies
-        step.cached.append(CachedRow(sequence.row, start, num_new, samples, allocation.updates))
-        step.cached_scheduled.append(_Scheduled(sequence, sequence.epoch, start + num_new, samples))
-        if samples and sequence.num_forks_wanted:
-            self._fork(step, sequence)
-
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: StepBuilder) -> None:
         """Let waiting sequences in, in order, while there are rows, blocks and budget."""
-        while step.budget > 0 and (sequence := self._first_waiting()) is not None:
-            if sequence.num_rows > len(self._free_rows) - self._num_reserved_rows or sequence.num_placeholders:
+        while step.budget > 0 and (sequence := self._waiting.first()) is not None:
+            if sequence.num_rows > self._rows.num_available or sequence.num_placeholders:
                 return
             start = self._match(sequence)
             num_new = min(sequence.num_tokens - start, step.budget)
             if not self._fits(num_new) or (allocation := self._try_allocate(sequence, start, num_new)) is None:
                 self.cache.free(sequence.seq_id)
                 return
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
+            self._waiting.pop()
             self._enter(step, sequence, start, num_new, allocation)
 
     def _match(self, sequence: Sequence) -> int:
@@ -265,36 +202,24 @@ class Scheduler:
         except CacheFull:
             return None
 
-    def _enter(self, step: _Step, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
+    def _enter(self, step: StepBuilder, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
         sequence.status = SequenceStatus.RUNNING
-        sequence.row = self._free_rows.pop()
-        self._num_reserved_rows += sequence.num_forks_wanted
+        sequence.row = self._rows.take()
+        self._rows.reserve(sequence.num_forks_wanted)
         sequence.num_computed_tokens = start
         if sequence.scheduled_time is None:
             sequence.scheduled_time = self._clock()
             sequence.num_cached_tokens = start
             self.counters.num_cached_prompt_tokens += start
         insort(self._running, sequence)
-        samples = self._advance(step, sequence, num_new)
-        step.copies += allocation.copies
-        step.new.append(self._new_row(sequence, start, num_new, samples))
-        step.new_scheduled.append(_Scheduled(sequence, sequence.epoch, start + num_new, samples))
-        if samples and sequence.num_forks_wanted:
+        if step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id)):
             self._fork(step, sequence)
 
-    def _advance(self, step: _Step, sequence: Sequence, num_new: int) -> bool:
-        """Count tokens as computed; True if the step reaches the end of the sequence and draws a token."""
-        step.budget -= num_new
-        step.members.add(sequence.seq_id)
-        samples = sequence.num_computed_tokens + num_new == sequence.num_tokens
-        sequence.num_computed_tokens += num_new
-        sequence.num_placeholders += samples
-        return samples
-
-    def _fork(self, step: _Step, parent: Sequence) -> None:
+    def _fork(self, step: StepBuilder, parent: Sequence) -> None:
         """Make the other samples of a request whose prompt ends in this step; they share all its blocks."""
+        assert parent.row is not None
         num_forks, parent.num_forks_wanted = parent.num_forks_wanted, 0
-        self._num_reserved_rows -= num_forks
+        self._rows.unreserve(num_forks)
         for index in range(1, num_forks + 1):
             child = Sequence(
                 seq_id=self._take_seq_id(),
@@ -305,7 +230,7 @@ class Scheduler:
                 max_num_output_tokens=parent.max_num_output_tokens,
                 stop_token_ids=parent.stop_token_ids,
                 status=SequenceStatus.RUNNING,
-                row=self._free_rows.pop(),
+                row=self._rows.take(),
                 num_computed_tokens=parent.num_computed_tokens,
                 num_placeholders=1,
                 num_cached_tokens=parent.num_cached_tokens,
@@ -314,41 +239,17 @@ class Scheduler:
             self.cache.fork(parent.seq_id, child.seq_id)
             self._by_request[parent.request.request_id].append(child)
             insort(self._running, child)
-            step.members.add(child.seq_id)
-            step.new.append(self._new_row(child, child.num_computed_tokens, 0, samples=True, fork_of=parent.row))
-            step.new_scheduled.append(_Scheduled(child, child.epoch, child.num_computed_tokens, samples=True))
-
-    def _new_row(
-        self, sequence: Sequence, start: int, num_new: int, samples: bool, fork_of: int | None = None
-    ) -> NewRow:
-        assert sequence.row is not None
-        request = sequence.request
-        return NewRow(
-            row=sequence.row,
-            token_ids=tuple(sequence.token_ids),
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            sampling=request.sampling,
-            seed=request.seed,
-            sequence_index=sequence.index,
-            stop_token_ids=sequence.stop_token_ids,
-            block_ids=tuple(tuple(ids) for ids in self.cache.block_ids(sequence.seq_id)),
-            num_computed_tokens=start,
-            num_scheduled_tokens=num_new,
-            samples=samples,
-            fork_of=fork_of,
-            task=request.task,
-            pooling=request.pooling,
-        )
+            step.add_fork(child, parent.row, self.cache.block_ids(child.seq_id))
 
     # -- taking in a step ----------------------------------------------------------------------------------------
 
-    def _end_step(self, batch: ScheduledBatch) -> list[_Scheduled]:
+    def _end_step(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
         step_id, rows = self._in_flight.popleft()
         assert step_id == batch.step_id, "steps are read in the order of submission"
         self.cache.step_done(step_id)
         return rows
 
-    def _update_row(self, scheduled: _Scheduled, place: int, output: ModelOutput) -> SequenceUpdate | None:
+    def _update_row(self, scheduled: ScheduledSequence, place: int, output: ModelOutput) -> SequenceUpdate | None:
         sequence = scheduled.sequence
         if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
             return None
@@ -367,9 +268,7 @@ class Scheduler:
             return self._finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
         return self._report(sequence, first_new, output.logprobs[place] if output.logprobs is not None else None)
 
-    def _report(
-        self, sequence: Sequence, first_new: int, logprobs: tuple[TokenLogprobs, ...] | None
-    ) -> SequenceUpdate:
+    def _report(self, sequence: Sequence, first_new: int, logprobs: tuple[TokenLogprobs, ...] | None) -> SequenceUpdate:
         """Report the tokens from `first_new` on, cut where the sequence ends."""
         if sequence.first_token_time is None:
             sequence.first_token_time = self._clock()
@@ -382,9 +281,7 @@ class Scheduler:
             kept = logprobs[: len(token_ids)] if logprobs is not None else None
             self.counters.num_generation_tokens += len(token_ids)
             stop_token_id = token_ids[-1] if reason is FinishReason.STOP else None
-            return self._finish(
-                sequence, reason, token_ids=token_ids, logprobs=kept, stop_token_id=stop_token_id
-            )
+            return self._finish(sequence, reason, token_ids=token_ids, logprobs=kept, stop_token_id=stop_token_id)
         token_ids = tuple(sequence.token_ids[first_new:])
         self.counters.num_generation_tokens += len(token_ids)
         return SequenceUpdate(
@@ -410,16 +307,6 @@ class Scheduler:
         self._next_seq_id += 1
         return self._next_seq_id
 
-    def _wait(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
-        heapq.heappush(self._waiting, sequence)
-        self._num_waiting += 1
-
-    def _first_waiting(self) -> Sequence | None:
-        while self._waiting and self._waiting[0].status is not SequenceStatus.WAITING:
-            heapq.heappop(self._waiting)  # aborted while it waited
-        return self._waiting[0] if self._waiting else None
-
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it will be computed again from its tokens."""
         self._leave(sequence)
@@ -427,14 +314,13 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence.epoch += 1
         self.counters.num_preemptions += 1
-        self._wait(sequence)
+        self._waiting.push(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self._running.remove(sequence)
-        self._num_reserved_rows -= sequence.num_forks_wanted
-        self._free_rows.append(sequence.row)
-        self._finished_rows.append(sequence.row)
+        self._rows.unreserve(sequence.num_forks_wanted)
+        self._rows.release(sequence.row)
         sequence.row = None
         last_step = self._in_flight[-1][0] if self._in_flight else None
         self.cache.free(sequence.seq_id, after=last_step)
@@ -453,7 +339,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.RUNNING:
             self._leave(sequence)
         else:
-            self._num_waiting -= 1
+            self._waiting.discard()
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         self.counters.finished[reason.value] += 1

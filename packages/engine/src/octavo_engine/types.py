@@ -89,7 +89,9 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"stop has {len(self.stop)} strings, at most {MAX_STOP_STRINGS} are taken", param="stop")
+            raise InvalidRequest(
+                f"stop has {len(self.stop)} strings, at most {MAX_STOP_STRINGS} are taken", param="stop"
+            )
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequest(f"stop must hold non-empty strings, got {text!r}", param="stop")

@@ -1,0 +1,24 @@
+"""What an engine has done since its start, counted exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What has happened since the start; only the scheduler writes it."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    sum_waste: float = 0.0
+
+    @property
+    def mean_waste(self) -> float:
+        """KV waste averaged over the steps so far; 0 before the first."""
+        return self.sum_waste / self.num_steps if self.num_steps else 0.0
