@@ -71,8 +71,8 @@ def attend(
     everyone_sees = span.min_seq_len >= span.query_len
     # A row that sees nothing has no softmax; only the product gives it output 0.
     fused = everyone_sees and _fusable(q.dtype, q.shape[1], options, with_lse=with_lse)
-    dtype = q.dtype if fused or q.dtype == torch.float64 else torch.float32
-    k, v = k.to(dtype), v.to(dtype)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k, v = (k, v) if fused else (k.to(wide), v.to(wide))
     _silence(v, span, options)
     if fused:
         _silence(k, span, options)
@@ -82,7 +82,7 @@ def attend(
         stop = min(start + _TILE_QUERIES, span.query_len)
         columns = _seen_columns(span, options, start, stop)
         tile = q[:, start:stop], k[:, :, columns], v[:, :, columns]
-        bias = _Bias.make(span, options, start, stop, columns)
+        bias = _Bias.make(span, options, start, stop, columns, wide)
         if fused:
             outs.append(_fused(*tile, bias, options))
         else:
@@ -119,7 +119,10 @@ class _Bias:
     penalty: Tensor | None
 
     @classmethod
-    def make(cls, span: Span, options: AttentionOptions, start: int, stop: int, columns: slice) -> "_Bias":
+    def make(
+        cls, span: Span, options: AttentionOptions, start: int, stop: int, columns: slice, dtype: torch.dtype
+    ) -> "_Bias":
+        """Lay the options over queries start to stop and some columns; penalties are in `dtype`."""
         device = span.starts.device
         alone = stop - start == 1 and span.query_len == 1 and options.window is None
         if alone and options.alibi_slopes is None:
@@ -137,7 +140,7 @@ class _Bias:
             hidden = hidden | (distance.abs() >= options.window)
         penalty = None
         if options.alibi_slopes is not None:
-            penalty = options.alibi_slopes[:, None, None] * distance.abs()[:, None]
+            penalty = options.alibi_slopes.to(dtype)[:, None, None] * distance.abs()[:, None]
         return cls(hidden.expand(-1, stop - start, -1), penalty)
 
 
@@ -186,9 +189,10 @@ def _product(
     """Return out and, if asked for, lse by two batched products around a softmax, in k's dtype."""
     num_sequences, query_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
     # [S, Q, heads, D] -> [S, kv heads, group * Q, D]
-    rows = (q.to(k.dtype) * options.scale).view(num_sequences, query_len, num_kv_heads, -1, head_dim)
-    rows = rows.permute(0, 2, 3, 1, 4).reshape(num_sequences, num_kv_heads, -1, head_dim)
+    rows = (q.to(k.dtype) * options.scale).view(num_sequences, query_len, num_kv_heads, group, head_dim)
+    rows = rows.permute(0, 2, 3, 1, 4).reshape(num_sequences, num_kv_heads, group * query_len, head_dim)
     scores = torch.matmul(rows, k.transpose(-1, -2)).view(num_sequences, num_heads, query_len, k.shape[2])
     if options.soft_cap is not None:
         scores = scores.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
@@ -202,8 +206,8 @@ def _product(
         lse = lse.transpose(1, 2)
     else:
         weights = torch.softmax(scores, dim=-1)
-    out = torch.matmul(weights.view(num_sequences, num_kv_heads, -1, k.shape[2]), v)
-    out = out.view(num_sequences, num_kv_heads, -1, query_len, head_dim).permute(0, 3, 1, 2, 4)
+    out = torch.matmul(weights.view(num_sequences, num_kv_heads, group * query_len, k.shape[2]), v)
+    out = out.view(num_sequences, num_kv_heads, group, query_len, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(q.shape), lse if with_lse else None
 
 

@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple
     if options.soft_cap is not None:
         scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
     if options.alibi_slopes is not None:
-        scores = scores - options.alibi_slopes[:, None, None] * distance.abs()
+        scores = scores - options.alibi_slopes.to(scores.dtype)[:, None, None] * distance.abs()
     scores = scores.masked_fill(~visible, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.to(scores.dtype)[:, None, None].expand(num_heads, query_len, 1)

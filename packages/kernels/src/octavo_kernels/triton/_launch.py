@@ -1,5 +1,7 @@
 """What every launch needs: dtypes that kernels take, and sizes that tiles can have."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
     """
     for name, tensor in tensors.items():
         _check.dtype(f"{op} (triton)", name, tensor, torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, which rounds bf16 towards zero and cannot multiply it."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def next_power_of_2(value: int) -> int:

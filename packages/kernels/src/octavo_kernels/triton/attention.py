@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels._options import AttentionOptions
-from octavo_kernels.triton._launch import check_dtypes, next_power_of_2
+from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2.0))
@@ -109,7 +109,7 @@ def _launch(
         BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
         PAGED=block_table is not None, CAUSAL=options.causal, WINDOWED=options.window is not None,
         CAPPED=options.soft_cap is not None, LATE_SCALE=late_scale,
-        num_warps=num_warps, num_stages=2,
+        WIDE_DOT=interpreted() and q.dtype == torch.bfloat16, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
 
 
@@ -210,6 +210,7 @@ def _attend(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, LATE_SCALE: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows; see the file's docstring for the layout."""
     block = tl.program_id(0)
@@ -237,6 +238,8 @@ def _attend(
     inside = live[:, None] & (dims < HEAD_DIM)[None, :]
     q_rows = tokens * q_stride_t + heads * q_stride_h
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=inside, other=0.0)
+    if WIDE_DOT:
+        q = q.to(tl.float32)
 
     offset = seq_len - query_len
     first_position = offset + first_query

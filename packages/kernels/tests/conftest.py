@@ -1,0 +1,53 @@
+"""Fixtures: the backend under test (OCTAVO_BACKEND), its device, and the oracle."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from octavo_kernels import Backend, available_backends
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    if os.environ.get("OCTAVO_BACKEND", "") in ("triton", "cuda"):
+        # These backends lack some ops on purpose; test_dispatch shows that the warning is given.
+        config.addinivalue_line("filterwarnings", "ignore::octavo_kernels.BackendFallbackWarning")
+
+
+@pytest.fixture(scope="session")
+def backend() -> Backend:
+    """The backend that OCTAVO_BACKEND forces, or the CPU's default."""
+    wanted = Backend(os.environ.get("OCTAVO_BACKEND") or "cpu")
+    if wanted not in available_backends():
+        reason = f"{wanted.value} cannot run here; available: {[item.value for item in available_backends()]}"
+        if os.environ.get("REQUIRE_BACKEND") == wanted.value:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return wanted
+
+
+@pytest.fixture(scope="session")
+def device(backend: Backend) -> str:
+    on_gpu = backend in (Backend.TRITON, Backend.CUDA) and os.environ.get("TRITON_INTERPRET") != "1"
+    return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture(scope="session")
+def interpreted(backend: Backend, device: str) -> bool:
+    """Whether kernels run in Triton's interpreter, thousands of times slower: tests then take fewer cases."""
+    return backend is Backend.TRITON and device == "cpu"
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Call an op on the reference backend, whatever backend is under test."""
+
+    def call(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setenv("OCTAVO_BACKEND", "reference")
+            return op(*arguments, **options)
+
+    return call

@@ -1,0 +1,100 @@
+"""The choice of a backend: default, forced, unknown, unavailable, and lacking an op."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import octavo_kernels as ok
+from octavo_kernels import Backend, _dispatch
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    monkeypatch.delenv("OCTAVO_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch, "_log", _dispatch._FallbackLog())
+
+
+def test_cpu_tensors_are_served_by_the_cpu_backend():
+    assert ok.choose("paged_attention", "cpu") is Backend.CPU
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_variable_is_read_at_each_call(monkeypatch, name):
+    monkeypatch.setenv("OCTAVO_BACKEND", name)
+    assert ok.choose("rms_norm", torch.device("cpu")) is Backend(name)
+    monkeypatch.setenv("OCTAVO_BACKEND", "")
+    assert ok.choose("rms_norm", "cpu") is Backend.CPU
+
+
+def test_an_unknown_backend_is_refused_with_the_known_names(monkeypatch):
+    monkeypatch.setenv("OCTAVO_BACKEND", "cpuu")
+    with pytest.raises(ok.OptionError, match="OCTAVO_BACKEND is 'cpuu', expected one of reference, cpu, triton, cuda"):
+        ok.rms_norm(torch.ones(1, 2), torch.ones(2), 1e-5)
+
+
+def test_an_unknown_op_is_refused():
+    with pytest.raises(ok.OptionError, match="op is 'softmax'"):
+        ok.choose("softmax", "cpu")
+
+
+def test_forced_cuda_is_unavailable_in_this_version(monkeypatch):
+    monkeypatch.setenv("OCTAVO_BACKEND", "cuda")
+    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: this version has no compiled CUDA kernels"):
+        ok.choose("rms_norm", "cpu")
+    assert Backend.CUDA not in ok.available_backends()
+
+
+def test_forced_triton_without_triton_says_how_to_get_it(monkeypatch):
+    monkeypatch.setenv("OCTAVO_BACKEND", "triton")
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: False)
+    with pytest.raises(ok.BackendUnavailable, match=r"install octavo-kernels\[interpreter\]"):
+        ok.choose("paged_attention", "cpu")
+    assert ok.available_backends() == (Backend.REFERENCE, Backend.CPU)
+
+
+def test_forced_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("OCTAVO_BACKEND", "triton")
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    with pytest.raises(ok.BackendUnavailable, match="TRITON_INTERPRET=1"):
+        ok.choose("paged_attention", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ok.choose("paged_attention", "cpu") is Backend.TRITON
+    assert Backend.TRITON in ok.available_backends()
+
+
+def test_an_op_that_triton_lacks_falls_back_with_one_warning_and_a_record(monkeypatch):
+    monkeypatch.setenv("OCTAVO_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    x, weight = torch.ones(1, 2), torch.ones(2)
+    with pytest.warns(ok.BackendFallbackWarning, match="rms_norm: the triton backend does not serve it here, cpu does"):
+        ok.rms_norm(x, weight, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ok.rms_norm(x, weight, 1e-5)
+    assert ok.fallbacks() == {"rms_norm": ok.Fallback(Backend.TRITON, Backend.CPU, 2)}
+
+
+def test_gpu_tensors_without_triton_fall_back(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: False)
+    assert ok.choose("paged_attention", "cuda") is Backend.CPU
+    with pytest.warns(ok.BackendFallbackWarning, match="paged_attention"):
+        _dispatch.implementation("paged_attention", torch.device("cuda"))
+    assert _dispatch.implementation("rms_norm", torch.device("cuda"))
+    assert list(ok.fallbacks()) == ["paged_attention"]
+
+
+def test_the_import_needs_neither_triton_nor_a_gpu():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, octavo_kernels as ok\n"
+        "ok.rms_norm(torch.ones(1, 2), torch.ones(2), 1e-5)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'octavo_kernels.triton' not in sys.modules\n"
+        "assert 'octavo_kernels.testing' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
