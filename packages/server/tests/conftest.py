@@ -186,7 +186,15 @@ class FakeEngine:
     async def embed(self, request: Request) -> EmbeddingOutput:
         self.check_health()
         self.requests.append(request)
-        await asyncio.sleep(0)
+        self.num_running += 1
+        try:
+            if self.hold_after is not None:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.aborted.append(request.request_id)
+            raise
+        finally:
+            self.num_running -= 1
         return EmbeddingOutput(
             request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, embedding=[0.6, -0.8]
         )

@@ -319,6 +319,14 @@ def test_the_table_answers_each_exception(error, status, param, code):
     assert (answer.status, answer.param, answer.code) == (status, param, code)
 
 
+@pytest.mark.parametrize(("error", "traced"), [(EngineDead("gone"), False), (RuntimeError("gone"), True)])
+def test_only_what_is_unforeseen_is_logged_with_a_traceback(caplog, error, traced):
+    to_api_error(error)
+    (record,) = caplog.records
+    assert "gone" in record.getMessage()
+    assert bool(record.exc_info) is traced
+
+
 def test_a_long_message_is_cut():
     assert len(ApiError(400, "x" * 100_000).message) == 2000
 

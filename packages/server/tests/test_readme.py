@@ -25,8 +25,7 @@ def test_every_option_in_an_example_exists():
 def test_every_route_answers(client):
     for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", README):
         response = client.request(method, path.replace("{id}", "org/fake-model"), json={} if method == "POST" else None)
-        assert response.status_code == (400 if method == "POST" and path != "/detokenize" else response.status_code)
-        assert response.status_code not in (404, 405)
+        assert response.status_code == (400 if method == "POST" else 200)  # an empty body lacks the input
 
 
 def test_every_metric_is_exposed(client):

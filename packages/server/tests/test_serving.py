@@ -75,6 +75,15 @@ def test_a_client_that_leaves_aborts_its_request_at_once(serve, engine, wait_unt
     assert httpx2.post(f"{url}{TEXT}", json={"prompt": "a"}).status_code == 200
 
 
+def test_a_client_that_leaves_aborts_its_embeddings(serve, engine, wait_until):
+    engine.hold_after = 0
+    with connect(serve(engine)) as connection:
+        connection.sendall(raw_request("/v1/embeddings", {"input": ["a", "b"]}))
+        wait_until(lambda: engine.num_running == 2)
+    wait_until(lambda: len(engine.aborted) == 2)
+    assert engine.num_running == 0
+
+
 def test_a_client_that_leaves_while_sending_its_body_is_forgotten(serve, engine, wait_until):
     url = serve(engine)
     with connect(url) as connection:

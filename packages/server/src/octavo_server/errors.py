@@ -101,7 +101,8 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(400, message, param=param)
     row = next(ERRORS[cls] for cls in type(error).__mro__ if cls in ERRORS)
     if row.status >= 500:
-        _log.error("answered %d", row.status, exc_info=error)
+        traced = error if row is ERRORS[Exception] else None
+        _log.error("answered %d: %s: %s", row.status, type(error).__name__, error, exc_info=traced)
     return ApiError(
         row.status,
         str(error) if row.message is None else row.message,

@@ -1,0 +1,69 @@
+"""Whatever JSON comes, the answer is a success or a mistake of the client in OpenAI's shape."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SCALARS = st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats() | st.text(max_size=5)
+ANY = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+PART = st.fixed_dictionaries({"type": st.just("text") | ANY, "text": ANY})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | ANY},
+    optional={"content": ANY | st.lists(PART, max_size=2), "tool_calls": ANY, "name": ANY},
+)
+SMALL = st.integers(-2, 25)
+SHARED = {
+    "model": ANY,
+    "n": ANY | SMALL,
+    "temperature": ANY | st.floats(0, 2),
+    "top_p": ANY,
+    "top_k": ANY | SMALL,
+    "min_p": ANY,
+    "stop": ANY,
+    "seed": ANY,
+    "stream": st.booleans(),
+    "stream_options": ANY | st.fixed_dictionaries({"include_usage": st.booleans()}),
+    "max_tokens": ANY | SMALL,
+    "min_tokens": ANY | SMALL,
+    "stop_token_ids": ANY | st.lists(st.integers(-1, 300), max_size=3),
+    "logit_bias": ANY,
+    "cache_salt": ANY,
+}
+BODIES = {
+    "/v1/completions": st.fixed_dictionaries(
+        {"prompt": ANY | st.lists(st.integers(-1, 300), max_size=4)},
+        optional=SHARED | {"echo": ANY, "logprobs": ANY | SMALL, "best_of": ANY, "suffix": ANY},
+    ),
+    "/v1/chat/completions": st.fixed_dictionaries(
+        {"messages": ANY | st.lists(MESSAGE, max_size=3)},
+        optional=SHARED | {"logprobs": ANY, "top_logprobs": ANY | SMALL, "tools": ANY, "response_format": ANY},
+    ),
+    "/v1/embeddings": st.fixed_dictionaries(
+        {"input": ANY}, optional={"encoding_format": ANY, "pooling": ANY, "dimensions": ANY}
+    ),
+    "/tokenize": st.fixed_dictionaries(
+        {}, optional={"prompt": ANY, "messages": ANY | st.lists(MESSAGE, max_size=2), "return_token_strs": ANY}
+    ),
+    "/detokenize": st.fixed_dictionaries({"tokens": ANY | st.lists(st.integers(-1, 300), max_size=4)}),
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_any_body_is_answered_without_a_server_error(client, path):
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(BODIES[path] | ANY)
+    def check(body):
+        response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert response.status_code in (200, 400, 404), response.text
+        if response.status_code != 200:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            assert len(response.content) < 32_000
+
+    check()
+    assert client.get("/health").status_code == 200
