@@ -84,18 +84,21 @@ def take_torch(session: nox.Session) -> tuple[str | None, list[str]]:
     return version, arguments
 
 
+def constraints_for(torch: str | None) -> str:
+    """Return the text of constraints.txt, with another version of torch if one is given."""
+    lines = CONSTRAINTS.read_text().splitlines()
+    if torch is not None:
+        lines = [f"torch=={torch}" if line.startswith("torch==") else line for line in lines]
+    return "\n".join(lines) + "\n"
+
+
 @nox.session(default=False)
 def env(session: nox.Session) -> None:
     """Make the environment that other sessions share: all packages editable, test tools, the demo model."""
-    torch, _ = take_torch(session)
-    constraints = CONSTRAINTS.read_text()
-    if torch:
-        kept = [line for line in constraints.splitlines() if not line.startswith("torch==")]
-        constraints = "\n".join([*kept, f"torch=={torch}"]) + "\n"
+    constraints = constraints_for(take_torch(session)[0])
     projects = [ROOT / "pyproject.toml", *sorted(ROOT.glob("packages/*/pyproject.toml"))]
-    wanted = hashlib.sha256(
-        "".join([sys.version, constraints, *(p.read_text() for p in projects)]).encode()
-    ).hexdigest()
+    requirements = "".join([sys.version, constraints, *(path.read_text() for path in projects)])
+    wanted = hashlib.sha256(requirements.encode()).hexdigest()
     stamp = Path(session.virtualenv.location, "octavo-requirements.sha256")
     if stamp.exists() and stamp.read_text() == wanted:
         session.log("the shared environment is up to date")
@@ -121,6 +124,8 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
         session.skip(reason)
     _, arguments = take_torch(session)
     folders = [f"packages/{package}/tests"] if backend == "cpu" else ON_EVERY_BACKEND[package]
+    if backend != "cpu" and package != "kernels":  # a backend without an operation falls back to another, and says so
+        arguments += ["-W", "default::octavo_kernels.BackendFallbackWarning"]
     pytest(session, *folders, *arguments, env=BACKENDS[backend])
 
 
