@@ -40,7 +40,7 @@ class OptionError(KernelError, ValueError):
     """A plain argument, or the variable OCTAVO_BACKEND, has a value outside its range."""
 
 
-class BackendUnavailable(KernelError, RuntimeError):  # noqa: N818 - the name says the state, as in the design
+class BackendUnavailable(KernelError, RuntimeError):
     """The backend that was asked for cannot run on this machine or on these tensors."""
 
 
