@@ -126,6 +126,8 @@ class FakeEngine:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.closed = False
+        self.holding = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def check_health(self) -> None:
         if self.broken is not None:
@@ -144,6 +146,8 @@ class FakeEngine:
                 if self.fail_after is not None and num_done >= self.fail_after:
                     raise RequestFailed("cannot open /secret/path/model.bin")
                 if self.hold_after is not None and num_done >= self.hold_after:
+                    self.loop = asyncio.get_running_loop()
+                    self.holding.set()
                     await asyncio.Event().wait()
                 updates = [
                     self._update(request, i, s[num_done : num_done + self.step], len(s) <= num_done + self.step)

@@ -2,6 +2,7 @@ import os
 import re
 import signal
 import threading
+from contextlib import suppress
 from importlib.metadata import version
 
 import httpx2
@@ -142,6 +143,43 @@ def test_chat_goes_on_after_a_message_that_is_too_long(octavo, engine):
     assert result.exit_code == 0
     assert "maximum context length is 200 tokens" in result.stdout
     assert [bytes(request.prompt_token_ids) for request in engine.requests] == [b"<user>short\n<assistant>"]
+
+
+@pytest.fixture
+def interrupt_once_held(engine):
+    """Press Ctrl-C when the engine waits; what comes afterwards is not held."""
+
+    def interrupt():
+        assert engine.holding.wait(10)
+        engine.hold_after = None
+        os.kill(os.getpid(), signal.SIGINT)
+        # A loop about to fall asleep misses the signal; the real engine's next token would wake it.
+        with suppress(RuntimeError):  # it has ended already
+            engine.loop.call_soon_threadsafe(lambda: None)
+
+    engine.hold_after = 3
+    # A job in the background of a shell begins with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    yield
+    thread.join()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(octavo, engine, interrupt_once_held):
+    result = octavo("chat", input="one\ntwo\n/exit\n")
+    assert result.exit_code == 0, result.output
+    assert len(engine.aborted) == 1
+    assert bytes(engine.requests[1].prompt_token_ids) == b"<user>one\n<assistant> Pa\n<user>two\n<assistant>"
+
+
+def test_ctrl_c_ends_run_with_code_130_and_closes_the_engine(octavo, engine, interrupt_once_held):
+    result = octavo("run", "hi")
+    assert result.exit_code == 130
+    assert result.stdout == " Pa"
+    assert len(engine.aborted) == 1
+    assert engine.closed
 
 
 def test_chat_ends_with_one_line_if_the_engine_dies(octavo, engine):
