@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,7 +66,7 @@ class EngineClient(Protocol):
         """The model's tokenizer, chat template and limits, for making requests."""
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+    def generate(self, request: Request) -> AsyncGenerator[list[CompletionDelta]]:
         """Run a request; yield what is new as it comes, several choices at once if they moved together.
 
         Every choice ends with exactly one delta that has a finish reason. Closing the iterator early, or cancelling

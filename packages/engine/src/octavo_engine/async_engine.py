@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,7 @@ class AsyncEngine:
         """The model's text side."""
         return self._text
 
-    async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+    async def generate(self, request: Request) -> AsyncGenerator[list[CompletionDelta]]:
         """Run a request; yield what is new as it comes. See `EngineClient.generate`."""
         stream = self._text.stream(request)
         async with self._submitted(request) as mailbox:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -80,9 +80,7 @@ class Generation:
         request = self._requests[place]
         first_choice = place * self._n
         with self._metrics.track(request) as track:
-            # The contract promises an async generator's aclose, though its annotation is the wider iterator.
-            stream = cast("AsyncGenerator[list[CompletionDelta], None]", self._engine.generate(request))
-            async with aclosing(stream) as batches:
+            async with aclosing(self._engine.generate(request)) as batches:
                 async for batch in batches:
                     now = time.monotonic()
                     for delta in batch:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 
@@ -64,7 +64,7 @@ async def _stream(engine: EngineClient, request: Request, write: Callable[[str],
     texts: list[str] = []
     num_tokens = 0
     started = first = time.monotonic()
-    async with aclosing(cast("Any", engine.generate(request))) as batches:
+    async with aclosing(engine.generate(request)) as batches:
         async for batch in batches:
             for delta in batch:
                 if not num_tokens:
