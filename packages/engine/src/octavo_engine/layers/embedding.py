@@ -17,7 +17,7 @@ class Embedding:
     __slots__ = ("weight",)
 
     def __init__(self, vocab_size: int, hidden_size: int, *, options: LayerOptions) -> None:
-        self.weight = options.empty(vocab_size, hidden_size)
+        self.weight = options.matrix(vocab_size, hidden_size)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Return the rows of token_ids [num_tokens] int64: [num_tokens, hidden_size]."""
@@ -35,7 +35,7 @@ class LMHead:
 
     def __init__(self, embedding: Embedding, *, tied: bool, options: LayerOptions) -> None:
         self.tied = tied
-        self.weight = embedding.weight if tied else options.empty(*embedding.weight.shape)
+        self.weight = embedding.weight if tied else options.matrix(*embedding.weight.shape)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""

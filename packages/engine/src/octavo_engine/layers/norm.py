@@ -17,7 +17,7 @@ class RMSNorm:
     __slots__ = ("eps", "weight")
 
     def __init__(self, hidden_size: int, eps: float, *, options: LayerOptions) -> None:
-        self.weight = options.empty(hidden_size)
+        self.weight = options.vector(hidden_size)
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from octavo_engine.quant.base import QuantMethod, Unquantized
+from octavo_engine.quant.base import QuantMethod, Unquantized, empty_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,10 @@ class LayerOptions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quant: QuantMethod[Any] = field(default_factory=Unquantized)
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        """Allocate a tensor for weights of this shape."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def vector(self, size: int) -> torch.Tensor:
+        """Allocate a weight [size]."""
+        return torch.empty(size, dtype=self.dtype, device=self.device)
+
+    def matrix(self, num_rows: int, num_columns: int) -> torch.Tensor:
+        """Allocate a weight [num_rows, num_columns] that is never quantised."""
+        return empty_weight(num_rows, num_columns, dtype=self.dtype, device=self.device)

