@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+
 from octavo_client import AsyncOctavo, Octavo
 
 CHAT = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import openai
 import pytest
+
 from octavo_client import AsyncOctavo, ConfigurationError, EmbeddingExtras, Extras, Octavo
 from octavo_client.wire import Health
 

@@ -1,4 +1,5 @@
 import openai
+
 from octavo_client import errors
 
 

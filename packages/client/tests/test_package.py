@@ -1,8 +1,9 @@
 import subprocess
 import sys
 
-import octavo_client
 import pytest
+
+import octavo_client
 
 NAMES = [
     "AsyncOctavo",

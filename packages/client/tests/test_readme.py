@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import httpx2
 import pytest
+
 from octavo_client.wire import Extras
 
 if TYPE_CHECKING:

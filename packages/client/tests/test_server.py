@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import openai
 import pytest
+
 from octavo_client.wire import Health, Ready, Version
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
+
 from octavo_client import InvalidAnswerError
 from octavo_client.wire import DetokenizeResponse, TokenizeResponse
-from pydantic import ValidationError
 
 if TYPE_CHECKING:
     from conftest import Caller

@@ -2,6 +2,8 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from octavo_client import wire
 from octavo_client.wire import (
     DetokenizeRequest,
@@ -12,7 +14,6 @@ from octavo_client.wire import (
     TokenizeResponse,
     Version,
 )
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 ALL_EXTRAS = {
     "top_k": 40,

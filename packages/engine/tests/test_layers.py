@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F

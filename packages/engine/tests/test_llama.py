@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 from torch import Tensor
 

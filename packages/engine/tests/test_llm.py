@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="LLM needs the extra [local]")
 
-from octavo_engine import (  # noqa: E402
+from octavo_engine import (
     LLM,
     FinishReason,
     InvalidConfig,

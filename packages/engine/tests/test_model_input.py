@@ -1,6 +1,10 @@
 """ModelInput: what `build` makes of rows and a batch, tensor by tensor."""
 
 import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 
 from octavo_engine.batch import CachedRow, NewRow, ScheduledBatch

@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 
 from octavo_engine.layers.rotary import inverse_frequencies, rope_table

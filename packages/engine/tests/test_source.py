@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel

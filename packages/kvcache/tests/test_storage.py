@@ -3,7 +3,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="KVStorage needs torch")
 pytest.importorskip("octavo_kernels", reason="KVStorage needs octavo-kernels")
 
-from octavo_kvcache import BlockCopy, InvalidArgument, KVCacheSpec, KVStorage, UnsupportedSpec  # noqa: E402 - after the skip
+from octavo_kvcache import BlockCopy, InvalidArgument, KVCacheSpec, KVStorage, UnsupportedSpec
 
 FULL = KVCacheSpec(num_kv_heads=2, head_dim=4)
 WINDOW = KVCacheSpec(num_kv_heads=2, head_dim=4, kind="window", window=8)
