@@ -51,6 +51,7 @@ PROBES = {"cuda": "nvidia-smi", "rocm": "rocminfo"}
 ON_EVERY_BACKEND = {
     "kernels": ["packages/kernels/tests"],
     "kvcache": ["packages/kvcache/tests/test_storage.py"],
+    "engine": ["packages/engine/tests/test_llama.py", "packages/engine/tests/test_model_runner.py"],
 }
 MATRIX = [(p, b) for p in PACKAGES for b in BACKENDS if b == "cpu" or p in ON_EVERY_BACKEND]
 
