@@ -1,6 +1,7 @@
 """The dense part of attention on one bucket: masks, scores, softmax, values."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ _TILE_QUERIES = 128
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Which positions the columns and queries of a bucket are.
+    """Which positions the columns and queries of a bucket are, and the masks that follow from them, made once.
 
     starts: the position of column 0 per sequence. seq_lens: tokens per sequence. bounds: min and max over the bucket.
     """
@@ -29,6 +30,7 @@ class Span:
     min_start: int
     min_seq_len: int
     max_seq_len: int
+    _masks: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @classmethod
     def make(
@@ -47,6 +49,17 @@ class Span:
             min(seq_lens),
             max(seq_lens),
         )
+
+    def mask(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the mask of that name; the span's next user, such as the next layer, finds it made."""
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
+
+    def hidden_tail(self) -> Tensor:
+        """Return [sequences, columns] bool, true behind a sequence's end, for the columns from min_end on."""
+        columns = torch.arange(max(self.min_end, 0), self.num_columns, device=self.starts.device)
+        return columns >= (self.seq_lens - self.starts)[:, None]
 
     def max_hidden_head(self, options: AttentionOptions) -> int:
         """Return how many leading columns may lie behind the window of every query, at most."""
@@ -123,25 +136,36 @@ class _Bias:
         cls, span: Span, options: AttentionOptions, start: int, stop: int, columns: slice, dtype: torch.dtype
     ) -> "_Bias":
         """Lay the options over queries start to stop and some columns; penalties are in `dtype`."""
-        device = span.starts.device
         alone = stop - start == 1 and span.query_len == 1 and options.window is None
-        if alone and options.alibi_slopes is None:
-            if span.min_end >= columns.stop:
-                return cls(None, None)
-            ends = (span.seq_lens - span.starts)[:, None, None]
-            return cls(torch.arange(columns.start, columns.stop, device=device) >= ends, None)
-        keys = span.starts[:, None, None] + torch.arange(columns.start, columns.stop, device=device)
-        queries = (span.seq_lens[:, None] + torch.arange(start - span.query_len, stop - span.query_len, device=device))[
-            :, :, None
-        ]
-        distance = queries - keys
-        hidden = distance < 0 if options.causal else keys >= span.seq_lens[:, None, None]
-        if options.window is not None:
-            hidden = hidden | (distance.abs() >= options.window)
+        if alone and options.alibi_slopes is None and span.min_end >= columns.stop:
+            return cls(None, None)
+        tile = start, stop, columns.start, columns.stop
+        distance = span.mask(("distance", *tile), lambda: _distance(span, start, stop, columns))
+        hidden = span.mask(
+            ("hidden", *tile, options.causal, options.window), lambda: _hidden(span, options, distance, columns)
+        )
         penalty = None
         if options.alibi_slopes is not None:
             penalty = options.alibi_slopes.to(dtype)[:, None, None] * distance.abs()[:, None]
-        return cls(hidden.expand(-1, stop - start, -1), penalty)
+        return cls(hidden, penalty)
+
+
+def _distance(span: Span, start: int, stop: int, columns: slice) -> Tensor:
+    """Return [sequences, stop - start, columns] int64, how far each key lies before each query."""
+    device = span.starts.device
+    keys = span.starts[:, None, None] + torch.arange(columns.start, columns.stop, device=device)
+    queries = span.seq_lens[:, None] + torch.arange(start - span.query_len, stop - span.query_len, device=device)
+    return queries[:, :, None] - keys
+
+
+def _hidden(span: Span, options: AttentionOptions, distance: Tensor, columns: slice) -> Tensor:
+    """Return [sequences, queries, columns] bool, true where a query does not see a key."""
+    if options.causal:
+        hidden = distance < 0
+    else:
+        keys = span.starts[:, None] + torch.arange(columns.start, columns.stop, device=distance.device)
+        hidden = (keys >= span.seq_lens[:, None])[:, None].expand(distance.shape)
+    return hidden if options.window is None else hidden | (distance.abs() >= options.window)
 
 
 def _seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) -> slice:
@@ -158,10 +182,8 @@ def _seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) 
 def _silence(x: Tensor, span: Span, options: AttentionOptions) -> None:
     """Zero the columns that no query of a sequence sees: they may hold NaN, which no probability of 0 silences."""
     if span.min_end < x.shape[2]:
-        tail = max(span.min_end, 0)
-        ends = (span.seq_lens - span.starts)[:, None]
-        hidden = torch.arange(tail, x.shape[2], device=x.device) >= ends
-        x[:, :, tail:].masked_fill_(hidden[:, None, :, None], 0.0)
+        hidden = span.mask("tail", span.hidden_tail)
+        x[:, :, max(span.min_end, 0) :].masked_fill_(hidden[:, None, :, None], 0.0)
     head = span.max_hidden_head(options)
     if head:
         first_seen = span.seq_lens - span.query_len - (options.window or 0) + 1 - span.starts
