@@ -21,7 +21,7 @@ from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import open_source
-from octavo_kernels import choose
+from octavo_kernels import Backend, choose
 from octavo_kvcache import CacheManager
 from octavo_kvcache.storage import KVStorage
 
@@ -92,7 +92,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         architecture=model_config.architecture,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        kernel_backend=choose("paged_attention", device).value,
+        kernel_backend=_describe_backend(choose("paged_attention", device)),
         vocab_size=model_config.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -105,6 +105,11 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         load_seconds=time.monotonic() - started,
     )
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
+
+
+def _describe_backend(backend: Backend) -> str:
+    """Name a kernel backend for reports; says that the one for CPUs is torch, not compiled kernels."""
+    return "cpu (torch)" if backend is Backend.CPU else backend.value
 
 
 def _resolve_device(name: str) -> torch.device:
