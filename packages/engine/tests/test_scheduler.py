@@ -139,7 +139,7 @@ def test_decoding_rows_are_served_before_a_prompt_in_chunks(make):
     bench = make(budget=8)
     bench.add("talks", prompt(4), max_tokens=30)
     bench.step(6)
-    bench.add("long", prompt(60, start=3), max_tokens=1)
+    bench.add("long", prompt(60, start=3), max_tokens=1, priority=-1)
     bench.run()
     chunked = [b for b in bench.batches if any(r.num_scheduled_tokens > 1 for r in b.cached)]
     assert chunked
@@ -287,6 +287,38 @@ def test_abort_of_one_sample_leaves_the_others(make):
     assert tokens["a", 0] == alone(prompt(9), 9, 0)
     assert tokens["a", 2] == alone(prompt(9), 9, 2)
     assert bench.reasons()["a", 1] is FinishReason.ABORT
+    bench.assert_empty()
+
+
+def test_blocks_of_an_aborted_sequence_are_free_once_the_steps_in_flight_have_ended(make, num_late: int):
+    bench = make(prefix=False)
+    bench.add("a", prompt(9), max_tokens=50)
+    bench.step(2)
+    num_in_flight = min(num_late, len(bench.batches))
+    bench.engine.abort("a")
+    assert bench.cache.stats().num_parked == (3 if num_in_flight else 0)
+    bench.run()
+    bench.assert_empty()
+
+
+def test_an_abort_before_the_fork_gives_the_reserved_rows_back(make):
+    bench = make(max_num_seqs=4, budget=4)
+    bench.add("a", prompt(20), n=4, max_tokens=2)
+    bench.step()
+    bench.engine.abort("a")
+    bench.add("b", prompt(5), n=4, max_tokens=2)
+    assert len(bench.run()) == 4
+    bench.assert_empty()
+
+
+def test_a_preempted_sequence_waits_for_its_tokens_in_flight(make):
+    bench = make(num_blocks=9, max_model_len=30, prefix=False)
+    bench.add("a", prompt(10, start=1), max_tokens=20)
+    bench.add("b", prompt(10, start=2), max_tokens=18)
+    while not bench.engine.scheduler.counters.num_preemptions:
+        bench.step()
+    bench.engine.abort("a")  # there is room for b at once, but its last tokens may not be known yet
+    assert bench.run()["b", 0] == alone(prompt(10, start=2), 18)
     bench.assert_empty()
 
 
