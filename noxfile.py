@@ -134,7 +134,7 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
 def e2e(session: nox.Session) -> None:
     """Run the tests that cross packages: the real model end to end, wheels, layers and isolation when broken."""
     _, arguments = take_torch(session)
-    pytest(session, "tests", *arguments)
+    pytest(session, "tests", "-rP", *arguments)  # -rP: near-ties and preemptions are printed, and worth reading
 
 
 @nox.session(default=False)
