@@ -51,7 +51,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         single = first["single_stream_tokens_per_s"] / row["single_stream_tokens_per_s"]
         lines.append(
             f"| {row['label']} | {row['output_tokens_per_s']:.1f} | {ratio:.2f}"
-            f" | {row['single_stream_tokens_per_s']:.1f} | {single:.2f} | {row['load_seconds']:.1f} | {row['peak_rss_mb']:.0f} |"
+            f" | {row['single_stream_tokens_per_s']:.1f} | {single:.2f}"
+            f" | {row['load_seconds']:.1f} | {row['peak_rss_mb']:.0f} |"
         )
     return "\n".join(lines)
 

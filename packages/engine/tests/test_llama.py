@@ -51,7 +51,8 @@ class RecordingLlama:
         self.kv_cache_specs = model.kv_cache_specs
         self.logits = model.logits
         self.slots = model.slots
-        self.parameters = model.parameters
+        self.finish = model.finish
+        self.num_parameters = model.num_parameters
         self.is_redundant = model.is_redundant
         self.steps: list[tuple[list[int], list[int], Tensor]] = []
 

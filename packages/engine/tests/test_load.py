@@ -15,7 +15,7 @@ from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
 from octavo_engine.testing import random_model, tiny_config
-from octavo_engine.weights.load import load_model
+from octavo_engine.weights.load import load_model, load_weights
 
 
 @dataclass
@@ -40,10 +40,17 @@ def source(*, tied: bool = False) -> MemorySource:
     return MemorySource(config, [(slot.name, slot.target.clone()) for slot in random_model(config).slots()])
 
 
+def filled(given: MemorySource) -> Llama:
+    """Return the source's model with its weights in their slots, as they are before products are prepared."""
+    model = Llama(given.config, LayerOptions())
+    load_weights(model, given.weights(), where=given.name, num_weights=given.num_weights)
+    return model
+
+
 def test_every_tensor_is_read_once_and_lands_in_its_slot() -> None:
     given = source()
     given.tensors.reverse()
-    model = load_model(given)
+    model = filled(given)
     assert given.read == [name for name, _ in given.tensors]
     loaded = {slot.name: slot.target for slot in model.slots()}
     assert loaded.keys() == set(given.read)
@@ -53,8 +60,7 @@ def test_every_tensor_is_read_once_and_lands_in_its_slot() -> None:
 
 def test_fused_weights_hold_their_shards_in_order() -> None:
     given = source()
-    model = load_model(given)
-    assert isinstance(model, Llama)
+    model = filled(given)
     tensors = dict(given.tensors)
     parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
     assert torch.equal(model.layers[1].attention.qkv.parameters.weight, torch.cat(parts))
@@ -64,7 +70,7 @@ def test_fused_weights_hold_their_shards_in_order() -> None:
 
 def test_weights_are_converted_to_the_dtype() -> None:
     model = load_model(source(), dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {slot.target.dtype for slot in model.slots()} == {torch.bfloat16}
 
 
 def test_progress_counts_to_the_total() -> None:
@@ -127,10 +133,17 @@ def test_tied_head_uses_the_embedding(head_is_in_the_file: bool) -> None:
     given = source(tied=True)
     if head_is_in_the_file:
         given.tensors.append(("lm_head.weight", torch.zeros(97, 32)))
-    model = load_model(given)
-    assert isinstance(model, Llama)
+    model = filled(given)
     assert model.head.weight is model.embedding.weight
     assert torch.equal(model.head.weight, dict(given.tensors)["model.embed_tokens.weight"])
+
+
+def test_a_loaded_model_computes_what_its_weights_say() -> None:
+    given = source(tied=True)
+    hidden = torch.randn(5, 32)
+    with torch.inference_mode():
+        logits = load_model(given).logits(hidden)
+    torch.testing.assert_close(logits, hidden @ dict(given.tensors)["model.embed_tokens.weight"].T)
 
 
 def test_rotary_tables_of_old_checkpoints_are_passed_over() -> None:
@@ -149,4 +162,4 @@ def test_unknown_architecture_lists_the_known_ones() -> None:
 def test_parameters_can_be_counted_without_memory() -> None:
     config = replace(tiny_config(), vocab_size=1 << 30)
     model = Llama(config, LayerOptions(device=torch.device("meta")))
-    assert sum(p.numel() for p in model.parameters()) == 2 * 32 * (1 << 30) + 2 * (3072 + 3 * 48 * 32 + 64) + 32
+    assert model.num_parameters == 2 * 32 * (1 << 30) + 2 * (3072 + 3 * 48 * 32 + 64) + 32

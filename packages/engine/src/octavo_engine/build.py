@@ -101,7 +101,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         num_blocks=plan.num_blocks,
         kv_cache_bytes=plan.num_bytes,
         kv_cache_reason=plan.reason,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=model.num_parameters,
         load_seconds=time.monotonic() - started,
     )
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)

@@ -14,8 +14,6 @@
 The server maps this tree to HTTP in one table.
 """
 
-# ruff: noqa: N818 - an exception here is named after what is wrong, as in `except ModelNotFound`.
-
 from __future__ import annotations
 
 

@@ -10,9 +10,6 @@ KVCacheError
 """
 
 
-# ruff: noqa: N818 - the names say what is the case, as the design and the standard library's StopIteration do
-
-
 class KVCacheError(Exception):
     """Base of every error that this package raises on purpose."""
 

@@ -1,0 +1,1 @@
+"""Executors: what runs batches, behind one contract."""

@@ -111,7 +111,9 @@ class FakeExecutor:
         for place, row in enumerate(scheduled):
             if place not in errors:
                 self._write(self._rows[row.row], row)
-        drawn: list[tuple[int, ...]] = [() if place in errors else self._draw(row) for place, row in enumerate(scheduled)]
+        drawn: list[tuple[int, ...]] = [
+            () if place in errors else self._draw(row) for place, row in enumerate(scheduled)
+        ]
         for row, token_ids in zip(scheduled, drawn, strict=True):
             if row.row in self._rows:
                 self._rows[row.row].token_ids.extend(token_ids)

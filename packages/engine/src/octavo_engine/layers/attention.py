@@ -71,6 +71,11 @@ class Attention:
         )
         return self.out(out.view(len(x), -1))
 
+    def finish(self) -> None:
+        """Prepare the filled weights for products."""
+        self.qkv.finish()
+        self.out.finish()
+
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go."""
         yield from self.qkv.slots(prefix)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import WeightSlot
+from octavo_engine.quant.packed import can_pack, linear, pack
 
 
 class Embedding:
@@ -39,7 +40,12 @@ class LMHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
-        return F.linear(hidden, self.weight).float()
+        return linear(hidden, self.weight).float()
+
+    def finish(self) -> None:
+        """Prepare the filled weight for products; a tied one is packed as a copy, since the embedding reads rows."""
+        if can_pack(self.weight):
+            self.weight = pack(self.weight)
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensor goes; nothing if tied."""

@@ -36,6 +36,10 @@ class Linear:
             device=options.device,
         )
 
+    def finish(self) -> None:
+        """Prepare the filled weights for products."""
+        self.parameters = self._quant.finish(self.parameters)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return x [num_tokens, in_features] times the weight, [num_tokens, rows of all shards]."""
         return self._quant.apply(self.parameters, x)

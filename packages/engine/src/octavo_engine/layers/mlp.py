@@ -26,6 +26,11 @@ class GatedMLP:
         """Return the block's output for x, both [num_tokens, hidden_size]."""
         return self.down(silu_and_mul(self.gate_up(x)))
 
+    def finish(self) -> None:
+        """Prepare the filled weights for products."""
+        self.gate_up.finish()
+        self.down.finish()
+
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go."""
         yield from self.gate_up.slots(prefix)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from octavo_engine.quant.base import QuantMethod, Unquantized, empty_weight
+from octavo_engine.quant.base import QuantMethod, Unquantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,4 +28,4 @@ class LayerOptions:
 
     def matrix(self, num_rows: int, num_columns: int) -> torch.Tensor:
         """Allocate a weight [num_rows, num_columns] that is never quantised."""
-        return empty_weight(num_rows, num_columns, dtype=self.dtype, device=self.device)
+        return torch.empty((num_rows, num_columns), dtype=self.dtype, device=self.device)

@@ -30,6 +30,11 @@ class LlamaLayer:
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, options=options)
 
+    def finish(self) -> None:
+        """Prepare the filled weights for products."""
+        self.attention.finish()
+        self.mlp.finish()
+
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go."""
         yield from self.attention_norm.slots(f"{prefix}input_layernorm")
@@ -53,6 +58,7 @@ class Llama:
         self.layers = [LlamaLayer(config, i, cos_sin, options=options) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.head = LMHead(self.embedding, tied=config.tie_word_embeddings, options=options)
+        self.num_parameters = sum(slot.target.numel() for slot in self.slots())
 
     def __call__(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -93,7 +99,8 @@ class Llama:
         """Return whether a checkpoint's tensor says nothing new: a tied head, a rotary table of old checkpoints."""
         return name.endswith("rotary_emb.inv_freq") or (self.head.tied and name == "lm_head.weight")
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield the weights, each once."""
-        for slot in self.slots():
-            yield slot.target
+    def finish(self) -> None:
+        """Prepare the filled weights for products; there are no slots to fill afterwards."""
+        for layer in self.layers:
+            layer.finish()
+        self.head.finish()

@@ -22,6 +22,7 @@ class Model(Protocol):
     """A decoder that reads its KV from the input it is given."""
 
     config: ModelConfig
+    num_parameters: int
 
     def __call__(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -43,8 +44,8 @@ class Model(Protocol):
         """Return whether a tensor without a slot may be passed over."""
         ...
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield the weights, each once."""
+    def finish(self) -> None:
+        """Prepare the filled weights for products; there are no slots to fill afterwards."""
         ...
 
 

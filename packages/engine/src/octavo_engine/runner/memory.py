@@ -72,7 +72,7 @@ def plan_memory(
     if max_model_len < 2 or capacity < max_model_len:
         needed = -(-wanted_len // block_size) + 1
         raise InvalidConfig(
-            f"a KV cache of {chosen} blocks ({max(capacity, 0)} tokens) cannot hold one sequence of {wanted_len} tokens;"
+            f"a KV cache of {chosen} blocks ({max(capacity, 0)} tokens) cannot hold a sequence of {wanted_len} tokens;"
             f" set num_blocks to {needed} or more, kv_cache_bytes to {needed * bytes_per_block} or more,"
             f" or max_model_len to {max(capacity, 0)} or less"
         )

@@ -53,6 +53,7 @@ def load_model(
         source.config, LayerOptions(dtype=dtype, device=torch.device(device))
     )
     load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)
+    model.finish()
     return model
 
 
