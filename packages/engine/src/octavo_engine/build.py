@@ -79,14 +79,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
     )
-    text = TextProcessor(
-        source.tokenizer(),
-        source.chat_template(),
-        max_model_len=plan.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        vocab_size=model_config.vocab_size,
-        default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := source.generation_config.get(k)) is not None},
-    )
+    text = _text_processor(source, config, max_model_len=plan.max_model_len)
     info = EngineInfo(
         model_name=source.name,
         architecture=model_config.architecture,
@@ -105,6 +98,18 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         load_seconds=time.monotonic() - started,
     )
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
+
+
+def _text_processor(source: Source, config: EngineConfig, *, max_model_len: int) -> TextProcessor:
+    advised = source.generation_config
+    return TextProcessor(
+        source.tokenizer(),
+        source.chat_template(),
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=source.config.vocab_size,
+        default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := advised.get(k)) is not None},
+    )
 
 
 def _describe_backend(backend: Backend) -> str:
