@@ -20,7 +20,7 @@ from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.weights.load import load_model
-from octavo_engine.weights.source import open_source
+from octavo_engine.weights.source import Source, open_source
 from octavo_kernels import Backend, choose
 from octavo_kvcache import CacheManager
 from octavo_kvcache.storage import KVStorage
