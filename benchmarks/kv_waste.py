@@ -150,7 +150,11 @@ def main() -> None:
             f" reserving {RESERVED_LENGTH} tokens a sequence would waste {row.waste_if_maximum_reserved:.1%}"
         )
     if arguments.out:
-        document = {"model": "fake" if arguments.fake else arguments.model or "demo", "rows": [asdict(r) for r in rows]}
+        document = {
+            "model": "fake" if arguments.fake else arguments.model or "demo",
+            "max_num_seqs": arguments.max_num_seqs,
+            "rows": [asdict(r) for r in rows],
+        }
         arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
         plot(rows, arguments.out.with_suffix(".png"))
 
