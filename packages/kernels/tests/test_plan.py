@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import octavo_kernels as ok
-from octavo_kernels.cpu import plan
+from octavo_kernels.cpu.fallback import plan
 from octavo_kernels.testing import assert_close, make_paged_inputs
 
 

@@ -127,7 +127,7 @@ def implementation(op: str, device: torch.device) -> Callable[..., None]:
             BackendFallbackWarning,
             stacklevel=3,
         )
-    return _load(used, op)
+    return _load(used, op, device.type)
 
 
 def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
@@ -180,6 +180,8 @@ def _has_triton() -> bool:
 
 
 @functools.cache
-def _load(backend: Backend, op: str) -> Callable[..., None]:
-    module = importlib.import_module(f"octavo_kernels.{backend.value}.{_STEMS[op]}")
+def _load(backend: Backend, op: str, device_type: str = "cpu") -> Callable[..., None]:
+    """Return a backend's function; on another device than the CPU the `cpu` backend is its torch fallback."""
+    folder = "cpu.fallback" if backend is Backend.CPU and device_type != "cpu" else backend.value
+    module = importlib.import_module(f"octavo_kernels.{folder}.{_STEMS[op]}")
     return cast("Callable[..., None]", getattr(module, op))

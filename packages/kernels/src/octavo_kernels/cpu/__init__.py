@@ -1,1 +1,1 @@
-"""Batched torch: the default on CPU tensors, and on any device for an op that has no kernel there."""
+"""The `cpu` backend: one file per op; `fallback` holds the same ops in batched torch."""

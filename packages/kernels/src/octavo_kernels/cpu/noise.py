@@ -1,31 +1,5 @@
-"""Philox4x32-10 with the counter's constant words kept as columns, and the Gumbel noise made from it."""
+"""The noise of the `cpu` backend: batched torch."""
 
-import torch
-from torch import Tensor
+from octavo_kernels.cpu.fallback.noise import gumbel_noise, philox
 
-from octavo_kernels.reference.noise import philox_words
-
-_WORD = 0xFFFFFFFF
-
-
-def philox(seeds: Tensor, sequence_index: Tensor, positions: Tensor, out: Tensor) -> None:
-    """Fill out [rows, num_columns] int64 with random words.
-
-    Three counter words are constant in a row: as [rows, 1] they broadcast, and the first two rounds cost little.
-    """
-    num_columns = out.shape[1]
-    blocks = torch.arange((num_columns + 3) // 4, device=out.device)[None, :]
-    row_words = (sequence_index & _WORD, positions & _WORD, (positions >> 32) & _WORD)
-    c0, c1, c2 = (word[:, None] for word in row_words)
-    key = (seeds & _WORD)[:, None], ((seeds >> 32) & _WORD)[:, None]
-    for column, words in enumerate(philox_words((c0, c1, c2, blocks), key)):
-        part = out[:, column::4]
-        part.copy_(words[:, : part.shape[1]])
-
-
-def gumbel_noise(seeds: Tensor, sequence_index: Tensor, positions: Tensor, out: Tensor) -> None:
-    """Fill out [rows, num_columns] fp32 with -log(-log((x + 0.5) / 2**32))."""
-    words = torch.empty(out.shape, dtype=torch.int64, device=out.device)
-    philox(seeds, sequence_index, positions, words)
-    noise = words.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().neg_().to(torch.float32)
-    torch.neg(noise.log_(), out=out)
+__all__ = ["gumbel_noise", "philox"]

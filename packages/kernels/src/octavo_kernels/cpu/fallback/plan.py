@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from octavo_kernels.cpu.attend import Span
+from octavo_kernels.cpu.fallback.attend import Span
 
 # A bucket gathers at most _BUCKET_BYTES of keys, of which at most _PADDING_BYTES may be padding: past that, the time
 # spent on padding exceeds that of the ten or so calls of one more bucket.
