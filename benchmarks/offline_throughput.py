@@ -1,9 +1,10 @@
 """Offline throughput of Octavo on a workload: all requests offered at once, greedy, end-of-text ignored.
 
-    python benchmarks/offline_throughput.py workload.json --model model.gguf
+    python benchmarks/offline_throughput.py workload.json --model model.gguf --mode fast
 
 Prints one JSON line: output and total tokens per second, tokens per second of a single stream of 128 tokens, load time
-and peak memory. `compare.py` puts such lines of several engines side by side.
+and peak memory. With `--n` above 1 each request has that many samples, drawn at temperature 1. `compare.py` puts such
+lines of several engines side by side. The warm-up uses other prompts, so that nothing measured is in the prefix cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from workload import WorkloadRequest
 
@@ -21,22 +23,39 @@ from octavo_engine import LLM, SamplingParams
 SINGLE_STREAM_TOKENS = 128
 
 
-def run(llm: LLM, requests: list[WorkloadRequest]) -> float:
+def run(llm: LLM, requests: list[WorkloadRequest], n: int = 1) -> float:
     """Run the requests at once and return the seconds it took; checks that every token asked for came."""
-    sampling = [SamplingParams(temperature=0, max_tokens=r["out"], ignore_eos=True) for r in requests]
+    temperature = 0.0 if n == 1 else 1.0
+    sampling = [
+        SamplingParams(n=n, temperature=temperature, seed=place, max_tokens=r["out"], ignore_eos=True)
+        for place, r in enumerate(requests)
+    ]
     started = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": r["prompt_ids"]} for r in requests], sampling)
     seconds = time.perf_counter() - started
-    lengths = [len(output.outputs[0].token_ids) for output in outputs]
-    if lengths != [r["out"] for r in requests]:
-        raise RuntimeError(f"expected outputs of {[r['out'] for r in requests]} tokens, got {lengths}")
+    lengths = [len(choice.token_ids) for output in outputs for choice in output.outputs]
+    if lengths != [r["out"] for r in requests for _ in range(n)]:
+        raise RuntimeError(f"{n} outputs of {[r['out'] for r in requests]} tokens each were expected, got {lengths}")
     return seconds
+
+
+def reversed_prompts(requests: list[WorkloadRequest]) -> list[WorkloadRequest]:
+    """Return requests as long, whose prompts share no block with these."""
+    return [WorkloadRequest(prompt_ids=r["prompt_ids"][::-1], out=r["out"]) for r in requests]
+
+
+def peak_rss_mb() -> int:
+    """Return the most memory that this process and the largest of its children have had, in MiB."""
+    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kib // 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", type=Path)
     parser.add_argument("--model", default=None, help="file, folder or hub id; the demo model if left out")
+    parser.add_argument("--mode", default=None, help="exact or fast; the engine's default if left out")
+    parser.add_argument("--n", type=int, default=1, help="samples a request; above 1 at temperature 1")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
@@ -45,29 +64,33 @@ def main() -> None:
     requests: list[WorkloadRequest] = json.loads(arguments.workload.read_text())
 
     started = time.perf_counter()
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": arguments.dtype,
         "max_num_seqs": arguments.max_num_seqs,
         "max_num_batched_tokens": arguments.max_num_batched_tokens,
         "prefix_cache": not arguments.no_prefix_cache,
     }
+    if arguments.mode is not None:
+        settings["mode"] = arguments.mode
     llm = LLM(arguments.model, show_progress=False, **settings)
     load_seconds = time.perf_counter() - started
-    run(llm, requests[:2])  # warm-up
+    run(llm, reversed_prompts(requests[:2]), arguments.n)
 
-    seconds = run(llm, requests)
-    single = run(llm, [{"prompt_ids": requests[0]["prompt_ids"], "out": SINGLE_STREAM_TOKENS}])
-    num_output_tokens = sum(r["out"] for r in requests)
+    seconds = run(llm, requests, arguments.n)
+    first = reversed_prompts(requests[:1])[0]["prompt_ids"]
+    rotated = first[1:] + first[:1]
+    single = run(llm, [WorkloadRequest(prompt_ids=rotated, out=SINGLE_STREAM_TOKENS)])
+    num_output_tokens = sum(r["out"] for r in requests) * arguments.n
     num_tokens = num_output_tokens + sum(len(r["prompt_ids"]) for r in requests)
     line = {
         "engine": "octavo",
-        "settings": settings | {"dtype": llm.info.dtype, "kernels": llm.info.kernel_backend},
+        "settings": settings | {"n": arguments.n, "dtype": llm.info.dtype, "kernels": llm.info.kernel_backend},
         "seconds": round(seconds, 2),
         "output_tokens_per_s": round(num_output_tokens / seconds, 1),
         "total_tokens_per_s": round(num_tokens / seconds, 1),
         "single_stream_tokens_per_s": round(SINGLE_STREAM_TOKENS / single, 1),
         "load_seconds": round(load_seconds, 1),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_rss_mb": peak_rss_mb(),
     }
     print(json.dumps(line))
 
