@@ -1,0 +1,165 @@
+"""Products by weights that stay packed, as a checkpoint stores them: dense, or in GGUF's blocks of 32.
+
+Each output of a product is reduced in an order that depends on in_features alone, never on the number of rows, on
+where a row stands among them or on threads: a row computed alone equals the same row in any batch, bit for bit. (The
+reference computes in fp64.)
+"""
+
+import torch
+from torch import Tensor
+
+from octavo_kernels import _check
+from octavo_kernels._dispatch import implementation
+from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat, packed_num_bytes
+
+
+def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> PackedWeight:  # noqa: A002  # the field's name
+    """Return a weight packed for products; its values stay what they are, bit for bit.
+
+    Args:
+        stored: [out_features, in_features] of the format's dtype, or for block formats [out_features, bytes per row]
+            uint8, rows as a GGUF file stores them. The stride of rows is free. Not modified.
+        format: what `stored` holds.
+        in_features: columns of the weight; a multiple of 32 for block formats.
+
+    Returns:
+        the weight, in new memory on the device of `stored`.
+
+    Raises:
+        ShapeError, DtypeError, OptionError: an argument does not fit.
+
+    """
+    op = "pack_weight"
+    _check.rank(op, "stored", stored, ("out_features", "in_features" if format.dtype else "bytes per row"))
+    num_bytes = packed_num_bytes(format, stored.shape[0], in_features)
+    if format.block_bytes is not None:
+        _check.dtype(op, "stored", stored, torch.uint8)
+        _check.shape(op, "stored", stored, ("out_features", in_features // GROUP * format.block_bytes))
+    else:
+        assert format.dtype is not None
+        _check.dtype(op, "stored", stored, format.dtype)
+        _check.shape(op, "stored", stored, ("out_features", in_features))
+    _check.last_dim_contiguous(op, stored=stored)
+    data = torch.empty(num_bytes, dtype=torch.uint8, device=stored.device)
+    weight = PackedWeight(data, format, stored.shape[0], in_features)
+    implementation(op, stored.device)(stored, weight)
+    return weight
+
+
+def unpack_weight(weight: PackedWeight) -> Tensor:
+    """Return the values of a weight: [out_features, in_features] fp32, bit for bit what the file means."""
+    out = torch.empty((weight.out_features, weight.in_features), dtype=torch.float32, device=weight.data.device)
+    implementation("unpack_weight", out.device)(weight, out)
+    return out
+
+
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    int8_activations: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return x times the transposed weight, plus the bias.
+
+    With `int8_activations` each group of 32 inputs of a row is rounded to 8 bits first: s = max|x| / 127 in fp32, and
+    code = x * (1 / s), rounded half to even; code = 0 where s or 1 / s is not finite. The product is then the sum over
+    groups of s * (d * sum(code * q) + m * sum(code)), whose inner sums are exact; an input that is not finite makes
+    every output of its row NaN.
+
+    Args:
+        x: [num_tokens, in_features] fp32; the stride of rows is free.
+        weight: packed by `pack_weight`.
+        bias: [out_features] fp32, or None.
+        int8_activations: for block formats only.
+        out: [num_tokens, out_features] fp32, the stride of rows is free; allocated when None.
+
+    Returns:
+        out.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit.
+        OptionError: int8_activations with a dense format.
+
+    """
+    op = "packed_linear"
+    device = _check.same_device(op, x=x, weight=weight.data, bias=bias, out=out)
+    _check_product(op, x, weight, int8_activations)
+    if bias is not None:
+        _check.shape(op, "bias", bias, (weight.out_features,))
+        _check.dtype(op, "bias", bias, torch.float32)
+        _check.last_dim_contiguous(op, bias=bias)
+    out = _output(op, out, (len(x), weight.out_features), device)
+    if len(x):
+        implementation(op, device)(x, weight, bias, int8_activations, out)
+    return out
+
+
+def packed_embedding(weight: PackedWeight, token_ids: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return rows of a weight, exactly as `unpack_weight` has them.
+
+    Args:
+        weight: packed by `pack_weight`.
+        token_ids: [num_tokens] int64, each below out_features; one out of range is the caller's mistake.
+        out: [num_tokens, in_features] fp32, the stride of rows is free; allocated when None.
+
+    Returns:
+        out.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: a tensor does not fit.
+
+    """
+    op = "packed_embedding"
+    device = _check.same_device(op, weight=weight.data, token_ids=token_ids, out=out)
+    _check.rank(op, "token_ids", token_ids, ("num_tokens",))
+    _check.dtype(op, "token_ids", token_ids, torch.int64)
+    out = _output(op, out, (len(token_ids), weight.in_features), device)
+    if len(token_ids):
+        implementation(op, device)(weight, token_ids, out)
+    return out
+
+
+def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = False) -> tuple[Tensor, Tensor]:
+    """Return where each row's product is largest, and how large, without keeping the products.
+
+    Args:
+        x: [num_tokens, in_features] fp32; the stride of rows is free.
+        weight: packed by `pack_weight`.
+        int8_activations: as in `packed_linear`.
+
+    Returns:
+        ids: [num_tokens] int64, the lowest index of the largest product.
+        best: [num_tokens] fp32, that product. If any product of a row is NaN, its best is NaN, and its id is some
+        index.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, OptionError: as in `packed_linear`.
+
+    """
+    op = "packed_argmax"
+    device = _check.same_device(op, x=x, weight=weight.data)
+    _check_product(op, x, weight, int8_activations)
+    ids = torch.empty(len(x), dtype=torch.int64, device=device)
+    best = torch.empty(len(x), dtype=torch.float32, device=device)
+    if len(x):
+        implementation(op, device)(x, weight, int8_activations, ids, best)
+    return ids, best
+
+
+def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: bool) -> None:
+    _check.shape(op, "x", x, ("num_tokens", weight.in_features))
+    _check.dtype(op, "x", x, torch.float32)
+    _check.last_dim_contiguous(op, x=x)
+    served = not int8_activations or weight.format.dtype is None
+    _check.option(op, "int8_activations", int8_activations, served, f"False for {weight.format.value} weights")
+
+
+def _output(op: str, out: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    _check.shape(op, "out", out, shape)
+    _check.dtype(op, "out", out, torch.float32)
+    _check.last_dim_contiguous(op, out=out)
+    return out

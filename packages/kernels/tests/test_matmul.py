@@ -1,0 +1,322 @@
+"""Packed weights: what they hold against the file format's definition, products against fp64, bits against batches."""
+
+import numpy as np
+import pytest
+import torch
+
+import octavo_kernels as ok
+from octavo_kernels import WeightFormat
+from octavo_kernels.packed_weight import block_words, dense_panels
+
+BLOCK_BYTES = {WeightFormat.Q4_0: 18, WeightFormat.Q4_1: 20, WeightFormat.Q8_0: 34}
+DTYPES = {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, WeightFormat.F16: torch.float16}
+OUT_FEATURES = [1, 31, 32, 33, 100]
+# A product's summands are random, so its error is a multiple of the last bit of their length.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+
+every_format = pytest.mark.parametrize("weight_format", WeightFormat, ids=lambda item: item.value)
+block_formats = pytest.mark.parametrize("weight_format", BLOCK_BYTES, ids=lambda item: item.value)
+modes = pytest.mark.parametrize(
+    ("weight_format", "int8"),
+    [*((item, False) for item in WeightFormat), *((item, True) for item in BLOCK_BYTES)],
+    ids=lambda item: item.value if isinstance(item, WeightFormat) else "int8" if item else "fp32",
+)
+
+
+def random_stored(weight_format, out_features, in_features, seed=0, device="cpu"):
+    """Rows as a file has them: random codes, scales of either sign below 0.03."""
+    rng = np.random.default_rng(seed)
+    if weight_format in DTYPES:
+        values = torch.from_numpy(rng.standard_normal((out_features, in_features), np.float32))
+        return values.to(DTYPES[weight_format]).to(device)
+    block_bytes = BLOCK_BYTES[weight_format]
+    blocks = rng.integers(0, 256, (out_features, in_features // 32, block_bytes), dtype=np.uint8)
+    for start in range(0, 4 if weight_format is WeightFormat.Q4_1 else 2, 2):
+        halves = rng.uniform(-0.03, 0.03, blocks.shape[:2]).astype("<f2")
+        blocks[:, :, start : start + 2] = halves[..., None].view(np.uint8)
+    return torch.from_numpy(blocks.reshape(out_features, -1)).to(device)
+
+
+def random_weight(weight_format, out_features, in_features, seed=0, device="cpu"):
+    stored = random_stored(weight_format, out_features, in_features, seed, device)
+    return ok.pack_weight(stored, weight_format, in_features=in_features)
+
+
+def random_rows(num_tokens, in_features, device, seed=1):
+    """Rows that are a part of wider ones, so that their stride is not their length."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, in_features + 5, generator=generator).to(device)[:, :in_features]
+
+
+def file_values(stored, weight_format):
+    """The values by the definition of the file format, element by element of a block."""
+    if weight_format in DTYPES:
+        return stored.float()
+    block_bytes = BLOCK_BYTES[weight_format]
+    blocks = stored.cpu().numpy().reshape(len(stored), -1, block_bytes)
+    out = np.empty((*blocks.shape[:2], 32), np.float32)
+
+    def half(start):
+        return np.ascontiguousarray(blocks[..., start : start + 2]).view("<f2")[..., 0].astype(np.float32)
+
+    for element in range(32):
+        if weight_format is WeightFormat.Q8_0:
+            out[..., element] = half(0) * blocks[..., 2 + element].view(np.int8)
+            continue
+        byte = blocks[..., block_bytes - 16 + element % 16]
+        code = (byte >> 4 if element >= 16 else byte & 15).astype(np.float32)
+        out[..., element] = half(0) * (code - 8) if weight_format is WeightFormat.Q4_0 else half(0) * code + half(2)
+    return torch.from_numpy(out.reshape(len(stored), -1))
+
+
+def bits(tensor):
+    return tensor.cpu().contiguous().view(torch.int32)
+
+
+@every_format
+@pytest.mark.parametrize("in_features", [32, 64, 576])
+@pytest.mark.parametrize("out_features", OUT_FEATURES)
+def test_unpacked_values_are_the_files_bit_for_bit(device, weight_format, out_features, in_features):
+    stored = random_stored(weight_format, out_features, in_features, device=device)
+    weight = ok.pack_weight(stored, weight_format, in_features=in_features)
+    assert torch.equal(bits(ok.unpack_weight(weight)), bits(file_values(stored, weight_format)))
+
+
+@every_format
+def test_unpacked_values_are_those_of_the_gguf_package(device, weight_format):
+    gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
+    stored = random_stored(weight_format, 33, 96)
+    weight = ok.pack_weight(stored.to(device), weight_format, in_features=96)
+    data = stored.view(torch.uint8).numpy()
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType[weight_format.name])
+    assert torch.equal(bits(ok.unpack_weight(weight)), torch.from_numpy(expected.view(np.int32)))
+
+
+@every_format
+def test_packed_bytes_are_equal_on_every_backend(device, oracle, weight_format):
+    stored = random_stored(weight_format, 100, 576, device=device)
+    weight = ok.pack_weight(stored, weight_format, in_features=576)
+    expected = oracle(ok.pack_weight, stored, weight_format, in_features=576)
+    assert torch.equal(weight.data, expected.data)
+    assert weight.num_bytes == ok.packed_num_bytes(weight_format, 100, 576)
+    assert weight.data.data_ptr() % 64 == 0
+
+
+@block_formats
+def test_codes_lie_where_the_layout_says(device, weight_format):
+    is_q8 = weight_format is WeightFormat.Q8_0
+    codes = torch.arange(32, dtype=torch.uint8)
+    block = torch.zeros(34 if is_q8 else BLOCK_BYTES[weight_format], dtype=torch.uint8)
+    if is_q8:
+        block[2:] = codes
+    else:
+        block[-16:] = (codes[:16] & 15) | (codes[16:] & 15) << 4
+    stored = torch.zeros(34, 2 * len(block), dtype=torch.uint8)
+    stored[33, len(block) :] = block  # output 1 of the second panel, second group
+    words = block_words(ok.pack_weight(stored.to(device), weight_format, in_features=64))[1, 1, :, 1].cpu()
+    if is_q8:
+        assert words.tolist() == [[128 + 4 * row + byte for byte in range(4)] for row in range(8)]
+    else:
+        low = [[(8 * row + byte) % 16 for byte in range(4)] for row in range(4)]
+        high = [[(8 * row + 4 + byte) % 16 for byte in range(4)] for row in range(4)]
+        assert (words & 15).tolist() == low
+        assert (words >> 4).tolist() == high
+
+
+def test_dense_panels_hold_the_outputs_of_an_input_side_by_side(device):
+    stored = random_stored(WeightFormat.F16, 33, 3, device=device)
+    panels = dense_panels(ok.pack_weight(stored, WeightFormat.F16, in_features=3))
+    assert torch.equal(panels[0], stored[:32].T)
+    assert torch.equal(panels[1, :, 0], stored[32])
+    assert panels[1, :, 1:].abs().max() == 0
+
+
+def test_rows_may_lie_apart(device):
+    stored = random_stored(WeightFormat.Q4_1, 40, 96, device=device)
+    apart = torch.cat([stored, stored], dim=1)[:, : stored.shape[1]]
+    weight = ok.pack_weight(apart, WeightFormat.Q4_1, in_features=96)
+    assert torch.equal(weight.data, ok.pack_weight(stored, WeightFormat.Q4_1, in_features=96).data)
+
+
+@modes
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("in_features", [32, 64, 576])
+@pytest.mark.parametrize("out_features", OUT_FEATURES)
+def test_products_equal_the_reference(device, oracle, weight_format, int8, out_features, in_features, bias):
+    weight = random_weight(weight_format, out_features, in_features, device=device)
+    added = torch.linspace(-1, 1, out_features, device=device) if bias else None
+    for num_tokens in (0, 1, 2, 7, 16, 17, 65):
+        x = random_rows(num_tokens, in_features, device)
+        wide = torch.full((num_tokens, out_features + 3), float("nan"), device=device)
+        out = wide[:, :out_features]
+        assert ok.packed_linear(x, weight, added, int8_activations=int8, out=out) is out
+        expected = oracle(ok.packed_linear, x, weight, added, int8_activations=int8)
+        torch.testing.assert_close(out, expected, **TOLERANCE)
+        assert wide[:, out_features:].isnan().all()
+
+
+@pytest.mark.parametrize("weight_format", DTYPES, ids=lambda item: item.value)
+@pytest.mark.parametrize("in_features", [1, 3, 33, 577])
+def test_dense_weights_may_have_any_number_of_inputs(device, weight_format, in_features):
+    stored = random_stored(weight_format, 33, in_features, device=device)
+    weight = ok.pack_weight(stored, weight_format, in_features=in_features)
+    assert torch.equal(ok.unpack_weight(weight), stored.float())
+    x = random_rows(7, in_features, device)
+    torch.testing.assert_close(ok.packed_linear(x, weight).double(), x.double() @ stored.double().T, **TOLERANCE)
+
+
+@block_formats
+def test_8_bit_products_are_near_the_products_in_full(device, weight_format):
+    weight = random_weight(weight_format, 100, 576, device=device)
+    x = random_rows(17, 576, device)
+    rounded, full = ok.packed_linear(x, weight, int8_activations=True), ok.packed_linear(x, weight)
+    assert not torch.equal(rounded, full)
+    assert (rounded - full).norm() / full.norm() < 0.01
+
+
+@block_formats
+def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
+    weight = random_weight(weight_format, 33, 64, device=device)
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-126, 127, (5, 64), generator=generator).float()
+    codes[:, ::32] = 127
+    x = (codes / 64).to(device)  # a scale of 1 / 64: no rounding anywhere
+    expected = x.double() @ ok.unpack_weight(weight).double().T
+    torch.testing.assert_close(ok.packed_linear(x, weight, int8_activations=True).double(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, -1e-39], ids=["zero", "subnormal", "reciprocal overflows"])
+def test_groups_whose_scale_has_no_reciprocal_count_as_zero(device, value):
+    weight = random_weight(WeightFormat.Q4_1, 33, 64, device=device)
+    x = random_rows(2, 64, device).contiguous()
+    x[0, 32:] = value
+    product = ok.packed_linear(x, weight, int8_activations=True)
+    x[0, 32:] = 0
+    assert torch.equal(product, ok.packed_linear(x, weight, int8_activations=True))
+
+
+@modes
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format, int8, value):
+    weight = random_weight(weight_format, 100, 64, device=device)
+    x = random_rows(5, 64, device).contiguous()
+    good = ok.packed_linear(x, weight, int8_activations=int8)
+    x[2, 40] = value
+    product = ok.packed_linear(x, weight, int8_activations=int8)
+    others = [0, 1, 3, 4]
+    assert not product[2].isfinite().any()
+    assert torch.equal(product[others], good[others])
+    _, best = ok.packed_argmax(x, weight, int8_activations=int8)
+    assert not best[2].isfinite()
+    assert best[others].isfinite().all()
+
+
+@modes
+def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_format, int8):
+    weight = random_weight(weight_format, 100, 576, device=device)
+    x = random_rows(65, 576, device)
+    alone = torch.cat([ok.packed_linear(x[row : row + 1], weight, int8_activations=int8) for row in range(65)])
+    ids, best = ok.packed_argmax(x, weight, int8_activations=int8)
+    for num_tokens in range(1, 66):
+        together = ok.packed_linear(x[:num_tokens], weight, int8_activations=int8)
+        assert torch.equal(bits(together), bits(alone[:num_tokens])), num_tokens
+        last = ok.packed_linear(x[65 - num_tokens :], weight, int8_activations=int8)
+        assert torch.equal(bits(last), bits(alone[65 - num_tokens :])), num_tokens
+        some_ids, some_best = ok.packed_argmax(x[:num_tokens], weight, int8_activations=int8)
+        assert torch.equal(some_ids, ids[:num_tokens])
+        assert torch.equal(bits(some_best), bits(best[:num_tokens])), num_tokens
+
+
+@modes
+@pytest.mark.parametrize("out_features", [1, 33, 1000])
+def test_argmax_is_the_products_largest(device, weight_format, int8, out_features):
+    weight = random_weight(weight_format, out_features, 576, device=device)
+    for num_tokens in (0, 1, 5, 17):
+        x = random_rows(num_tokens, 576, device)
+        ids, best = ok.packed_argmax(x, weight, int8_activations=int8)
+        products = ok.packed_linear(x, weight, int8_activations=int8)
+        assert ids.dtype == torch.int64
+        assert ids.tolist() == products.argmax(dim=-1).tolist()
+        assert torch.equal(bits(best), bits(products.gather(1, ids[:, None])[:, 0]))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["above zero", "below zero"])
+def test_argmax_takes_the_lowest_of_equals(device, sign):
+    stored = torch.full((1500, 576), -2 * sign, device=device)
+    stored[[7, 40, 1200]] = 0.5 if sign > 0 else 0.25
+    x = torch.ones(3, 576, device=device)
+    x[1] *= -1
+    ids, best = ok.packed_argmax(x, ok.pack_weight(stored, WeightFormat.F32, in_features=576))
+    expected = (x @ stored.T).max(dim=-1)
+    assert best.tolist() == expected.values.tolist()
+    assert ids.tolist() == [int((row == row.max()).nonzero()[0, 0]) for row in x @ stored.T]
+
+
+def test_argmax_of_products_that_hold_nan_says_so(device):
+    stored = torch.zeros(100, 32, device=device)
+    stored[70, 3] = float("nan")
+    x = torch.ones(2, 32, device=device)
+    ids, best = ok.packed_argmax(x, ok.pack_weight(stored, WeightFormat.F32, in_features=32))
+    assert best.isnan().all()
+    assert all(0 <= index < 100 for index in ids.tolist())
+
+
+@every_format
+@pytest.mark.parametrize("out_features", OUT_FEATURES)
+def test_embedding_gives_rows_of_the_weight_bit_for_bit(device, weight_format, out_features):
+    weight = random_weight(weight_format, out_features, 96, device=device)
+    values = ok.unpack_weight(weight)
+    for num_tokens in (0, 1, 37):
+        token_ids = torch.randint(out_features, (num_tokens,), generator=torch.Generator().manual_seed(4)).to(device)
+        wide = torch.full((num_tokens, 99), float("nan"), device=device)
+        out = wide[:, :96]
+        assert ok.packed_embedding(weight, token_ids, out=out) is out
+        assert torch.equal(bits(out), bits(values[token_ids]))
+        assert wide[:, 96:].isnan().all()
+
+
+def test_block_formats_want_whole_blocks():
+    with pytest.raises(ok.ShapeError, match="in_features is 48, expected a multiple of 32 for q4_0"):
+        ok.pack_weight(torch.zeros(1, 27, dtype=torch.uint8), WeightFormat.Q4_0, in_features=48)
+    with pytest.raises(ok.ShapeError, match=r"stored has shape \[1, 27\], expected \[out_features, 36\]"):
+        ok.pack_weight(torch.zeros(1, 27, dtype=torch.uint8), WeightFormat.Q4_0, in_features=64)
+
+
+def test_dense_formats_want_their_own_dtype():
+    with pytest.raises(ok.DtypeError, match="stored has dtype float32, expected bfloat16"):
+        ok.pack_weight(torch.zeros(1, 32), WeightFormat.BF16, in_features=32)
+
+
+def test_8_bit_inputs_are_for_block_formats():
+    weight = random_weight(WeightFormat.F32, 4, 32)
+    with pytest.raises(ok.OptionError, match="int8_activations is True, expected False for f32 weights"):
+        ok.packed_linear(torch.zeros(1, 32), weight, int8_activations=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"x": torch.zeros(2, 31)}, ok.ShapeError),
+        ({"x": torch.zeros(2, 32, dtype=torch.float64)}, ok.DtypeError),
+        ({"x": torch.zeros(32, 2).T}, ok.ShapeError),
+        ({"bias": torch.zeros(5)}, ok.ShapeError),
+        ({"bias": torch.zeros(4, dtype=torch.float16)}, ok.DtypeError),
+        ({"out": torch.zeros(2, 5)}, ok.ShapeError),
+        ({"out": torch.zeros(2, 4, device="meta")}, ok.DeviceError),
+    ],
+    ids=["x too narrow", "x of fp64", "x transposed", "bias too long", "bias of fp16", "out too wide", "out elsewhere"],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, error):
+    weight = random_weight(WeightFormat.Q8_0, 4, 32)
+    with pytest.raises(error, match="packed_linear: "):
+        ok.packed_linear(**{"x": torch.zeros(2, 32), "weight": weight, **arguments})
+
+
+def test_data_that_does_not_fit_is_no_weight():
+    with pytest.raises(ok.ShapeError, match=r"data has shape \[64\], expected \[576\]"):
+        ok.PackedWeight(torch.zeros(64, dtype=torch.uint8), WeightFormat.Q4_0, 4, 32)
+    shifted = torch.zeros(577, dtype=torch.uint8)[1:]
+    with pytest.raises(ok.OptionError, match=r"data.data_ptr\(\) % 64 is 1, expected 0"):
+        ok.PackedWeight(shifted, WeightFormat.Q4_0, 4, 32)
+    with pytest.raises(ok.OptionError, match="out_features is 0, expected at least 1"):
+        ok.packed_num_bytes(WeightFormat.F32, 0, 4)
