@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 
@@ -19,9 +19,9 @@ from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, Op
 class Backend(Enum):
     """Who computes an op.
 
-    REFERENCE: plain torch, the specification, any device. CPU: batched torch, the default on CPU tensors, and on any
-    other device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1. CUDA: compiled
-    C++; this version has none yet.
+    REFERENCE: plain torch, the specification, any device. CPU: native code on CPU tensors, and batched torch where that
+    does not serve, which includes any other device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under
+    TRITON_INTERPRET=1. CUDA: compiled C++; this version has none yet.
     """
 
     REFERENCE = "reference"
@@ -31,11 +31,16 @@ class Backend(Enum):
 
 
 class Fallback(NamedTuple):
-    """One op that ran on another backend than the one asked for, and how many calls did."""
+    """One op that ran on other code than the one asked for, how many calls did, and why the first one did.
+
+    `used` is a backend, or "torch": the batched torch code of the `cpu` backend, where its native library is absent or
+    does not serve the call. `reason` is empty where a backend simply lacks the op.
+    """
 
     wanted: Backend
-    used: Backend
+    used: Backend | Literal["torch"]
     num_calls: int
+    reason: str = ""
 
 
 # Which file of each backend's folder holds an op.
@@ -52,6 +57,11 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "silu_and_mul": "activation",
         "gelu_and_mul": "activation",
         "gelu": "activation",
+        "pack_weight": "matmul",
+        "unpack_weight": "matmul",
+        "packed_linear": "matmul",
+        "packed_embedding": "matmul",
+        "packed_argmax": "matmul",
         "merge_states": "merge",
         "philox": "noise",
         "gumbel_noise": "noise",
@@ -72,18 +82,20 @@ class _FallbackLog:
     """Counts fallbacks per op, and says which call is the first."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Fallback] = {}
+        self._entries: dict[tuple[str, str], Fallback] = {}
         self._lock = threading.Lock()
 
-    def add(self, op: str, wanted: Backend, used: Backend) -> bool:
+    def add(self, op: str, wanted: Backend, used: Backend | Literal["torch"], reason: str = "") -> bool:
+        key = op, used if isinstance(used, str) else used.value
         with self._lock:
-            known = self._entries.get(op)
-            self._entries[op] = Fallback(wanted, used, known.num_calls + 1 if known else 1)
-            return known is None
+            known = self._entries.get(key) or Fallback(wanted, used, 0, reason)
+            self._entries[key] = known._replace(num_calls=known.num_calls + 1)
+            return known.num_calls == 0
 
     def snapshot(self) -> dict[str, Fallback]:
+        """Return one entry per op: where a call went from backend to backend to torch, the last one."""
         with self._lock:
-            return dict(self._entries)
+            return {op: entry for (op, _), entry in self._entries.items()}
 
     def clear(self) -> None:
         with self._lock:
@@ -113,8 +125,31 @@ def choose(op: str, device: torch.device | str) -> Backend:
 
 
 def fallbacks() -> dict[str, Fallback]:
-    """Return, by op, what ran on another backend than the one asked for since the process started."""
+    """Return, by op, what ran on other code than the one asked for since the process started.
+
+    Entries with `used="torch"` are calls on the CPU that the native library could not serve; OCTAVO_CPU_ISA=none asks
+    for torch, and makes none.
+    """
     return _log.snapshot()
+
+
+def note_fallback(op: str, reason: str) -> None:
+    """Count a call of `op` that the native library does not serve, so that torch does; warn once per op.
+
+    `reason` says what about the call is not served and what to do, for example "head_dim is 80, expected a multiple of
+    16; pad it".
+    """
+    if count_fallback(op, reason):
+        warnings.warn(
+            f"{op}: torch serves it, not the native library: {reason}; see octavo_kernels.fallbacks()",
+            BackendFallbackWarning,
+            stacklevel=4,
+        )
+
+
+def count_fallback(op: str, reason: str) -> bool:
+    """Count such a call without a warning; say whether it was the first."""
+    return _log.add(op, Backend.CPU, "torch", reason)
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., None]:

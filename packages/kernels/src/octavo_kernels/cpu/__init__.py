@@ -1,1 +1,1 @@
-"""The `cpu` backend: one file per op; `fallback` holds the same ops in batched torch."""
+"""The `cpu` backend: one file per op, native code in csrc, and `fallback` with the same ops in batched torch."""
