@@ -4,6 +4,7 @@ from octavo_kernels._dispatch import Backend, Fallback, available_backends, choo
 from octavo_kernels.activation import gelu, gelu_and_mul, silu_and_mul
 from octavo_kernels.attention import paged_attention, varlen_attention
 from octavo_kernels.cache_ops import copy_blocks, gather_kv, write_kv
+from octavo_kernels.cpu.load import isa as cpu_isa
 from octavo_kernels.errors import (
     BackendFallbackWarning,
     BackendUnavailable,
@@ -13,9 +14,11 @@ from octavo_kernels.errors import (
     OptionError,
     ShapeError,
 )
+from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
 from octavo_kernels.noise import gumbel_noise, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
+from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.rope import rope_kv_write
 
 __all__ = [
@@ -27,22 +30,31 @@ __all__ = [
     "Fallback",
     "KernelError",
     "OptionError",
+    "PackedWeight",
     "ShapeError",
+    "WeightFormat",
     "add_rms_norm",
     "available_backends",
     "choose",
     "copy_blocks",
+    "cpu_isa",
     "fallbacks",
     "gather_kv",
     "gelu",
     "gelu_and_mul",
     "gumbel_noise",
     "merge_states",
+    "pack_weight",
+    "packed_argmax",
+    "packed_embedding",
+    "packed_linear",
+    "packed_num_bytes",
     "paged_attention",
     "philox",
     "rms_norm",
     "rope_kv_write",
     "silu_and_mul",
+    "unpack_weight",
     "varlen_attention",
     "write_kv",
 ]

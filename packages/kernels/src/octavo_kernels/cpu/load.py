@@ -107,7 +107,7 @@ def open_library(isa: str) -> Library:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailable(f"{path} cannot be loaded: {error}; set OCTAVO_CPU_ISA=none to use torch") from error
-    found = handle.octavo_abi_version()
+    found = handle.octavo_abi_version() if hasattr(handle, "octavo_abi_version") else None
     if found != ABI_VERSION:
         raise BackendUnavailable(
             f"{path} has interface version {found}, expected {ABI_VERSION}; reinstall octavo-kernels so that its "
