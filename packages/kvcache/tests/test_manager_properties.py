@@ -251,6 +251,7 @@ class CacheMachine(RuleBasedStateMachine):
                         filled[block_id] = max(filled.get(block_id, 0), num_here)
         stats = self.cache.stats()
         assert stats.num_live_tokens == sum(filled.values())
+        assert self.cache.waste == stats.waste
         assert stats.num_table_blocks == num_table_blocks
         assert stats.num_used - stats.num_parked == len(filled)
 

@@ -89,3 +89,19 @@ def test_end_shared_with_a_step_in_flight_is_as_full_as_its_sequence():
     cache.free("a", after=1)
     stats = cache.stats()
     assert (stats.num_used, stats.num_shared, stats.num_parked, stats.num_live_tokens) == (2, 2, 0, 18)
+
+
+def test_end_taken_back_is_empty_until_another_sequence_hits_it():
+    cache = filled(48)
+    cache.commit("a", list(range(48)), 48)
+    cache.allocate("a", 0, 1)  # blocks 2 and 3 are empty ends of a, and can still be hit
+    assert (cache.stats().num_live_tokens, cache.waste) == (1, 1 - 1 / 48)
+    assert cache.match("b", [*range(48), 7]) == 0  # a writes into the first block, so that it is cached no more
+    cache.commit("a", list(range(1)), 1)
+    cache.allocate("a", 1, 15)
+    cache.commit("a", list(range(16)), 16)
+    cache.free("b")
+    assert cache.match("b", [*range(48), 7]) == 48
+    assert (cache.stats().num_used, cache.stats().num_live_tokens) == (3, 48)
+    cache.free("b")
+    assert cache.stats().num_live_tokens == 16

@@ -8,6 +8,7 @@ which rows appear, change and go. Rows that take part in a step stand in the ord
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
 from octavo_kvcache import BlockCopy, TableUpdate
@@ -38,9 +39,12 @@ class NewRow:
     pooling: Pooling = "last"
 
 
-@dataclass(frozen=True, slots=True)
-class CachedRow:
-    """A sequence that the runner knows already; `block_updates` has one entry per KV group, or is empty."""
+class CachedRow(NamedTuple):
+    """A sequence that the runner knows already; `block_updates` has one entry per KV group, or is empty.
+
+    A named tuple, since there is one per decoding sequence in every step: it is cheap to make, and `zip(*rows)` turns
+    rows into columns.
+    """
 
     row: int
     num_computed_tokens: int

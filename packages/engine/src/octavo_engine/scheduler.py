@@ -120,15 +120,15 @@ class Scheduler:
         self._next_step_id += 1
         self._in_flight.append((step.step_id, step.sequences))
         self.counters.num_steps += 1
-        self.counters.sum_waste += self.cache.stats().waste
+        self.counters.sum_waste += self.cache.waste
         return step.batch(self._rows.take_finished())
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[SequenceUpdate]:
         """Take in the answer to the oldest step in flight: append, finish, free, report."""
         rows = self._end_step(batch)
         updates = []
-        for place, scheduled in enumerate(rows):
-            update = self._update_row(scheduled, place, output)
+        for place, (scheduled, token_ids) in enumerate(zip(rows, output.token_ids, strict=True)):
+            update = self._update_row(scheduled, token_ids, place, output)
             if update is not None:
                 updates.append(update)
         return updates
@@ -142,14 +142,25 @@ class Scheduler:
     # -- choosing a step -----------------------------------------------------------------------------------------
 
     def _schedule_running(self, step: StepBuilder) -> None:
-        decoding_first = sorted(self._running, key=lambda s: s.num_uncomputed_tokens > 1)
-        for sequence in decoding_first:
-            num_new = min(sequence.num_uncomputed_tokens, step.budget)
-            if num_new == 0 or sequence.status is not SequenceStatus.RUNNING:
-                continue
-            allocation = self._allocate(step, sequence, num_new)
-            if allocation is not None and step.add_cached(sequence, num_new, allocation):
-                self._fork(step, sequence)
+        """Let running sequences go on, in order: first those that decode, then prompts in chunks."""
+        prompts = []
+        for sequence in self._running.copy():
+            num_uncomputed = sequence.num_uncomputed_tokens
+            if num_uncomputed == 1:
+                self._continue(step, sequence, 1)
+            elif num_uncomputed:
+                prompts.append(sequence)
+        for sequence in prompts:
+            self._continue(step, sequence, sequence.num_uncomputed_tokens)
+
+    def _continue(self, step: StepBuilder, sequence: Sequence, num_wanted: int) -> None:
+        """Schedule up to `num_wanted` tokens of a running sequence; it may have been preempted meanwhile."""
+        num_new = min(num_wanted, step.budget)
+        if num_new == 0 or sequence.status is not SequenceStatus.RUNNING:
+            return
+        allocation = self._allocate(step, sequence, num_new)
+        if allocation is not None and step.add_cached(sequence, num_new, allocation) and sequence.num_forks_wanted:
+            self._fork(step, sequence)
 
     def _allocate(self, step: StepBuilder, sequence: Sequence, num_new: int) -> Allocation | None:
         """Find blocks for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
@@ -212,7 +223,8 @@ class Scheduler:
             sequence.num_cached_tokens = start
             self.counters.num_cached_prompt_tokens += start
         insort(self._running, sequence)
-        if step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id)):
+        samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
+        if samples and sequence.num_forks_wanted:
             self._fork(step, sequence)
 
     def _fork(self, step: StepBuilder, parent: Sequence) -> None:
@@ -249,57 +261,66 @@ class Scheduler:
         self.cache.step_done(step_id)
         return rows
 
-    def _update_row(self, scheduled: ScheduledSequence, place: int, output: ModelOutput) -> SequenceUpdate | None:
-        sequence = scheduled.sequence
+    def _update_row(
+        self, scheduled: ScheduledSequence, token_ids: tuple[int, ...], place: int, output: ModelOutput
+    ) -> SequenceUpdate | None:
+        sequence, epoch, num_computed_tokens, samples = scheduled
         if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
             return None
-        if output.errors is not None and place in output.errors:
+        if output.errors and place in output.errors:
             return self._finish(sequence, FinishReason.ERROR, error=output.errors[place])
-        sequence.num_placeholders -= scheduled.samples
-        token_ids = output.token_ids[place]
-        first_new = len(sequence.token_ids)
-        sequence.token_ids.extend(token_ids)
-        if scheduled.epoch == sequence.epoch:
-            self.cache.commit(sequence.seq_id, sequence.token_ids, scheduled.num_computed_tokens)
-        if not scheduled.samples:
+        sequence.num_placeholders -= samples
+        sequence.token_ids += token_ids
+        if epoch == sequence.epoch:
+            self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens)
+        if not samples:
             return None
         if sequence.request.task == "embed":
             assert output.pooled is not None
             return self._finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
-        return self._report(sequence, first_new, output.logprobs[place] if output.logprobs is not None else None)
+        return self._report(sequence, token_ids, output.logprobs[place] if output.logprobs is not None else None)
 
-    def _report(self, sequence: Sequence, first_new: int, logprobs: tuple[TokenLogprobs, ...] | None) -> SequenceUpdate:
-        """Report the tokens from `first_new` on, cut where the sequence ends."""
+    def _report(
+        self, sequence: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
+    ) -> SequenceUpdate:
+        """Report the last tokens of a sequence, cut where it ends."""
         if sequence.first_token_time is None:
             sequence.first_token_time = self._clock()
-        for position in range(first_new, len(sequence.token_ids)):
-            reason = self._stop_reason(sequence, position)
-            if reason is None:
-                continue
-            del sequence.token_ids[position + 1 :]
-            token_ids = tuple(sequence.token_ids[first_new:])
-            kept = logprobs[: len(token_ids)] if logprobs is not None else None
-            self.counters.num_generation_tokens += len(token_ids)
-            stop_token_id = token_ids[-1] if reason is FinishReason.STOP else None
-            return self._finish(sequence, reason, token_ids=token_ids, logprobs=kept, stop_token_id=stop_token_id)
-        token_ids = tuple(sequence.token_ids[first_new:])
+        num_tokens = len(sequence.token_ids)
+        if num_tokens >= sequence.max_num_tokens or not sequence.stop_token_ids.isdisjoint(token_ids):
+            for position in range(num_tokens - len(token_ids), num_tokens):
+                reason = _stop_reason(sequence, position)
+                if reason is not None:
+                    return self._end(sequence, reason, token_ids, position + 1, logprobs)
         self.counters.num_generation_tokens += len(token_ids)
         return SequenceUpdate(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
-            token_ids=token_ids,
-            logprobs=logprobs,
+            sequence.request.request_id,
+            sequence.index,
+            token_ids,
+            logprobs,
             num_cached_tokens=sequence.num_cached_tokens,
         )
 
-    def _stop_reason(self, sequence: Sequence, position: int) -> FinishReason | None:
-        num_output_tokens = position + 1 - sequence.num_prompt_tokens
-        reached_minimum = num_output_tokens > sequence.request.sampling.min_tokens
-        if reached_minimum and sequence.token_ids[position] in sequence.stop_token_ids:
-            return FinishReason.STOP
-        if num_output_tokens >= sequence.max_num_output_tokens:
-            return FinishReason.LENGTH
-        return None
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...],
+        num_tokens: int,
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> SequenceUpdate:
+        """Finish a sequence after `num_tokens` of its tokens, some of which are the new `token_ids`."""
+        num_dropped = len(sequence.token_ids) - num_tokens
+        del sequence.token_ids[num_tokens:]
+        token_ids = token_ids[: len(token_ids) - num_dropped]
+        self.counters.num_generation_tokens += len(token_ids)
+        return self._finish(
+            sequence,
+            reason,
+            token_ids=token_ids,
+            logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
+            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+        )
 
     # -- moving a sequence from state to state -------------------------------------------------------------------
 
@@ -367,3 +388,10 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached_tokens,
             times=times,
         )
+
+
+def _stop_reason(sequence: Sequence, position: int) -> FinishReason | None:
+    """Return why the sequence ends with the token at `position`; None if it goes on."""
+    if position >= sequence.first_stop_position and sequence.token_ids[position] in sequence.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if position + 1 >= sequence.max_num_tokens else None

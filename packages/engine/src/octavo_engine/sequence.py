@@ -43,13 +43,18 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
+    last_step_id: int | None = None  # the last step that it takes part in
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None
     first_token_time: float | None = None
     order: tuple[int, float, int] = field(init=False)
+    max_num_tokens: int = field(init=False)  # prompt and output
+    first_stop_position: int = field(init=False)  # stop tokens before it do not end the sequence
 
     def __post_init__(self) -> None:
         self.order = (self.request.priority, self.request.arrival_time, self.seq_id)
+        self.max_num_tokens = self.num_prompt_tokens + self.max_num_output_tokens
+        self.first_stop_position = self.num_prompt_tokens + self.request.sampling.min_tokens
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -60,16 +65,10 @@ class Sequence:
         return len(self.token_ids) + self.num_placeholders
 
     @property
-    def num_output_tokens(self) -> int:
-        """Output tokens known."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that a step could compute now; 0 while the last ones it may draw are in flight."""
-        if self.num_output_tokens + self.num_placeholders >= self.max_num_output_tokens:
-            return 0
-        return self.num_tokens - self.num_computed_tokens
+        num_tokens = len(self.token_ids) + self.num_placeholders
+        return num_tokens - self.num_computed_tokens if num_tokens < self.max_num_tokens else 0
 
     @property
     def num_rows(self) -> int:

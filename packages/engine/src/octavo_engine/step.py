@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from octavo_engine.batch import CachedRow, NewRow, ScheduledBatch
 from octavo_engine.sequence import Sequence
-from octavo_kvcache import Allocation, BlockCopy
+from octavo_kvcache import UNCHANGED, Allocation, BlockCopy
 
 
 class ScheduledSequence(NamedTuple):
@@ -39,13 +39,12 @@ class StepBuilder:
         self._new_sequences: list[ScheduledSequence] = []
         self._cached_sequences: list[ScheduledSequence] = []
         self._copies: list[BlockCopy] = []
-        self._members: set[int] = set()
 
     def __bool__(self) -> bool:
-        return bool(self._members)
+        return bool(self._cached or self._new)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.seq_id in self._members
+        return sequence.last_step_id == self.step_id
 
     @property
     def sequences(self) -> list[ScheduledSequence]:
@@ -54,12 +53,13 @@ class StepBuilder:
 
     def add_cached(self, sequence: Sequence, num_new: int, allocation: Allocation) -> bool:
         """Schedule tokens of a sequence that the runner knows; True if the step draws a token for it."""
-        assert sequence.row is not None
-        start = sequence.num_computed_tokens
+        row, start = sequence.row, sequence.num_computed_tokens
+        assert row is not None
         samples = self._advance(sequence, num_new)
-        self._copies += allocation.copies
-        self._cached.append(CachedRow(sequence.row, start, num_new, samples, allocation.updates))
-        self._cached_sequences.append(_scheduled(sequence, samples))
+        if allocation is not UNCHANGED:
+            self._copies += allocation.copies
+        self._cached.append(CachedRow(row, start, num_new, samples, allocation.updates))
+        self._cached_sequences.append(ScheduledSequence(sequence, sequence.epoch, start + num_new, samples))
         return samples
 
     def add_new(
@@ -75,7 +75,7 @@ class StepBuilder:
 
     def add_fork(self, child: Sequence, parent_row: int, block_ids: tuple[list[int], ...]) -> None:
         """Add a sequence that draws its first token from the logits of its parent's row."""
-        self._members.add(child.seq_id)
+        child.last_step_id = self.step_id
         self._new.append(_new_row(child, child.num_computed_tokens, 0, True, block_ids, fork_of=parent_row))
         self._new_sequences.append(_scheduled(child, samples=True))
 
@@ -92,9 +92,10 @@ class StepBuilder:
     def _advance(self, sequence: Sequence, num_new: int) -> bool:
         """Count tokens as computed; True if the step reaches the end of the sequence and draws a token."""
         self.budget -= num_new
-        self._members.add(sequence.seq_id)
-        samples = sequence.num_computed_tokens + num_new == sequence.num_tokens
-        sequence.num_computed_tokens += num_new
+        sequence.last_step_id = self.step_id
+        stop = sequence.num_computed_tokens + num_new
+        samples = stop == sequence.num_tokens
+        sequence.num_computed_tokens = stop
         sequence.num_placeholders += samples
         return samples
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from octavo_engine.errors import InvalidRequest
 
@@ -196,16 +196,15 @@ class RequestTimes:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """What one step brought one sequence: the engine's own output, in token ids.
 
-    `pooled` is the embedding of a request with task `embed`. `error` explains finish reason `error`. `times` comes
-    with the last update of a sequence.
+    A named tuple, since there is one per sequence in every step. `pooled` is the embedding of a request with task
+    `embed`. `error` explains finish reason `error`. `times` comes with the last update of a sequence.
     """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls here
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     pooled: tuple[float, ...] | None = None

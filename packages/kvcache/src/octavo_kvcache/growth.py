@@ -54,14 +54,8 @@ class Growth:
         return sum(group.num_fresh - group.num_released for group in self.groups)
 
     def apply(self, pool: BlockPool) -> tuple[list[BlockCopy], list[TableUpdate]]:
-        """Carry it out; return the copies and one update per group.
-
-        Raises:
-            CacheFull: `num_wanted` is more than the pool has free; nothing was changed.
-
-        """
+        """Carry it out; return the copies and one update per group. The pool must have `num_wanted` blocks free."""
         old = [(group.table.num_null, len(group.table.block_ids)) for group in self.groups]
-        pool.require(self.num_wanted)
         for group in self.groups:
             pool.release(group.table.skip(group.num_behind))
         copies: list[BlockCopy] = []

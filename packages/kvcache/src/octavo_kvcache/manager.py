@@ -1,19 +1,19 @@
 """CacheManager: gives blocks to sequences, shares them, copies them on write, caches prefixes, and counts it all."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from types import MappingProxyType
 
 from octavo_kvcache.allocation import UNCHANGED, Allocation
 from octavo_kvcache.block import NULL_BLOCK, BlockHash
+from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
 from octavo_kvcache.growth import Growth, plan_growth
+from octavo_kvcache.parked import ParkedBlocks
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix import BlockHasher, PrefixCache, group_hash, num_blocks_behind
 from octavo_kvcache.sequence import NEVER, SequenceBlocks
 from octavo_kvcache.spec import KVCacheSpec
-from octavo_kvcache.stats import CacheStats, count_live_tokens, count_parked_blocks
+from octavo_kvcache.stats import CacheStats
 from octavo_kvcache.table import BlockTable
 
 SeqId = int | str
@@ -66,8 +66,8 @@ class CacheManager:
         self._pool = BlockPool(num_blocks, on_evict=self._forget)
         self._hasher = BlockHasher(block_size, root)
         self._sequences: dict[SeqId, SequenceBlocks] = {}
-        self._parked: list[tuple[int, list[int]]] = []
-        self._last_step_done: int | None = None
+        self._empty_slots = EmptySlots(self._pool)
+        self._parked = ParkedBlocks(self._pool)
         self._num_query_tokens = 0
         self._num_hit_tokens = 0
         self._num_copies = 0
@@ -171,9 +171,12 @@ class CacheManager:
         parent = self._get(parent_id)
         if child_id in self._sequences:
             raise DuplicateSequence(f"sequence {child_id!r} exists already; free it first or take another id")
+        self._empty_slots.leave(parent)
         child = parent.fork()
         for table in child.tables:
             self._pool.retain(table.held)
+        self._empty_slots.enter(parent)
+        self._empty_slots.enter(child)
         self._sequences[child_id] = child
 
     def free(self, seq_id: SeqId, *, after: int | None = None) -> None:
@@ -187,24 +190,17 @@ class CacheManager:
             UnknownSequence: there is no such sequence.
 
         """
-        held = self._get(seq_id).held()
+        seq = self._get(seq_id)
+        self._empty_slots.leave(seq)
         del self._sequences[seq_id]
-        if after is None or (self._last_step_done is not None and after <= self._last_step_done):
-            self._pool.release(held)
+        if after is None:
+            self._pool.release(seq.held())
         else:
-            self._parked.append((after, held))
+            self._parked.add(seq.held(), after)
 
     def step_done(self, step_id: int) -> None:
         """Release what was parked for this step and for all before it. Steps end in the order of their ids."""
-        self._last_step_done = step_id
-        if not self._parked:
-            return
-        parked, self._parked = self._parked, []
-        for after, held in parked:
-            if after <= step_id:
-                self._pool.release(held)
-            else:
-                self._parked.append((after, held))
+        self._parked.step_done(step_id)
 
     # A sequence grows
 
@@ -234,7 +230,8 @@ class CacheManager:
             seq.first_writable <= num_computed_tokens <= tables[0].num_tokens
             and num_computed_tokens <= stop <= seq.writable_stop
         ):
-            for table in tables:
+            for table in tables:  # the sequence is settled, or nothing would be writable
+                self._empty_slots.num_settled += table.num_tokens - stop
                 table.num_tokens = stop
             return UNCHANGED
         return self._grow(seq, plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool))
@@ -296,11 +293,17 @@ class CacheManager:
         """
         return tuple(table.block_ids.copy() for table in self._get(seq_id).tables)
 
+    @property
+    def waste(self) -> float:
+        """`stats().waste`, cheap enough for every step: O(parked blocks) while no forks share a partial block."""
+        num_used = self._pool.num_used
+        if not num_used:
+            return 0.0
+        return 1 - self._num_live_tokens() / (num_used * self.block_size)
+
     def stats(self) -> CacheStats:
-        """Count blocks and tokens: O(sequences + parked blocks), cheap enough for every step."""
-        pool = self._pool
-        parked = Counter(chain.from_iterable(held for _, held in self._parked))
-        tables = (table for seq in self._sequences.values() for table in seq.tables)
+        """Count blocks and tokens: O(parked blocks), and O(forks that share a partial block)."""
+        pool, parked = self._pool, self._parked
         return CacheStats(
             num_blocks=pool.num_blocks,
             block_size=self.block_size,
@@ -309,14 +312,18 @@ class CacheManager:
             num_used=pool.num_used,
             num_cached=pool.num_cached,
             num_shared=pool.num_shared,
-            num_parked=count_parked_blocks(pool, parked),
-            num_table_blocks=pool.num_refs - parked.total(),
-            num_live_tokens=count_live_tokens(tables, pool, parked, self.block_size),
+            num_parked=parked.num_blocks,
+            num_table_blocks=pool.num_refs - parked.refs.total(),
+            num_live_tokens=self._num_live_tokens(),
             num_query_tokens=self._num_query_tokens,
             num_hit_tokens=self._num_hit_tokens,
             num_copies=self._num_copies,
             num_evictions=pool.num_evictions,
         )
+
+    def _num_live_tokens(self) -> int:
+        num_unique = self._pool.num_used - self._parked.num_blocks
+        return num_unique * self.block_size - self._empty_slots.count(self._parked.refs)
 
     def _get(self, seq_id: SeqId) -> SequenceBlocks:
         try:
@@ -325,13 +332,16 @@ class CacheManager:
             raise UnknownSequence(f"sequence {seq_id!r} does not exist: it was never added or has been freed") from None
 
     def _grow(self, seq: SequenceBlocks, growth: Growth) -> Allocation:
+        self._pool.require(growth.num_wanted)
+        self._empty_slots.leave(seq)
         copies, updates = growth.apply(self._pool)
         for group in growth.groups:
             for block_id in group.cached:
                 self._uncache(block_id)
         seq.rewind(growth.start)
         seq.first_writable = growth.first_block * self.block_size
-        seq.writable_stop = growth.end_block * self.block_size
+        # A sequence that is not settled is looked at in full each time it grows.
+        seq.writable_stop = growth.end_block * self.block_size if self._empty_slots.enter(seq) else 0
         self._num_copies += len(copies)
         self._num_query_tokens += seq.num_query_tokens
         self._num_hit_tokens += seq.num_hit_tokens

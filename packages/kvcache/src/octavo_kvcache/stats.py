@@ -73,38 +73,31 @@ class CacheStats:
         return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
 
 
-def count_live_tokens(tables: Iterable[BlockTable], pool: BlockPool, parked: Counter[int], block_size: int) -> int:
-    """Count the tokens in the blocks of `tables`, those in a shared block once: O(tables + parked), not O(blocks).
+def count_empty_slots(tables: Iterable[BlockTable], pool: BlockPool, parked: Counter[int]) -> int:
+    """Count the slots without a token in the blocks of `tables`, those of a shared block once: O(tables).
 
-    Every block is full but those at the end of a table. So the blocks are counted, and the empty slots at the ends
-    subtracted; a shared block has them only if it lies at the end of every table that holds it.
+    Every block is full but those at the end of a table. A shared block has empty slots only if it lies at the end of
+    every table that holds it.
 
     Args:
-        tables: all tables.
+        tables: those looked at; every table that ends in a block of one of them must be there.
         pool: the pool of their blocks.
         parked: how many references a step in flight holds, by block.
-        block_size: tokens per block.
 
     """
     num_empty = 0
-    shared_ends: dict[int, tuple[int, int]] = {}  # block: tables that end in it, the most tokens any of them has in it
+    shared_ends: dict[int, tuple[int, int]] = {}  # block: tables that end in it, the fewest empty
     for table in tables:
-        num_tokens, block_ids = table.num_tokens, table.block_ids
+        num_tokens, block_ids, block_size = table.num_tokens, table.block_ids, table.block_size
         for index in range(max(num_tokens // block_size, table.num_null), len(block_ids)):
             block_id = block_ids[index]
-            filled = max(0, num_tokens - index * block_size)
+            num_here = max(0, num_tokens - index * block_size)
             if pool.ref_count(block_id) == 1:
-                num_empty += block_size - filled
+                num_empty += block_size - num_here
             else:
-                num_ends, most = shared_ends.get(block_id, (0, 0))
-                shared_ends[block_id] = num_ends + 1, max(most, filled)
-    for block_id, (num_ends, most) in shared_ends.items():
+                num_ends, fewest = shared_ends.get(block_id, (0, block_size))
+                shared_ends[block_id] = num_ends + 1, min(fewest, block_size - num_here)
+    for block_id, (num_ends, fewest) in shared_ends.items():
         if num_ends == pool.ref_count(block_id) - parked[block_id]:
-            num_empty += block_size - most
-    num_unique = pool.num_used - count_parked_blocks(pool, parked)
-    return num_unique * block_size - num_empty
-
-
-def count_parked_blocks(pool: BlockPool, parked: Counter[int]) -> int:
-    """Count the blocks that only steps in flight hold."""
-    return sum(num_refs == pool.ref_count(block_id) for block_id, num_refs in parked.items())
+            num_empty += fewest
+    return num_empty
