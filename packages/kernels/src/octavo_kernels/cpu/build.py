@@ -53,6 +53,7 @@ _LINK_LINUX = (
     "-pthread",
     "-Wl,--version-script=exports.map",
     "-Wl,--gc-sections",
+    "-Wl,--no-undefined",
 )
 _CACHE_SECONDS = 30 * 24 * 3600
 
@@ -107,15 +108,15 @@ def library_name(isa: str) -> str:
     return f"liboctavo_cpu_{isa}.so"
 
 
-def has_sources(csrc: Path = CSRC) -> bool:
+def has_sources() -> bool:
     """Say whether the sources lie here: in a source checkout they do, in an installed wheel they do not."""
-    return any(csrc.glob("*.cpp"))
+    return any(CSRC.glob("*.cpp"))
 
 
-def is_current(library: Path, csrc: Path = CSRC) -> bool:
+def is_current(library: Path, csrc: Path | None = None) -> bool:
     """Say whether a library exists and was built from the sources and flags of now."""
     stamp = _stamp(library)
-    return library.exists() and stamp.exists() and stamp.read_text() == _source_digest(csrc)
+    return library.exists() and stamp.exists() and stamp.read_text() == _source_digest(csrc or CSRC)
 
 
 def build(
@@ -123,7 +124,7 @@ def build(
     isas: Sequence[str],
     compiler: Compiler,
     *,
-    csrc: Path = CSRC,
+    csrc: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """Compile and link the libraries of some instruction sets into a folder, and return their paths.
@@ -133,6 +134,7 @@ def build(
 
     Raises: BuildError (the compiler or the linker fails).
     """
+    csrc = csrc or CSRC
     cache = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)

@@ -103,10 +103,7 @@ def open_library(isa: str) -> Library:
     path = _find(isa)
     if path is None:
         raise BackendUnavailable(f"the native library for {isa} is missing: {_why_missing()}")
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendUnavailable(f"{path} cannot be loaded: {error}; set OCTAVO_CPU_ISA=none to use torch") from error
+    handle = _open(str(path))
     found = handle.octavo_abi_version() if hasattr(handle, "octavo_abi_version") else None
     if found != ABI_VERSION:
         raise BackendUnavailable(
@@ -143,6 +140,13 @@ def _checked(wanted: str) -> str:
     return wanted
 
 
+def _open(path: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
+        raise BackendUnavailable(f"{path} cannot be loaded: {error}; set OCTAVO_CPU_ISA=none to use torch") from error
+
+
 def _machine_level() -> int:
     """Return the index of the best instruction set that processor and operating system support; the baseline asks."""
     known = build.instruction_sets()
@@ -151,7 +155,7 @@ def _machine_level() -> int:
         return 0
     # One from older sources can answer too. It is loaded under another name than `open_library` gives it, since the
     # dynamic loader would hand the old file out again after a rebuild under the same name.
-    probe = ctypes.CDLL(f"{path.parent}/./{path.name}")
+    probe = _open(f"{path.parent}/./{path.name}")
     return min(int(probe.octavo_cpu_isa()), len(known) - 1)
 
 
