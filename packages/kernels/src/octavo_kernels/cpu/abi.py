@@ -1,0 +1,109 @@
+"""The native library's structs, field by field as in csrc/ops.h."""
+
+import ctypes
+from enum import IntEnum
+
+import torch
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class OpKind(IntEnum):
+    """The number of each op."""
+
+    PACK_WEIGHT = 0
+    PACKED_LINEAR = 1
+    PACKED_EMBEDDING = 2
+    PACKED_ARGMAX = 3
+    RMS_NORM = 4
+    GATED = 5
+    ROPE_KV_WRITE = 6
+    PAGED_ATTENTION = 7
+
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+def _fields(pointers: str = "", integers: str = "", floats: str = "") -> list[tuple[str, type]]:
+    """List a struct's fields: pointers first, then integers, then floats, as every struct has them."""
+    kinds = ((pointers, _POINTER), (integers, _INT), (floats, _FLOAT))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+class Step(ctypes.Structure):
+    """The sizes that a recorded program is run on."""
+
+    _fields_ = _fields(integers="num_tokens num_seqs")
+
+
+class Op(ctypes.Structure):
+    """One op of a program: its number, its rows and its arguments."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("per_token", ctypes.c_int32),
+        ("num_rows", ctypes.c_int64),
+        ("args", ctypes.c_void_p),
+    )
+
+
+class PackWeightArgs(ctypes.Structure):
+    """Arguments of PACK_WEIGHT."""
+
+    _fields_ = _fields("stored packed", "format out_features in_features")
+
+
+class PackedLinearArgs(ctypes.Structure):
+    """Arguments of PACKED_LINEAR."""
+
+    _fields_ = _fields(
+        "x weight bias out workspace", "x_stride out_stride format out_features in_features int8_activations"
+    )
+
+
+class PackedEmbeddingArgs(ctypes.Structure):
+    """Arguments of PACKED_EMBEDDING."""
+
+    _fields_ = _fields("weight token_ids out", "out_stride format out_features in_features")
+
+
+class PackedArgmaxArgs(ctypes.Structure):
+    """Arguments of PACKED_ARGMAX."""
+
+    _fields_ = _fields("x weight ids best workspace", "x_stride format out_features in_features int8_activations")
+
+
+class RmsNormArgs(ctypes.Structure):
+    """Arguments of RMS_NORM."""
+
+    _fields_ = _fields("x residual weight out", "x_stride residual_stride out_stride size", "eps offset")
+
+
+class GatedArgs(ctypes.Structure):
+    """Arguments of GATED."""
+
+    _fields_ = _fields("x out", "x_stride out_stride size activation")
+
+
+class RopeKvWriteArgs(ctypes.Structure):
+    """Arguments of ROPE_KV_WRITE."""
+
+    _fields_ = _fields(
+        "q k v positions cos_sin k_cache v_cache slot_mapping q_norm_weight k_norm_weight",
+        "q_token_stride q_head_stride k_token_stride k_head_stride v_token_stride v_head_stride "
+        "k_block_stride k_cache_head_stride k_slot_stride v_block_stride v_cache_head_stride v_slot_stride "
+        "num_heads num_kv_heads head_dim rot_dim block_size cache_dtype interleaved only_write",
+        "eps unused",
+    )
+
+
+class PagedAttentionArgs(ctypes.Structure):
+    """Arguments of PAGED_ATTENTION."""
+
+    _fields_ = _fields(
+        "q k_cache v_cache k_scale v_scale query_start_loc seq_lens block_table sinks alibi_slopes out lse",
+        "q_token_stride q_head_stride out_token_stride out_head_stride "
+        "k_block_stride k_head_stride k_slot_stride v_block_stride v_head_stride v_slot_stride block_table_stride "
+        "num_seqs num_heads num_kv_heads head_dim block_size cache_dtype causal window",
+        "scale soft_cap",
+    )

@@ -1,0 +1,180 @@
+// The ops: one struct of arguments each, as the Python side fills it, and the function that runs it on a team.
+//
+// Fields are pointers and 64-bit integers or 32-bit floats in an order without gaps; `cpu/native.py` mirrors every
+// struct. Strides count elements. A row is one token of the step.
+//
+// Every function is called by all threads of a team with the same arguments, and must end with all its work done
+// (after its last parallel_for nothing of it is pending). `num_rows` is the number of rows of this call.
+
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+
+namespace octavo {
+
+// What a recorded program is run on; a single op has them in its arguments.
+struct Step {
+  int64_t num_tokens;
+  int64_t num_seqs;
+};
+
+enum class Dtype : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
+
+enum class WeightFormat : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ8_0 = 5 };
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+struct PackWeightArgs {  // rows: none
+  const void* stored;    // [out_features, in_features] in the checkpoint's form, contiguous
+  void* packed;
+  int64_t format;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+struct PackedLinearArgs {  // rows: of x and out
+  const float* x;          // [rows, in_features]
+  const void* weight;
+  const float* bias;       // [out_features] or null
+  float* out;              // [rows, out_features]
+  void* workspace;         // of packed_linear_workspace bytes, or null without int8 activations
+  int64_t x_stride;
+  int64_t out_stride;
+  int64_t format;
+  int64_t out_features;
+  int64_t in_features;
+  int64_t int8_activations;
+};
+
+struct PackedEmbeddingArgs {  // rows: of token_ids and out
+  const void* weight;
+  const int64_t* token_ids;
+  float* out;  // [rows, in_features]
+  int64_t out_stride;
+  int64_t format;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+struct PackedArgmaxArgs {  // rows: of x, ids and best
+  const float* x;          // [rows, in_features]
+  const void* weight;
+  int64_t* ids;            // [rows]
+  float* best;             // [rows]
+  void* workspace;
+  int64_t x_stride;
+  int64_t format;
+  int64_t out_features;
+  int64_t in_features;
+  int64_t int8_activations;
+};
+
+// ---- between the products -------------------------------------------------------------------------------------------
+
+struct RmsNormArgs {    // rows: of x
+  const float* x;       // [rows, size]
+  float* residual;      // [rows, size] or null; x is added to it in place, and the norm is of the sum
+  const float* weight;  // [size]
+  float* out;           // [rows, size], may be x
+  int64_t x_stride;
+  int64_t residual_stride;
+  int64_t out_stride;
+  int64_t size;
+  float eps;
+  float offset;  // added to the weight
+};
+
+struct GatedArgs {  // rows: of x; out = activation(x[:, :size]) * x[:, size:]
+  const float* x;   // [rows, 2 size]
+  float* out;       // [rows, size]
+  int64_t x_stride;
+  int64_t out_stride;
+  int64_t size;
+  int64_t activation;  // 0 SiLU, 1 GELU by erf, 2 GELU by tanh
+};
+
+struct RopeKvWriteArgs {  // rows: tokens
+  float* q;               // [tokens, num_heads, head_dim], rotated in place
+  float* k;               // [tokens, num_kv_heads, head_dim], rotated in place
+  const float* v;         // [tokens, num_kv_heads, head_dim]
+  const int64_t* positions;
+  const float* cos_sin;         // [max_position, rot_dim], contiguous
+  void* k_cache;                // [num_blocks, num_kv_heads, block_size, head_dim] of cache_dtype
+  void* v_cache;
+  const int64_t* slot_mapping;  // [tokens], -1 writes nothing
+  const float* q_norm_weight;   // [head_dim] or null
+  const float* k_norm_weight;   // [head_dim] or null
+  int64_t q_token_stride, q_head_stride;
+  int64_t k_token_stride, k_head_stride;
+  int64_t v_token_stride, v_head_stride;
+  int64_t k_block_stride, k_cache_head_stride, k_slot_stride;
+  int64_t v_block_stride, v_cache_head_stride, v_slot_stride;
+  int64_t num_heads, num_kv_heads, head_dim, rot_dim, block_size;
+  int64_t cache_dtype;
+  int64_t interleaved;
+  int64_t only_write;  // 1: no norm and no rotation; q, positions, cos_sin unused (the op write_kv)
+  float eps;
+  float unused;
+};
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+struct PagedAttentionArgs {  // rows: tokens; in a program the number of sequences comes from the step
+  const float* q;            // [tokens, num_heads, head_dim]
+  const void* k_cache;       // [num_blocks, num_kv_heads, block_size, head_dim] of cache_dtype
+  const void* v_cache;
+  const float* k_scale;      // [num_blocks, num_kv_heads, block_size] contiguous, or null (int8 caches)
+  const float* v_scale;
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* seq_lens;         // [num_seqs]
+  const int32_t* block_table;      // [num_seqs, max_blocks]
+  const float* sinks;              // [num_heads] or null
+  const float* alibi_slopes;       // [num_heads] or null
+  float* out;                      // [tokens, num_heads, head_dim]
+  float* lse;                      // [tokens, num_heads] contiguous, or null
+  int64_t q_token_stride, q_head_stride;
+  int64_t out_token_stride, out_head_stride;
+  int64_t k_block_stride, k_head_stride, k_slot_stride;
+  int64_t v_block_stride, v_head_stride, v_slot_stride;
+  int64_t block_table_stride;
+  int64_t num_seqs;
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t cache_dtype;
+  int64_t causal;
+  int64_t window;  // 0: none
+  float scale;
+  float soft_cap;  // 0: none
+};
+
+// ---- the table of ops: the number of each is part of the ABI --------------------------------------------------------
+
+enum class OpKind : int32_t {
+  kPackWeight = 0,
+  kPackedLinear = 1,
+  kPackedEmbedding = 2,
+  kPackedArgmax = 3,
+  kRmsNorm = 4,
+  kGated = 5,
+  kRopeKvWrite = 6,
+  kPagedAttention = 7,
+};
+
+struct Op {
+  int32_t kind;
+  int32_t per_token;  // 1: num_rows is the step's num_tokens when a step is given
+  int64_t num_rows;
+  const void* args;
+};
+
+void pack_weight(const PackWeightArgs&, Team&);
+void packed_linear(const PackedLinearArgs&, int64_t num_rows, Team&);
+void packed_embedding(const PackedEmbeddingArgs&, int64_t num_rows, Team&);
+void packed_argmax(const PackedArgmaxArgs&, int64_t num_rows, Team&);
+void rms_norm(const RmsNormArgs&, int64_t num_rows, Team&);
+void gated(const GatedArgs&, int64_t num_rows, Team&);
+void rope_kv_write(const RopeKvWriteArgs&, int64_t num_rows, Team&);
+void paged_attention(const PagedAttentionArgs&, int64_t num_rows, int64_t num_seqs, Team&);
+
+}  // namespace octavo

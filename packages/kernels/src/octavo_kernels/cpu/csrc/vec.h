@@ -1,0 +1,201 @@
+// Float vectors of the width that the instruction set has, and the few operations that the kernels are written in.
+//
+// Every kernel is compiled once per instruction set from the same source. `W` is the number of floats in a vector.
+// Arithmetic is explicit (the compiler may not contract a product and a sum), so that two code paths which ask for the
+// same operations in the same order give the same bits.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define OCTAVO_INLINE inline __attribute__((always_inline))
+
+namespace octavo {
+
+#if defined(__AVX512F__)
+
+constexpr int W = 16;
+using vf = __m512;
+using vi = __m512i;
+
+OCTAVO_INLINE vf vzero() { return _mm512_setzero_ps(); }
+OCTAVO_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+OCTAVO_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+OCTAVO_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+OCTAVO_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+OCTAVO_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+OCTAVO_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+OCTAVO_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+OCTAVO_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
+OCTAVO_INLINE vf vfnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+OCTAVO_INLINE vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2**n for vectors of whole numbers n in -126 .. 127.
+OCTAVO_INLINE vf vpow2(vf n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+OCTAVO_INLINE vf vload_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+OCTAVO_INLINE vf vload_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+OCTAVO_INLINE vf vload_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+OCTAVO_INLINE vf vabs(vf x) {  // AVX512F alone: without DQ there is no _mm512_and_ps
+  return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8;
+using vf = __m256;
+using vi = __m256i;
+
+OCTAVO_INLINE vf vzero() { return _mm256_setzero_ps(); }
+OCTAVO_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
+OCTAVO_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+OCTAVO_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+OCTAVO_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+OCTAVO_INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
+OCTAVO_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+OCTAVO_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+OCTAVO_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+OCTAVO_INLINE vf vfnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+OCTAVO_INLINE vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+OCTAVO_INLINE vf vpow2(vf n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+OCTAVO_INLINE vf vload_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+OCTAVO_INLINE vf vload_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+OCTAVO_INLINE vf vload_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+OCTAVO_INLINE vf vabs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+#else  // any processor, by the compiler's own vectors
+
+constexpr int W = 4;
+using vf = float __attribute__((vector_size(16)));
+using vi = int32_t __attribute__((vector_size(16)));
+
+float f16_to_float(uint16_t bits);  // scalar.cpp
+
+OCTAVO_INLINE vf vset(float x) { return vf{x, x, x, x}; }
+OCTAVO_INLINE vf vzero() { return vset(0.0f); }
+OCTAVO_INLINE vf vload(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+OCTAVO_INLINE void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+OCTAVO_INLINE vf vadd(vf a, vf b) { return a + b; }
+OCTAVO_INLINE vf vsub(vf a, vf b) { return a - b; }
+OCTAVO_INLINE vf vmul(vf a, vf b) { return a * b; }
+OCTAVO_INLINE vf vdiv(vf a, vf b) { return a / b; }
+// As the x86 instructions: the second operand where the comparison is false, so a NaN in `a` is lost and one in `b` kept.
+OCTAVO_INLINE vf vmax(vf a, vf b) {
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
+  return r;
+}
+OCTAVO_INLINE vf vmin(vf a, vf b) {
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = a[i] < b[i] ? a[i] : b[i];
+  return r;
+}
+OCTAVO_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+OCTAVO_INLINE vf vfnma(vf a, vf b, vf c) { return c - a * b; }
+OCTAVO_INLINE vf vround(vf x) {
+  vf r;
+  for (int i = 0; i < W; ++i) r[i] = __builtin_nearbyintf(x[i]);
+  return r;
+}
+OCTAVO_INLINE vf vpow2(vf n) {
+  vf r;
+  for (int i = 0; i < W; ++i) {
+    const int32_t bits = (static_cast<int32_t>(n[i]) + 127) << 23;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    r[i] = value;
+  }
+  return r;
+}
+OCTAVO_INLINE vf vload_f16(const uint16_t* p) {
+  return vf{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+}
+OCTAVO_INLINE vf vload_bf16(const uint16_t* p) {
+  const uint32_t bits[4] = {uint32_t(p[0]) << 16, uint32_t(p[1]) << 16, uint32_t(p[2]) << 16, uint32_t(p[3]) << 16};
+  vf x;
+  std::memcpy(&x, bits, sizeof x);
+  return x;
+}
+OCTAVO_INLINE vf vload_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+OCTAVO_INLINE vf vabs(vf x) { return vmax(x, -x); }
+
+#endif
+
+// Lanes are summed as a tree over halves: lane i with lane i + W/2, and so on. One order for a width.
+OCTAVO_INLINE float vsum(vf x) {
+  float lanes[W];
+  vstore(lanes, x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+OCTAVO_INLINE float vmax_of(vf x) {
+  float lanes[W];
+  vstore(lanes, x);
+  float best = lanes[0];
+  for (int i = 1; i < W; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// exp(x) for x <= 88, at most 2 units in the last place off; 0 below -87.3 (no subnormals), exp(0) is 1 exactly.
+// Cody-Waite reduction by ln 2 and a polynomial of degree 6 on [-ln2/2, ln2/2].
+OCTAVO_INLINE vf vexp(vf x) {
+  x = vmax(x, vset(-87.33654f));
+  const vf n = vround(vmul(x, vset(1.44269504088896341f)));
+  vf r = vfnma(n, vset(0.693359375f), x);
+  r = vfnma(n, vset(-2.12194440e-4f), r);
+  vf p = vset(1.9875691500e-4f);
+  p = vfma(p, r, vset(1.3981999507e-3f));
+  p = vfma(p, r, vset(8.3334519073e-3f));
+  p = vfma(p, r, vset(4.1665795894e-2f));
+  p = vfma(p, r, vset(1.6666665459e-1f));
+  p = vfma(p, r, vset(5.0000001201e-1f));
+  p = vadd(vfma(vmul(r, r), p, r), vset(1.0f));
+  return vmul(p, vpow2(n));
+}
+
+// float -> bfloat16, round to nearest even; NaN stays NaN.
+OCTAVO_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+OCTAVO_INLINE float from_bf16(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace octavo
