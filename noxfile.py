@@ -21,7 +21,7 @@ import nox
 nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "layers", "docs", "tests", "isolation", "e2e"]
+nox.options.sessions = ["lint", "types", "layers", "docs", "tests", "sanitize", "isolation", "e2e"]
 
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -42,6 +42,8 @@ WARNINGS = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
 BACKENDS = {  # backend -> environment of its tests
     "reference": {"OCTAVO_BACKEND": "reference"},
     "cpu": {"OCTAVO_BACKEND": "cpu"},
+    "cpu-avx2": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "avx2"},
+    "cpu-torch": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "none"},
     "triton-interpreter": {"OCTAVO_BACKEND": "triton", "TRITON_INTERPRET": "1"},
     "cuda": {"OCTAVO_BACKEND": "triton"},
     "rocm": {"OCTAVO_BACKEND": "triton"},
@@ -53,7 +55,16 @@ ON_EVERY_BACKEND = {
     "kvcache": ["packages/kvcache/tests/test_storage.py"],
     "engine": ["packages/engine/tests/test_llama.py", "packages/engine/tests/test_model_runner.py"],
 }
-MATRIX = [(p, b) for p in PACKAGES for b in BACKENDS if b == "cpu" or p in ON_EVERY_BACKEND]
+# Native code for lesser machines is tested where the kernels are, its absence also where models use them.
+ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}
+MATRIX = [
+    (p, b)
+    for p in PACKAGES
+    for b in BACKENDS
+    if b == "cpu" or (p in ON_EVERY_BACKEND and p in ONLY_FOR.get(b, ON_EVERY_BACKEND))
+]
+NOT_NATIVE = ("build", "compile", "load", "plan", "reference")  # kernels' tests that have nothing for sanitizers
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
 
 def requirements(group: str) -> list[str]:
@@ -113,13 +124,29 @@ def env(session: nox.Session) -> None:
     stamp.write_text(wanted)
 
 
+def why_not(session: nox.Session, backend: str) -> str | None:
+    """Say why this machine cannot test a backend, or None."""
+    probe = PROBES.get(backend)
+    if probe and shutil.which(probe) is None:
+        return f"{backend}: no {probe} on PATH"
+    wanted = BACKENDS[backend].get("OCTAVO_CPU_ISA", "none")
+    if wanted != "none" and wanted not in (supported := instruction_sets(session)):
+        return f"{backend}: native code for {wanted} cannot run here, only: {', '.join(supported) or 'none'}"
+    return None
+
+
+def instruction_sets(session: nox.Session) -> list[str]:
+    """Return for which instruction sets the kernels have native code that runs on this machine."""
+    program = "from octavo_kernels.cpu.load import supported; print(*supported())"
+    return session.run(shared_python(session), "-c", program, silent=True, external=True).split()
+
+
 @nox.session(venv_backend="none", requires=["env"])
 @nox.parametrize("package, backend", MATRIX, ids=[f"{p}, {b}" for p, b in MATRIX])
 def tests(session: nox.Session, package: str, backend: str) -> None:
     """Run one package's tests on one backend; without the hardware skip, or fail where REQUIRE_BACKEND names it."""
-    probe = PROBES.get(backend)
-    if probe and shutil.which(probe) is None:
-        reason = f"{backend}: no {probe} on PATH"
+    reason = why_not(session, backend)
+    if reason is not None:
         if os.environ.get("REQUIRE_BACKEND") == backend:
             session.error(reason)
         session.skip(reason)
@@ -128,6 +155,39 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
     if backend != "cpu" and package != "kernels":  # a backend without an operation falls back to another, and says so
         arguments += ["-W", "default::octavo_kernels.BackendFallbackWarning"]
     pytest(session, *folders, *arguments, env=BACKENDS[backend])
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def sanitize(session: nox.Session) -> None:
+    """Run the kernels' tests on native code built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        session.skip("sanitizers need Linux and g++")
+    folder = Path(session.create_tmp()).resolve()
+    build = "packages/kernels/src/octavo_kernels/cpu/build.py"
+    isas = sorted({"baseline", instruction_sets(session)[-1]})  # the baseline says what the machine can run
+    named = [argument for isa in isas for argument in ("--isa", isa)]
+    flags = {"CXX": "g++", "OCTAVO_KERNELS_CXXFLAGS": SANITIZERS}
+    session.run(shared_python(session), build, *named, str(folder), env=flags, external=True)
+    runtimes = [
+        session.run("g++", f"-print-file-name={name}", silent=True, external=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    _, arguments = take_torch(session)
+    pytest(
+        session,
+        "packages/kernels/tests",
+        *(f"--ignore=packages/kernels/tests/test_{name}.py" for name in NOT_NATIVE),
+        "-p",
+        "no:faulthandler",  # the sanitizer's own report of a crash names the line
+        *arguments,
+        env={
+            "OCTAVO_BACKEND": "cpu",
+            "OCTAVO_CPU_LIBRARY_DIR": str(folder),
+            "LD_PRELOAD": ":".join(runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python frees little at its end
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+    )
 
 
 @nox.session(venv_backend="none", requires=["env"])

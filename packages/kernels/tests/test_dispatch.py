@@ -89,6 +89,23 @@ def test_gpu_tensors_without_triton_fall_back(monkeypatch):
     assert list(ok.fallbacks()) == ["paged_attention"]
 
 
+def test_a_call_that_native_code_does_not_serve_is_said_once_per_op_and_counted():
+    def public_op():
+        return wrapper()
+
+    def wrapper():
+        return _dispatch.note_fallback("rms_norm", "x is float64; pass float32")
+
+    expected = "rms_norm: torch serves it, not the native library: x is float64; pass float32"
+    with pytest.warns(ok.BackendFallbackWarning, match=expected) as said:
+        public_op()
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        public_op()
+    assert ok.fallbacks() == {"rms_norm": ok.Fallback(Backend.CPU, "torch", 2, "x is float64; pass float32")}
+
+
 def test_the_import_needs_neither_triton_nor_a_gpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
