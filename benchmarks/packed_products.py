@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from octavo_engine.quant.packed import can_pack, linear, pack
+from octavo_engine.quant.onednn import can_pack, linear, pack
 
 SHAPES = {"qkv": (576, 960), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 NUM_ROWS = (1, 8, 32, 64, 512)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,10 @@ from octavo_engine.errors import CorruptModelFile, UnsupportedModel
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
-from octavo_engine.testing import random_model, tiny_config
+from octavo_engine.quant.base import QuantMethod
+from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.testing import random_weights, tiny_config
 from octavo_engine.weights.load import load_model, load_weights
 
 
@@ -37,7 +41,7 @@ class MemorySource:
 
 def source(*, tied: bool = False) -> MemorySource:
     config = tiny_config(tie_word_embeddings=tied)
-    return MemorySource(config, [(slot.name, slot.target.clone()) for slot in random_model(config).slots()])
+    return MemorySource(config, list(random_weights(config).items()))
 
 
 def filled(given: MemorySource) -> Llama:
@@ -52,10 +56,16 @@ def test_every_tensor_is_read_once_and_lands_in_its_slot() -> None:
     given.tensors.reverse()
     model = filled(given)
     assert given.read == [name for name, _ in given.tensors]
-    loaded = {slot.name: slot.target for slot in model.slots()}
-    assert loaded.keys() == set(given.read)
-    for name, tensor in given.tensors:
-        assert torch.equal(loaded[name], tensor)
+    tensors = dict(given.tensors)
+    assert {slot.name: slot.shape for slot in model.slots()} == {name: t.shape for name, t in tensors.items()}
+    layer = model.layers[1]
+    assert torch.equal(model.embedding.parameters.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(model.head.parameters.weight, tensors["lm_head.weight"])
+    assert torch.equal(model.norm.weight, tensors["model.norm.weight"])
+    assert torch.equal(layer.attention_norm.weight, tensors["model.layers.1.input_layernorm.weight"])
+    assert torch.equal(layer.mlp_norm.weight, tensors["model.layers.1.post_attention_layernorm.weight"])
+    assert torch.equal(layer.attention.out.parameters.weight, tensors["model.layers.1.self_attn.o_proj.weight"])
+    assert torch.equal(layer.mlp.down.parameters.weight, tensors["model.layers.1.mlp.down_proj.weight"])
 
 
 def test_fused_weights_hold_their_shards_in_order() -> None:
@@ -70,7 +80,9 @@ def test_fused_weights_hold_their_shards_in_order() -> None:
 
 def test_weights_are_converted_to_the_dtype() -> None:
     model = load_model(source(), dtype=torch.bfloat16)
-    assert {slot.target.dtype for slot in model.slots()} == {torch.bfloat16}
+    assert isinstance(model, Llama)
+    assert model.layers[0].attention.qkv.parameters.weight.dtype == torch.bfloat16
+    assert model.norm.weight.dtype == model.embedding.parameters.weight.dtype == torch.bfloat16
 
 
 def test_progress_counts_to_the_total() -> None:
@@ -134,15 +146,16 @@ def test_tied_head_uses_the_embedding(head_is_in_the_file: bool) -> None:
     if head_is_in_the_file:
         given.tensors.append(("lm_head.weight", torch.zeros(97, 32)))
     model = filled(given)
-    assert model.head.weight is model.embedding.weight
-    assert torch.equal(model.head.weight, dict(given.tensors)["model.embed_tokens.weight"])
+    assert model.head.parameters is model.embedding.parameters
+    assert torch.equal(model.head.parameters.weight, dict(given.tensors)["model.embed_tokens.weight"])
 
 
-def test_a_loaded_model_computes_what_its_weights_say() -> None:
+@pytest.mark.parametrize("quant", [Unquantized(), Packed()], ids=["unquantized", "packed"])
+def test_a_loaded_model_computes_what_its_weights_say(quant: QuantMethod[Any]) -> None:
     given = source(tied=True)
     hidden = torch.randn(5, 32)
     with torch.inference_mode():
-        logits = load_model(given).logits(hidden)
+        logits = load_model(given, quant=quant).logits(hidden)
     torch.testing.assert_close(logits, hidden @ dict(given.tensors)["model.embed_tokens.weight"].T)
 
 

@@ -17,8 +17,11 @@ import torch
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
 from octavo_engine.weights import digest, locate
+from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.files import SafetensorsFiles
+from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.source import FolderSource, GGUFSource, open_source
+from octavo_engine.weights.stored import StoredTensor
 
 MakeGGUF = Callable[..., Path]
 
@@ -42,15 +45,45 @@ def test_gguf_weights_come_once_under_hugging_face_names(make_gguf: MakeGGUF) ->
     weights = list(source.weights())
     assert [name for name, _ in weights] == TINY_NAMES
     assert source.num_weights == len(TINY_NAMES)
-    dtypes = {name.split(".")[-2]: tensor.dtype for name, tensor in weights}
-    assert dtypes["v_proj"] == torch.float16
-    assert dtypes["o_proj"] == torch.bfloat16
-    assert dtypes["q_proj"] == dtypes["embed_tokens"] == dtypes["norm"] == torch.float32
+    types = {
+        name.split(".")[-2]: tensor.type if isinstance(tensor, StoredTensor) else tensor.dtype
+        for name, tensor in weights
+    }
+    assert types["v_proj"] == torch.float16
+    assert types["o_proj"] == torch.bfloat16
+    assert types["norm"] == torch.float32
+    assert (types["q_proj"], types["k_proj"]) == (TensorType.Q4_1, TensorType.Q4_0)
+    assert types["embed_tokens"] == types["down_proj"] == TensorType.Q8_0
+
+
+def test_quantised_weights_come_as_their_bytes_without_a_copy(make_gguf: MakeGGUF) -> None:
+    source = GGUFSource(make_gguf())
+    down = dict(source.weights())["model.layers.0.mlp.down_proj.weight"]
+    assert isinstance(down, StoredTensor)
+    assert down.shape == (64, 96)
+    raw = source.file.raw("blk.0.ffn_down.weight")
+    assert np.shares_memory(down.rows, raw)
+    assert np.array_equal(down.rows.reshape(-1), raw)
+    expected = dequantize(raw, TensorType.Q8_0, (64, 96))
+    assert torch.equal(down.values(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_rows_of_bytes_are_put_into_hugging_face_order(make_gguf: MakeGGUF, name: str) -> None:
+    source = GGUFSource(make_gguf())
+    stored = dict(source.weights())[f"model.layers.0.self_attn.{name}_proj.weight"]
+    assert isinstance(stored, StoredTensor)
+    in_file = source.file.raw(f"blk.0.attn_{name}.weight").reshape(len(stored.rows), -1)
+    first_head = [*range(0, 32, 2), *range(1, 32, 2)]
+    assert np.array_equal(stored.rows[:32], in_file[first_head])
 
 
 def test_weights_can_be_streamed_again(make_gguf: MakeGGUF) -> None:
     source = GGUFSource(make_gguf())
     for (_, first), (_, second) in zip(source.weights(), source.weights(), strict=True):
+        if isinstance(first, StoredTensor):
+            assert isinstance(second, StoredTensor)
+            first, second = first.values(), second.values()
         assert torch.equal(first, second)
 
 
@@ -337,7 +370,8 @@ def test_demo_weights_equal_transformers_bit_for_bit(demo_source: GGUFSource, tr
     expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
     found = set()
     for name, tensor in demo_source.weights():
-        assert torch.equal(tensor, expected[name]), name
+        values = tensor.values() if isinstance(tensor, StoredTensor) else tensor
+        assert torch.equal(values, expected[name]), name
         found.add(name)
     assert expected.keys() - found == {"lm_head.weight"}  # tied
     assert demo_source.config.rope.theta == model.config.rope_parameters["rope_theta"]

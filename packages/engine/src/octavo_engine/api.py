@@ -13,11 +13,17 @@ from octavo_kvcache import CacheStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine serves and how it was set up; fixed for its lifetime."""
+    """What an engine serves and how it was set up; fixed for its lifetime.
+
+    `dtype` is that of activations, `kv_dtype` that of the KV cache; `mode` is exact or fast, as in EngineConfig.
+    `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch.
+    """
 
     model_name: str
     architecture: str
     dtype: str
+    kv_dtype: str
+    mode: str
     device: str
     kernel_backend: str
     vocab_size: int

@@ -15,13 +15,14 @@ from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.config import ModelConfig
+from octavo_engine.quant.choose import choose_method, has_native_products
 from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import Source, open_source
-from octavo_kernels import Backend, choose
+from octavo_kernels import Backend, choose, cpu_isa
 from octavo_kvcache import CacheManager
 from octavo_kvcache.storage import KVStorage
 
@@ -59,20 +60,27 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     model_config = source.config
     device = _resolve_device(config.device)
     dtype = _resolve_dtype(config.dtype, device, model_config)
-    model = load_model(source, device=device, dtype=dtype, progress=progress)
-    specs = model.kv_cache_specs(dtype)
+    kv_dtype = _resolve_mode(config.mode, device, dtype)
+    quant = choose_method(device, dtype, int8_activations=config.mode == "fast")
+    model = load_model(source, device=device, dtype=dtype, quant=quant, progress=progress)
+    specs = model.kv_cache_specs(kv_dtype)
     plan = _plan(config, model_config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     storage = KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device)
     runner = ModelRunner(
-        model, storage, max_num_seqs=config.max_num_seqs, max_model_len=plan.max_model_len, device=device
+        model,
+        storage,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        device=device,
     )
     scheduler = Scheduler(
         CacheManager(
             plan.num_blocks,
             config.block_size,
             prefix_cache=config.prefix_cache,
-            root=source.digest + str(dtype).encode(),
+            root=source.digest + f"{dtype} {kv_dtype} {config.mode}".encode(),
         ),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -83,7 +91,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     info = EngineInfo(
         model_name=source.name,
         architecture=model_config.architecture,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
+        kv_dtype=_name(kv_dtype),
+        mode=config.mode,
         device=str(device),
         kernel_backend=_describe_backend(choose("paged_attention", device)),
         vocab_size=model_config.vocab_size,
@@ -113,8 +123,17 @@ def _text_processor(source: Source, config: EngineConfig, *, max_model_len: int)
 
 
 def _describe_backend(backend: Backend) -> str:
-    """Name a kernel backend for reports; says that the one for CPUs is torch, not compiled kernels."""
-    return "cpu (torch)" if backend is Backend.CPU else backend.value
+    """Name a kernel backend for reports; of the one for CPUs, the instruction set, or torch if nothing is compiled."""
+    name: str = backend.value
+    if backend is Backend.CPU:
+        isa = cpu_isa()
+        name += f" ({'torch' if isa == 'none' else isa})"
+    return name
+
+
+def _name(dtype: torch.dtype) -> str:
+    name: str = str(dtype).removeprefix("torch.")
+    return name
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -135,6 +154,22 @@ def _resolve_dtype(name: str, device: torch.device, model_config: ModelConfig) -
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _resolve_mode(mode: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the KV cache in a mode, if the mode can be had."""
+    if mode == "exact":
+        return dtype
+    if device.type != "cpu":
+        raise InvalidConfig(f"mode 'fast' is for CPUs, the device is {device}; use mode exact, or device cpu")
+    if dtype != torch.float32:
+        raise InvalidConfig(f"mode 'fast' computes in float32, dtype {_name(dtype)} was asked for; leave dtype auto")
+    if not has_native_products(device):
+        raise InvalidConfig(
+            "mode 'fast' needs the native CPU kernels, which this installation does not have or OCTAVO_CPU_ISA=none "
+            "turns off; use mode exact"
+        )
+    return torch.bfloat16
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int) -> MemoryPlan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from octavo_engine.errors import InvalidConfig
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MODES = ("exact", "fast")
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -16,7 +17,11 @@ class EngineConfig:
 
     Attributes:
         model: a GGUF file, a folder in Hugging Face layout, a hub id, or None for the demo model.
-        dtype: of weights, activations and KV cache; `auto` is float32 on a CPU, the checkpoint's own on a GPU.
+        dtype: of activations; `auto` is float32 on a CPU, the checkpoint's own on a GPU. Where products are native (on
+            a CPU, with float32) weights stay as they are stored, elsewhere they are converted to it.
+        mode: `exact` loses nothing: stored weights as they are, activations and KV cache in `dtype`. `fast` is for
+            CPUs: activations are rounded to 8 bits per group of 32 before products by weights in GGUF's block formats
+            (products by dense weights stay in float32), and the KV cache is bfloat16.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         max_model_len: limit on prompt and output together, in tokens; None is the model's own, or what the KV cache
             can hold if that is less.
@@ -34,6 +39,7 @@ class EngineConfig:
 
     model: str | None = None
     dtype: str = "auto"
+    mode: str = "exact"
     device: str = "auto"
     max_model_len: int | None = None
     block_size: int = 16
@@ -47,6 +53,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.mode not in _MODES:
+            raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.block_size not in _BLOCK_SIZES:
             raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
         limits = {

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig, RopeConfig
 from octavo_engine.models.llama import Llama
 from octavo_engine.models.registry import Model
+from octavo_engine.quant.base import QuantMethod
+from octavo_engine.quant.choose import choose_method
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.types import Pooling, SamplingParams, Task
 from octavo_kvcache import BlockCopy, TableUpdate
@@ -44,13 +48,24 @@ def tiny_config(*, vocab_size: int = 97, tie_word_embeddings: bool = False) -> M
     )
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Llama:
-    """Return a Llama whose weights are random, in float32 on the CPU."""
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Return random weights for a Llama, in float32 on the CPU, by their names in a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    model = Llama(config, LayerOptions())
+    slots = Llama(config, LayerOptions(device=torch.device("meta"))).slots()
+    return {
+        slot.name: torch.empty(slot.shape).normal_(1.0 if "norm" in slot.name else 0.0, 0.2, generator=generator)
+        for slot in slots
+    }
+
+
+def random_model(config: ModelConfig, seed: int = 0, quant: QuantMethod[Any] | None = None) -> Llama:
+    """Return a Llama whose weights are random, in float32 on the CPU; `quant` is chosen as for any model."""
+    device = torch.device("cpu")
+    model = Llama(config, LayerOptions(quant=quant or choose_method(device, torch.float32)))
+    weights = random_weights(config, seed)
     for slot in model.slots():
-        around = 1.0 if "norm" in slot.name else 0.0
-        slot.target.normal_(around, 0.2, generator=generator)
+        slot.fill(weights[slot.name])
+    model.finish()
     return model
 
 

@@ -3,51 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from octavo_engine.layers.options import LayerOptions
-from octavo_engine.quant.base import WeightSlot
-from octavo_engine.quant.packed import can_pack, linear, pack
+from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
 
 
 class Embedding:
-    """Turns token ids into vectors; `weight` is [vocab_size, hidden_size]."""
+    """Turns token ids into vectors by a matrix [vocab_size, hidden_size]."""
 
-    __slots__ = ("weight",)
+    __slots__ = ("_quant", "hidden_size", "parameters", "vocab_size")
 
     def __init__(self, vocab_size: int, hidden_size: int, *, options: LayerOptions) -> None:
-        self.weight = options.matrix(vocab_size, hidden_size)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self._quant: QuantMethod[Any] = options.quant
+        self.parameters = options.matrix(vocab_size, hidden_size)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Return the rows of token_ids [num_tokens] int64: [num_tokens, hidden_size]."""
-        return F.embedding(token_ids, self.weight)
+        return self._quant.embed(self.parameters, token_ids)
 
-    def slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Yield where the checkpoint's tensor goes."""
-        yield WeightSlot(f"{prefix}.weight", self.weight)
+    def finish(self) -> None:
+        """Prepare the filled weight for lookups; before the head, which may be tied to it."""
+        self.parameters = self._quant.finish_table(self.parameters)
+
+    def slots(self, name: str) -> Iterator[WeightSlot]:
+        """Yield where the checkpoint's tensor `<name>.weight` goes."""
+        return self._quant.slots(self.parameters, (Shard(name, self.vocab_size),), "")
 
 
 class LMHead:
-    """Turns hidden states into logits; made with an embedding, it is tied to it and has no weight of its own."""
+    """Turns hidden states into logits; made with an embedding, it may be tied to it: one weight for both."""
 
-    __slots__ = ("tied", "weight")
+    __slots__ = ("_embedding", "_quant", "parameters", "tied")
 
     def __init__(self, embedding: Embedding, *, tied: bool, options: LayerOptions) -> None:
         self.tied = tied
-        self.weight = embedding.weight if tied else options.matrix(*embedding.weight.shape)
+        self._embedding = embedding
+        self._quant: QuantMethod[Any] = options.quant
+        self.parameters = embedding.parameters if tied else options.matrix(embedding.vocab_size, embedding.hidden_size)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
-        return linear(hidden, self.weight).float()
+        return self._quant.apply(self.parameters, hidden).float()
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most likely token of hidden [rows, hidden_size], the lowest id of equals, and its logit.
+
+        ids [rows] int64, best [rows] fp32; best is NaN if any logit of the row is.
+        """
+        return self._quant.argmax(self.parameters, hidden)
 
     def finish(self) -> None:
-        """Prepare the filled weight for products; a tied one is packed as a copy, since the embedding reads rows."""
-        if can_pack(self.weight):
-            self.weight = pack(self.weight)
+        """Prepare the filled weight for products; a tied one is the embedding's, if that form multiplies too."""
+        self.parameters = self._quant.finish(self._embedding.parameters if self.tied else self.parameters)
 
-    def slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Yield where the checkpoint's tensor goes; nothing if tied."""
+    def slots(self, name: str) -> Iterator[WeightSlot]:
+        """Yield where the checkpoint's tensor `<name>.weight` goes; nothing if tied."""
         if not self.tied:
-            yield WeightSlot(f"{prefix}.weight", self.weight)
+            yield from self._quant.slots(self.parameters, (Shard(name, self._embedding.vocab_size),), "")

@@ -28,13 +28,7 @@ class Linear:
     def __init__(self, in_features: int, shards: Sequence[Shard], *, bias: bool, options: LayerOptions) -> None:
         self.shards = tuple(shards)
         self._quant: QuantMethod[Any] = options.quant
-        self.parameters = options.quant.create(
-            in_features,
-            sum(shard.num_rows for shard in shards),
-            bias=bias,
-            dtype=options.dtype,
-            device=options.device,
-        )
+        self.parameters = options.matrix(sum(shard.num_rows for shard in shards), in_features, bias=bias)
 
     def finish(self) -> None:
         """Prepare the filled weights for products."""

@@ -30,4 +30,4 @@ class RMSNorm:
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensor goes."""
-        yield WeightSlot(f"{prefix}.weight", self.weight)
+        yield WeightSlot.into(f"{prefix}.weight", self.weight)

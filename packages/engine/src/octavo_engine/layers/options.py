@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from octavo_engine.quant.base import QuantMethod, Unquantized
+from octavo_engine.quant.base import QuantMethod
+from octavo_engine.quant.unquantized import Unquantized
 
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """Where weights live, in which dtype activations are, and how linears hold their weights.
+    """Where weights live, in which dtype activations are, and how matrices are held.
 
     Memory for weights is allocated and not initialised: the loader fills it. On device `meta` nothing is allocated, to
     count a model's parameters before loading it.
@@ -26,6 +27,6 @@ class LayerOptions:
         """Allocate a weight [size]."""
         return torch.empty(size, dtype=self.dtype, device=self.device)
 
-    def matrix(self, num_rows: int, num_columns: int) -> torch.Tensor:
-        """Allocate a weight [num_rows, num_columns] that is never quantised."""
-        return torch.empty((num_rows, num_columns), dtype=self.dtype, device=self.device)
+    def matrix(self, num_rows: int, num_columns: int, *, bias: bool = False) -> Any:
+        """Make the parameters of a matrix [num_rows, num_columns] by the method."""
+        return self.quant.create(num_columns, num_rows, bias=bias, dtype=self.dtype, device=self.device)

@@ -58,7 +58,7 @@ class Llama:
         self.layers = [LlamaLayer(config, i, cos_sin, options=options) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.head = LMHead(self.embedding, tied=config.tie_word_embeddings, options=options)
-        self.num_parameters = sum(slot.target.numel() for slot in self.slots())
+        self.num_parameters = sum(slot.num_parameters for slot in self.slots())
 
     def __call__(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -78,6 +78,10 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
         return self.head(hidden)
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""
+        return self.head.greedy(hidden)
 
     def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """Say what each layer keeps per token.
@@ -103,4 +107,5 @@ class Llama:
         """Prepare the filled weights for products; there are no slots to fill afterwards."""
         for layer in self.layers:
             layer.finish()
+        self.embedding.finish()
         self.head.finish()

@@ -1,15 +1,16 @@
-"""QuantMethod: what makes a linear's parameters and its product; Unquantized is the plain one."""
+"""QuantMethod: how a matrix of a model is held and multiplied; WeightSlot: where a checkpoint's tensor goes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from octavo_engine.quant.packed import can_pack, linear, pack
+from octavo_engine.weights.stored import StoredTensor
 
 
 class Shard(NamedTuple):
@@ -21,66 +22,67 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """Where one tensor of a checkpoint goes: `target`, a view into a parameter, has the shape that is expected."""
+    """Where one tensor of a checkpoint goes.
+
+    `fill` takes it once, in the shape that is expected: floating values, or for a matrix also the bytes of a quantised
+    one. It may keep the tensor until the model is finished, and never writes to it.
+    """
 
     name: str
-    target: Tensor
+    shape: tuple[int, ...]
+    fill: Callable[[Tensor | StoredTensor], None]
+
+    @classmethod
+    def into(cls, name: str, target: Tensor) -> WeightSlot:
+        """Make a slot that copies the values into a parameter, converted to its dtype."""
+
+        def copy(tensor: Tensor | StoredTensor) -> None:
+            target.copy_(tensor.values() if isinstance(tensor, StoredTensor) else tensor)
+
+        return cls(name, tuple(target.shape), copy)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the tensor holds."""
+        return math.prod(self.shape)
 
 
 P = TypeVar("P")
 
 
 class QuantMethod(Protocol[P]):
-    """Makes the parameters of linears, says where a checkpoint's tensors go in them, and multiplies by them."""
+    """Makes the parameters of a matrix, says where a checkpoint's tensors go in them, and computes with them.
+
+    A matrix serves a linear layer, the embedding, or both and the output head.
+    """
 
     def create(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> P:
-        """Allocate the parameters of one linear, not initialised."""
+        """Make the parameters of one matrix, not filled."""
         ...
 
     def slots(self, parameters: P, shards: Sequence[Shard], prefix: str) -> Iterator[WeightSlot]:
-        """Yield the slots of a linear whose output rows are those of `shards`, one after the other."""
+        """Yield the slots of a matrix whose rows are those of `shards`, one after the other."""
         ...
 
     def finish(self, parameters: P) -> P:
         """Bring filled parameters into the form that multiplies fastest; they have no slots afterwards."""
         ...
 
+    def finish_table(self, parameters: P) -> P:
+        """Bring filled parameters into a form that `embed` reads, and that `finish` takes as it takes filled ones."""
+        ...
+
     def apply(self, parameters: P, x: Tensor) -> Tensor:
         """Return the product: x [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype."""
         ...
 
+    def embed(self, parameters: P, token_ids: Tensor) -> Tensor:
+        """Return rows of a finished table: token_ids [num_tokens] int64 -> [num_tokens, in_features]."""
+        ...
 
-class DenseParameters(NamedTuple):
-    """weight [out_features, in_features], packed once finished; bias [out_features] or None."""
+    def argmax(self, parameters: P, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where each row's product is largest, the lowest of equals, and that product in fp32.
 
-    weight: Tensor
-    bias: Tensor | None
-
-
-class Unquantized(QuantMethod[DenseParameters]):
-    """Weights in the dtype of the activations, multiplied by torch."""
-
-    def create(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> DenseParameters:
-        """Allocate weight and bias in `dtype`."""
-        weight = torch.empty((out_features, in_features), dtype=dtype, device=device)
-        return DenseParameters(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
-
-    def slots(self, parameters: DenseParameters, shards: Sequence[Shard], prefix: str) -> Iterator[WeightSlot]:
-        """Yield `<prefix><shard>.weight` and `.bias`, each a view of the shard's rows."""
-        start = 0
-        for shard in shards:
-            rows = slice(start, start + shard.num_rows)
-            yield WeightSlot(f"{prefix}{shard.name}.weight", parameters.weight[rows])
-            if parameters.bias is not None:
-                yield WeightSlot(f"{prefix}{shard.name}.bias", parameters.bias[rows])
-            start = rows.stop
-
-    def finish(self, parameters: DenseParameters) -> DenseParameters:
-        """Pack the weight where torch multiplies packed weights faster; the memory of the plain one is given back."""
-        return parameters._replace(weight=pack(parameters.weight)) if can_pack(parameters.weight) else parameters
-
-    def apply(self, parameters: DenseParameters, x: Tensor) -> Tensor:
-        """Multiply with torch's own product; see `packed.linear` for what its last bits depend on."""
-        return linear(x, parameters.weight, parameters.bias)
+        x [num_tokens, in_features] -> [num_tokens] int64, [num_tokens] fp32; the product is NaN if any of the row is.
+        """
+        ...

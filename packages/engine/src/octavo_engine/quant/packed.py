@@ -1,41 +1,136 @@
-"""Float32 weights packed for oneDNN: torch's faster product on a CPU, and where it cannot be had, the plain one.
-
-torch multiplies float32 matrices on a CPU by MKL, which does not use all that every maker's processors have; its
-oneDNN does, on weights that were rearranged once. The operators are those that torch's own compiler emits. They have no
-promise of stability, so their absence is looked for, and then nothing is packed.
-"""
+"""Packed: weights on a CPU that stay as the checkpoint stores them, in the panels that native products read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from types import MappingProxyType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
+from octavo_engine.weights.gguf import TensorType
+from octavo_engine.weights.stored import StoredTensor
+from octavo_kernels import (
+    PackedWeight,
+    WeightFormat,
+    pack_weight,
+    packed_argmax,
+    packed_embedding,
+    packed_linear,
+)
+
+_BLOCK_FORMATS = MappingProxyType(
+    {
+        TensorType.Q4_0: WeightFormat.Q4_0,
+        TensorType.Q4_1: WeightFormat.Q4_1,
+        TensorType.Q8_0: WeightFormat.Q8_0,
+    }
+)
+_DENSE_FORMATS = MappingProxyType({torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16})
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Return whether a weight can be packed: float32, on a CPU, with a torch that has the operators."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+class PackedPart(NamedTuple):
+    """One weight of a matrix, and the columns of the product that it makes."""
+
+    weight: PackedWeight
+    columns: slice
+    int8_activations: bool
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return a packed copy of a weight [out_features, in_features]; only `linear` can use it."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return packed
+@dataclass(slots=True)
+class PackedParameters:
+    """A matrix in the making, and finished.
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x [rows, in_features] times a weight, packed or not: [rows, out_features].
-
-    Its last bits depend on the number of rows, so a token's logits may differ in the last bits between batches.
-    Padding the rows would make them equal and cost time; whoever wants that chooses it here, in this one place.
+    stored: by the first row, the shards' tensors as they came; emptied by `finish`. Written by the slots alone.
+    parts: the packed weights, in the order of their rows; a matrix whose shards have one format has one part.
+    bias: [out_features] fp32, or None.
     """
-    if weight.layout is torch.strided:
-        return F.linear(x, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    stored: dict[int, Tensor | StoredTensor] = field(default_factory=dict)
+    parts: tuple[PackedPart, ...] = ()
+
+
+class Packed(QuantMethod[PackedParameters]):
+    """Lossless weights for activations in fp32: GGUF's Q4_0, Q4_1 and Q8_0, and f32, bf16 and f16.
+
+    Args:
+        int8_activations: whether products by block formats round their inputs to 8 bits per group of 32.
+    """
+
+    def __init__(self, *, int8_activations: bool = False) -> None:
+        self.int8_activations = int8_activations
+
+    def create(
+        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> PackedParameters:
+        """Allocate the bias; the weight is what its slots are filled with."""
+        assert dtype == torch.float32
+        return PackedParameters(in_features, out_features, torch.empty(out_features, device=device) if bias else None)
+
+    def slots(self, parameters: PackedParameters, shards: Sequence[Shard], prefix: str) -> Iterator[WeightSlot]:
+        """Yield `<prefix><shard>.weight` and `.bias`."""
+        start = 0
+        for shard in shards:
+            shape = (shard.num_rows, parameters.in_features)
+            yield WeightSlot(f"{prefix}{shard.name}.weight", shape, partial(parameters.stored.__setitem__, start))
+            if parameters.bias is not None:
+                rows = slice(start, start + shard.num_rows)
+                yield WeightSlot.into(f"{prefix}{shard.name}.bias", parameters.bias[rows])
+            start += shard.num_rows
+
+    def finish(self, parameters: PackedParameters) -> PackedParameters:
+        """Pack what the slots brought: neighbours of one format as one weight. Nothing is left to do a second time."""
+        if parameters.parts:
+            return parameters
+        in_order = [_as_stored(parameters.stored[start]) for start in sorted(parameters.stored)]
+        parts: list[PackedPart] = []
+        start = 0
+        for weight_format, run in groupby(in_order, key=lambda item: item[0]):
+            rows = [tensor for _, tensor in run]
+            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+            weight = pack_weight(joined.contiguous(), weight_format, in_features=parameters.in_features)
+            int8 = self.int8_activations and weight_format.dtype is None
+            parts.append(PackedPart(weight, slice(start, start + weight.out_features), int8))
+            start += weight.out_features
+        return PackedParameters(parameters.in_features, parameters.out_features, parameters.bias, parts=tuple(parts))
+
+    def finish_table(self, parameters: PackedParameters) -> PackedParameters:
+        """Pack as for products: lookups read the same bytes."""
+        return self.finish(parameters)
+
+    def apply(self, parameters: PackedParameters, x: Tensor) -> Tensor:
+        """Multiply natively; each part writes its columns."""
+        if len(parameters.parts) == 1:
+            ((weight, _, int8),) = parameters.parts
+            return packed_linear(x, weight, parameters.bias, int8_activations=int8)
+        out = x.new_empty((len(x), parameters.out_features))
+        for weight, columns, int8 in parameters.parts:
+            bias = None if parameters.bias is None else parameters.bias[columns]
+            packed_linear(x, weight, bias, int8_activations=int8, out=out[:, columns])
+        return out
+
+    def embed(self, parameters: PackedParameters, token_ids: Tensor) -> Tensor:
+        """Expand the rows that are asked for."""
+        (part,) = parameters.parts
+        return packed_embedding(part.weight, token_ids)
+
+    def argmax(self, parameters: PackedParameters, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Look for the largest product as the products are made."""
+        (part,) = parameters.parts
+        return packed_argmax(x, part.weight, int8_activations=part.int8_activations)
+
+
+def _as_stored(tensor: Tensor | StoredTensor) -> tuple[WeightFormat, Tensor]:
+    """Return a tensor's format and its rows; a floating type that products do not read becomes fp32."""
+    if isinstance(tensor, StoredTensor):
+        return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+    weight_format = _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
+    return weight_format, tensor.to(weight_format.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,16 @@ from octavo_engine.errors import CorruptModelFile
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model, model_class
-from octavo_engine.quant.base import WeightSlot
+from octavo_engine.quant.base import QuantMethod, WeightSlot
+from octavo_engine.quant.choose import choose_method
+from octavo_engine.weights.stored import StoredTensor
 
 Progress = Callable[[int, int], None]
 """(weights loaded, weights in all)"""
+
+
+Weight = Tensor | StoredTensor
+"""A tensor of floating values, or a quantised one as it is stored."""
 
 
 class WeightSource(Protocol):
@@ -25,7 +31,7 @@ class WeightSource(Protocol):
     config: ModelConfig
     num_weights: int
 
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
+    def weights(self) -> Iterable[tuple[str, Weight]]:
         """Yield each weight once, under its Hugging Face name."""
         ...
 
@@ -35,23 +41,25 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    quant: QuantMethod[Any] | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Make a source's model and fill it with its weights, converted to `dtype`.
+    """Make a source's model and fill it with its weights.
 
     Args:
         source: the configuration and the weights.
         device: where the weights go.
-        dtype: of weights and activations.
+        dtype: of activations.
+        quant: how matrices are held; None chooses by device and dtype.
         progress: called after each weight with the number that was read and the total.
 
     Raises:
         UnsupportedModel: if no class runs the architecture.
         CorruptModelFile: if a tensor is missing, unexpected, repeated or of the wrong shape; names it.
     """
-    model = model_class(source.config.architecture)(
-        source.config, LayerOptions(dtype=dtype, device=torch.device(device))
-    )
+    device = torch.device(device)
+    quant = quant or choose_method(device, dtype)
+    model = model_class(source.config.architecture)(source.config, LayerOptions(dtype, device, quant))
     load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)
     model.finish()
     return model
@@ -59,19 +67,19 @@ def load_model(
 
 def load_weights(
     model: Model,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Weight]],
     *,
     where: str,
     num_weights: int,
     progress: Progress | None = None,
 ) -> None:
-    """Copy a stream of (name, tensor) into a model; errors begin with `where`. Raises as `load_model`."""
+    """Fill a model with a stream of (name, tensor); errors begin with `where`. Raises as `load_model`."""
     empty = {slot.name: slot for slot in model.slots()}
     filled: set[str] = set()
     for num_read, (name, tensor) in enumerate(weights, start=1):
         slot = empty.pop(name, None)
         if slot is not None:
-            _copy(slot, tensor, where)
+            _fill(slot, tensor, where)
             filled.add(name)
         elif name in filled:
             raise CorruptModelFile(f"{where}: expected tensor {name!r} once, found it twice")
@@ -86,17 +94,17 @@ def load_weights(
         raise CorruptModelFile(_missing(where, list(empty.values())))
 
 
-def _copy(slot: WeightSlot, tensor: Tensor, where: str) -> None:
-    if tensor.shape != slot.target.shape:
+def _fill(slot: WeightSlot, tensor: Weight, where: str) -> None:
+    if tuple(tensor.shape) != slot.shape:
         raise CorruptModelFile(
-            f"{where}: tensor {slot.name!r}: expected shape {list(slot.target.shape)}, found {list(tensor.shape)}"
+            f"{where}: tensor {slot.name!r}: expected shape {list(slot.shape)}, found {list(tensor.shape)}"
         )
-    if not tensor.is_floating_point():
+    if isinstance(tensor, Tensor) and not tensor.is_floating_point():
         raise CorruptModelFile(f"{where}: tensor {slot.name!r}: expected a floating dtype, found {tensor.dtype}")
-    slot.target.copy_(tensor)
+    slot.fill(tensor)
 
 
 def _missing(where: str, slots: list[WeightSlot]) -> str:
     first = slots[0]
     others = f", nor {len(slots) - 1} others" if len(slots) > 1 else ""
-    return f"{where}: expected tensor {first.name!r} of shape {list(first.target.shape)}, found none{others}"
+    return f"{where}: expected tensor {first.name!r} of shape {list(first.shape)}, found none{others}"

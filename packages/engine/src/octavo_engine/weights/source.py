@@ -23,6 +23,7 @@ from octavo_engine.weights.files import SafetensorsFiles, read_json
 from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
 from octavo_engine.weights.locate import locate_model
 from octavo_engine.weights.names import ROPE_FACTORS, hf_name, rotary_heads, rotary_row_order
+from octavo_engine.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +43,11 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
-        Unquantised tensors keep the file's type and may share memory with its map: copy them, do not write to them.
-        Quantised ones come as float32. Tied weights come once.
+        Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
+        file's map: do not write to them. Tied weights come once.
 
         Raises:
             CorruptModelFile: if a tensor cannot be read or has an impossible shape.
@@ -151,16 +152,16 @@ class GGUFSource(Source):
                 raise UnsupportedModel(f"{self.path}: tensor {gguf_name!r} is none of the llama architecture's")
         return names
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         ordered = sorted(self._names, key=lambda name: self.file.tensors[name].offset)
         for gguf_name in ordered:
             yield self._names[gguf_name], self._tensor(self.file.tensors[gguf_name])
 
-    def _tensor(self, info: TensorInfo) -> torch.Tensor:
+    def _tensor(self, info: TensorInfo) -> torch.Tensor | StoredTensor:
         import torch
 
         if info.type not in (TensorType.F32, TensorType.F16, TensorType.BF16):
-            return torch.from_numpy(self._values(info))
+            return StoredTensor(self._rows(info), info.type, info.shape)
         raw = torch.from_numpy(self._rows(info).reshape(-1))
         dtype = {TensorType.F32: torch.float32, TensorType.F16: torch.float16}.get(info.type, torch.bfloat16)
         return raw.view(dtype).reshape(info.shape)
@@ -216,7 +217,7 @@ class FolderSource(Source):
         self.files = SafetensorsFiles(path)
         self.num_weights = self.files.num_weights
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         return iter(self.files)
 
     def _make_tokenizer(self) -> Tokenizer:

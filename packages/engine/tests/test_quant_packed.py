@@ -1,0 +1,199 @@
+"""Packed weights in layers and models: any mix of formats, and the same logits as from expanded weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
+import torch
+from torch import Tensor
+
+from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.models.llama import Llama
+from octavo_engine.quant import choose
+from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
+from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.runner.model_input import ModelInput
+from octavo_engine.testing import Driver, make_runner
+from octavo_engine.weights.gguf import TensorType
+from octavo_engine.weights.load import load_model
+from octavo_engine.weights.source import GGUFSource
+from octavo_engine.weights.stored import StoredTensor
+from octavo_kernels import WeightFormat
+
+MakeGGUF = Callable[..., Path]
+OPTIONS = LayerOptions(quant=Packed())
+BLOCK_TYPES = [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q8_0]
+
+
+def stored(tensor_type: TensorType, num_rows: int, num_columns: int, seed: int = 0) -> StoredTensor:
+    """Return a tensor in blocks with random codes and small scales."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (num_rows, num_columns // 32, tensor_type.block_bytes), dtype=np.uint8)
+    blocks[..., 1] = 0x24  # f16 of about 0.02
+    if tensor_type is TensorType.Q4_1:
+        blocks[..., 3] = 0xA8  # and about -0.04
+    return StoredTensor(blocks.reshape(num_rows, -1), tensor_type, (num_rows, num_columns))
+
+
+def values(tensor: Tensor | StoredTensor) -> Tensor:
+    return tensor.values() if isinstance(tensor, StoredTensor) else tensor.float()
+
+
+def fused(tensors: list[Tensor | StoredTensor], biases: list[Tensor] | None, options: LayerOptions = OPTIONS) -> Linear:
+    """Return a finished linear of these shards, filled from the last to the first."""
+    names = "abcdef"[: len(tensors)]
+    shards = [Shard(name, tensor.shape[0]) for name, tensor in zip(names, tensors, strict=True)]
+    linear = Linear(tensors[0].shape[1], shards, bias=biases is not None, options=options)
+    slots = {slot.name: slot for slot in linear.slots("")}
+    for index in reversed(range(len(tensors))):
+        slots[f"{names[index]}.weight"].fill(tensors[index])
+        if biases is not None:
+            slots[f"{names[index]}.bias"].fill(biases[index])
+    linear.finish()
+    return linear
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_shards_of_different_formats_write_their_columns(with_bias: bool) -> None:
+    tensors: list[Tensor | StoredTensor] = [
+        stored(TensorType.Q4_1, 40, 64),
+        stored(TensorType.Q4_1, 33, 64, seed=1),
+        stored(TensorType.Q8_0, 7, 64, seed=2),
+        torch.randn(5, 64, dtype=torch.float64),
+        torch.randn(9, 64).bfloat16(),
+        stored(TensorType.Q4_0, 32, 64, seed=3),
+    ]
+    biases = [torch.randn(tensor.shape[0]) for tensor in tensors] if with_bias else None
+    linear = fused(tensors, biases)
+    x = torch.randn(7, 64)
+    expected = torch.cat([x @ values(tensor).T for tensor in tensors], dim=-1)
+    if biases is not None:
+        expected += torch.cat(biases)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    parts = linear.parameters.parts
+    assert [(part.weight.format, part.columns.start, part.columns.stop) for part in parts] == [
+        (WeightFormat.Q4_1, 0, 73),
+        (WeightFormat.Q8_0, 73, 80),
+        (WeightFormat.F32, 80, 85),
+        (WeightFormat.BF16, 85, 94),
+        (WeightFormat.Q4_0, 94, 126),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_weights_keep_their_own_dtype(dtype: torch.dtype) -> None:
+    weight = torch.randn(33, 50).to(dtype)
+    linear = fused([weight], None)
+    (part,) = linear.parameters.parts
+    assert part.weight.format.dtype == dtype
+    x = torch.randn(3, 50)
+    torch.testing.assert_close(linear(x), x @ weight.float().T, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_the_file_is_kept_when_a_matrix_is_finished() -> None:
+    linear = fused([stored(TensorType.Q8_0, 8, 32)], None)
+    assert linear.parameters.stored == {}
+    assert linear.parameters.parts[0].weight.num_bytes == 32 * 32 + 64
+
+
+@pytest.mark.parametrize("tensor_type", BLOCK_TYPES, ids=lambda item: item.name)
+def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) -> None:
+    options = LayerOptions(quant=Packed(int8_activations=True))
+    dense, blocks = torch.randn(8, 64), stored(tensor_type, 8, 64)
+    x = torch.randn(3, 64)
+    rounded = fused([dense, blocks], None, options)(x)
+    exact = fused([dense, blocks], None)(x)
+    assert torch.equal(rounded[:, :8], exact[:, :8])
+    assert not torch.equal(rounded[:, 8:], exact[:, 8:])
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+class Recorder:
+    """A model that keeps the logits of every token."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.logits_of_steps: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        hidden = self.model(model_input)
+        self.logits_of_steps.append(self.model.logits(hidden))
+        return hidden
+
+
+def generate(source: GGUFSource, quant: QuantMethod[Any]) -> tuple[Tensor, dict[int, list[int]]]:
+    model = load_model(source, quant=quant)
+    assert isinstance(model, Llama)
+    recorder = Recorder(model)
+    driver = Driver(make_runner(recorder))
+    driver.add(0, [5, 6, 7, 200, 9])
+    driver.add(1, [17])
+    tokens = driver.generate(6)
+    return torch.cat(recorder.logits_of_steps), tokens
+
+
+def quantised(gguf: Any, tensor_type: TensorType) -> Iterator[tuple[str, tuple[int, np.ndarray]]]:
+    """Yield the tiny model's matrices, random and quantised by the gguf package."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "token_embd": (273, 64),
+        "blk.0.attn_q": (64, 64),
+        "blk.0.attn_k": (32, 64),
+        "blk.0.attn_v": (32, 64),
+        "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    for name, shape in shapes.items():
+        matrix = rng.standard_normal(shape, np.float32) / 8
+        yield f"{name}.weight", (int(tensor_type), gguf.quantize(matrix, gguf.GGMLQuantizationType(int(tensor_type))))
+
+
+@pytest.mark.parametrize("tensor_type", BLOCK_TYPES, ids=lambda item: item.name)
+def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package quantises")
+    source = GGUFSource(make_gguf(tensors=dict(quantised(gguf, tensor_type))))
+    packed, packed_tokens = generate(source, Packed())
+    expanded, expanded_tokens = generate(source, Unquantized())
+    assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
+    assert packed_tokens == expanded_tokens
+
+
+def test_a_file_of_every_type_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF) -> None:
+    source = GGUFSource(make_gguf())
+    packed, _ = generate(source, Packed())
+    expanded, _ = generate(source, Unquantized())
+    assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
+
+
+def test_the_method_is_chosen_by_what_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(choose, "cpu_isa", lambda: "avx2")
+    assert isinstance(choose.choose_method(cpu, torch.float32), Packed)
+    assert isinstance(choose.choose_method(cpu, torch.bfloat16), Unquantized)
+    assert isinstance(choose.choose_method(torch.device("cuda"), torch.float32), Unquantized)
+    monkeypatch.setattr(choose, "cpu_isa", lambda: "none")
+    assert isinstance(choose.choose_method(cpu, torch.float32), Unquantized)
+
+
+def test_slots_name_the_shape_that_they_want() -> None:
+    linear = Linear(64, [Shard("a", 3), Shard("b", 5)], bias=True, options=OPTIONS)
+    slots: list[WeightSlot] = list(linear.slots("x."))
+    assert [(slot.name, slot.shape) for slot in slots] == [
+        ("x.a.weight", (3, 64)),
+        ("x.a.bias", (3,)),
+        ("x.b.weight", (5, 64)),
+        ("x.b.bias", (5,)),
+    ]
+    assert sum(slot.num_parameters for slot in slots) == 8 * 64 + 8
