@@ -16,6 +16,7 @@ process at shares of the capacity that the case `offline` measured.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -39,13 +40,14 @@ LOADS = (0.5, 0.8)
 
 @dataclass(frozen=True)
 class Job:
-    """One run; the first five fields tell it from every other."""
+    """One run; the first five fields tell it from every other on the same requests."""
 
     case: str
     num_requests: int
     engine: str
     setting: str
     round: int
+    workload: str  # a digest of the requests
     command: tuple[str, ...]
 
     @property
@@ -55,7 +57,7 @@ class Job:
     @property
     def head(self) -> Line:
         names = ("case", "num_requests", "engine", "setting", "round")
-        return dict(zip(names, self.key, strict=True))
+        return dict(zip(names, self.key, strict=True)) | {"workload": self.workload}
 
 
 class Lines:
@@ -83,6 +85,11 @@ class Lines:
             file.write(json.dumps(line) + "\n")
 
     def has(self, job: Job) -> bool:
+        """Return whether a job has its line; what was measured on other requests must not be mixed with it."""
+        for line in self.finished:
+            same_case = (line["case"], line["num_requests"]) == (job.case, job.num_requests)
+            if same_case and line["workload"] != job.workload:
+                sys.exit(f"{self._path} has runs of {job.case} on other requests; give another --out")
         return any(_key(line) == job.key for line in self.finished)
 
 
@@ -112,6 +119,11 @@ def write_workloads(arguments: argparse.Namespace, cases: list[Case], folder: Pa
     return files
 
 
+def digest(path: Path) -> str:
+    """Return a short digest of a workload file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def jobs(
     cases: list[Case], chosen: list[Contender], files: dict[str, tuple[Path, int]], arguments: argparse.Namespace
 ) -> Iterator[Job]:
@@ -124,7 +136,15 @@ def jobs(
                     command = contender.command(case, path)
                     if arguments.model and contender.engine in ("exact", "fast"):
                         command += ["--model", arguments.model]
-                    yield Job(case.name, num_requests, contender.engine, contender.setting, number, tuple(command))
+                    yield Job(
+                        case.name,
+                        num_requests,
+                        contender.engine,
+                        contender.setting,
+                        number,
+                        digest(path),
+                        tuple(command),
+                    )
 
 
 def online_jobs(
@@ -147,7 +167,7 @@ def online_jobs(
                 command += ["--rate", f"{rate:.4f}", "--seed", str(arguments.seed + number)]
                 if arguments.model:
                     command += ["--model", arguments.model]
-                yield Job("online", num_requests, contender.engine, f"{load:.0%}", number, tuple(command))
+                yield Job("online", num_requests, contender.engine, f"{load:.0%}", number, digest(path), tuple(command))
 
 
 def run(job: Job, lines: Lines, arguments: argparse.Namespace) -> None:

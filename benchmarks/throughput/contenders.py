@@ -85,7 +85,7 @@ class LlamaCpp:
 
     @property
     def setting(self) -> str:
-        return f"{self.weights} {self.num_slots} slots"
+        return f"{self.weights}, up to {self.num_slots} slots"
 
     def refusal(self, case: Case) -> str | None:
         if case.name == "online":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
 
@@ -41,10 +41,15 @@ def measure(command: list[str], *, environment: dict[str, str], timeout: float) 
         if process.returncode or not lines:
             errors.seek(0)
             said = [line for line in errors.read().splitlines() if line.strip()]
-            reason = said[-1].replace(str(Path.home()), "~") if said else "nothing on standard error"
+            reason = _shorten(said[-1]) if said else "nothing on standard error"
             raise MeasurementFailed(f"exit code {process.returncode}: {reason}")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
+
+
+def _shorten(message: str) -> str:
+    """Leave the folders of absolute paths out of a message, for it goes into the results."""
+    return re.sub(r"(?:/[\w.+~-]+)+/", ".../", message)[:300]
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

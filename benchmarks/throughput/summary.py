@@ -134,7 +134,10 @@ def table(rows: list[Row], failures: list[Line], refusals: list[tuple[str, str, 
         own = [row for row in rows if (row.case, row.num_requests) == (case, num_requests)]
         parts.append(f"{case}: {CASES[case].title}, {num_requests} requests")
         parts.append(_online_table(own) if case == "online" else _case_table(own))
-        parts += [f"{who}: no part in it, {why}" for name, who, why in refusals if name == case]
+        reasons = dict.fromkeys(why for name, _, why in refusals if name == case)
+        for reason in reasons:
+            without = [who for name, who, why in refusals if (name, why) == (case, reason)]
+            parts.append(f"no part in it: {'; '.join(without)} ({reason})")
         parts.append("")
     parts += [f"{f['case']}: {f['engine']} {f['setting']} failed in round {f['round']}: {f['error']}" for f in failures]
     return "\n".join(parts)
