@@ -4,10 +4,10 @@
     python benchmarks/scheduler_steps.py --runner        # and the runner: its rows, the step's tensors, the draw
     python benchmarks/scheduler_steps.py --runner --cold # the same with the processor's caches emptied before each step
 
-All sequences decode greedily, one token a step, with prefix caching on, as a server's do. Without `--runner` an executor
-answers at once; with it, the real runner drives a model whose forward pass returns a tensor made beforehand. A model
-that reads its weights leaves little of Python's data in the processor's caches: `--cold` reads a buffer of 128 MB before
-each step, outside the time that is taken. The least of the repeats counts: what other processes take is none of ours.
+All sequences decode greedily, one token a step, with prefix caching on, as a server's do. Without `--runner` an
+executor answers at once; with it, the real runner drives a model whose forward pass returns a tensor made beforehand. A
+model that reads its weights leaves little of Python's data in the processor's caches: `--cold` reads a buffer of 128 MB
+before each step, outside the time that is taken. The least of the repeats counts: what others take is not ours.
 """
 
 from __future__ import annotations
@@ -109,12 +109,19 @@ def still_runner(max_num_seqs: int, num_blocks: int, budget: int) -> Executor:
         def greedy(self, hidden):
             return self._token_ids[: hidden.shape[0]], self._best[: hidden.shape[0]]
 
-        def kv_cache_specs(self, dtype):
+        def kv_cache_specs(self, _dtype):
             return [KVCacheSpec(1, 1)]
 
     model = StillModel()
     storage = KVStorage(model.kv_cache_specs(torch.float32), num_blocks, BLOCK_SIZE)
-    return InlineExecutor(ModelRunner(model, storage, max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN))
+    runner = ModelRunner(
+        model,
+        storage,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    return InlineExecutor(runner)
 
 
 def running_engine(num_seqs: int, *, with_runner: bool) -> Engine:

@@ -176,6 +176,7 @@ class KeepsHidden:
         self.config, self.logits, self.slots = self.model.config, self.model.logits, self.model.slots
         self.kv_cache_specs, self.num_parameters = self.model.kv_cache_specs, self.model.num_parameters
         self.is_redundant, self.finish = self.model.is_redundant, self.model.finish
+        self.greedy = self.model.greedy
 
     def __call__(self, model_input: ModelInput) -> Tensor:
         self.hidden = self.model(model_input)

@@ -75,7 +75,14 @@ def make_runner(model: Model, *, num_blocks: int = 64, block_size: int = 4, max_
     for layer in range(storage.num_layers):
         for cache in storage.layer(layer):
             cache.fill_(float("nan"))
-    return ModelRunner(model, storage, max_num_seqs=max_num_seqs, max_model_len=model.config.max_position_embeddings)
+    max_model_len = model.config.max_position_embeddings
+    return ModelRunner(
+        model,
+        storage,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs * max_model_len,
+        max_model_len=max_model_len,
+    )
 
 
 @dataclass(slots=True)

@@ -32,6 +32,15 @@ class Model(Protocol):
         """Return the logits of some hidden states: [rows, hidden_size] -> [rows, vocab_size] fp32."""
         ...
 
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `logits(hidden).max(dim=-1)`, in whichever way is fastest, without the logits if need be.
+
+        Returns:
+            token_ids: [rows] int64, the lowest of equals.
+            best: [rows] fp32, their logits; NaN if any logit of the row is.
+        """
+        ...
+
     def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """Say what each layer keeps per token, if it keeps it in `dtype`."""
         ...

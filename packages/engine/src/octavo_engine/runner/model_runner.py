@@ -9,16 +9,17 @@ from torch import Tensor
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.models.registry import Model
-from octavo_engine.runner.model_input import KVLayer, StepRows, build
+from octavo_engine.runner.answer import Answer
+from octavo_engine.runner.input_builder import InputBuilder
+from octavo_engine.runner.model_input import KVLayer
 from octavo_engine.runner.pooling import Pooler
 from octavo_engine.runner.rows import Rows
-from octavo_engine.runner.sampler import Drawn, sample
+from octavo_engine.runner.sampler import Drawn, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
-from octavo_engine.types import TokenLogprobs
+from octavo_engine.runner.step_buffers import StepBuffers
+from octavo_engine.runner.step_rows import StepRows
 from octavo_kvcache import group_specs
 from octavo_kvcache.storage import KVStorage
-
-_UNSOUND = "the model's output for this sequence is not a finite number"
 
 
 class ModelRunner:
@@ -28,6 +29,7 @@ class ModelRunner:
         model: with its weights loaded.
         storage: the KV cache, made for the model's `kv_cache_specs`.
         max_num_seqs: rows there can be.
+        max_num_batched_tokens: tokens that a step can compute.
         max_model_len: tokens that a sequence can have; the model's table of positions must reach as far.
         device: where the model and the storage are.
     """
@@ -38,6 +40,7 @@ class ModelRunner:
         storage: KVStorage,
         *,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -45,8 +48,22 @@ class ModelRunner:
         self.model = model
         self.storage = storage
         self.device = torch.device(device)
-        self._kv_layers, num_groups = _kv_layers(model, storage)
-        self._rows = Rows(max_num_seqs, num_groups)
+        kv_layers, num_groups = _kv_layers(model, storage)
+        max_num_blocks = -(-max_model_len // storage.block_size)
+        self._rows = Rows(
+            max_num_seqs, max_num_tokens=max_model_len, max_num_blocks=max_num_blocks, num_groups=num_groups
+        )
+        self._inputs = InputBuilder(
+            StepBuffers(
+                max_num_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                max_num_blocks=max_num_blocks,
+                num_groups=num_groups,
+            ),
+            kv_layers,
+            block_size=storage.block_size,
+            device=self.device,
+        )
         self._sampling = SamplingRows(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
 
@@ -60,82 +77,76 @@ class ModelRunner:
         if not batch.num_rows:
             return ModelOutput(token_ids=())
         step = StepRows.of(batch)
+        if self._rows.num_embedding:
+            return self._run_ragged(step._replace(decodes=False))
+        return self._decode(step) if step.decodes else self._run_ragged(step)
+
+    def _decode(self, step: StepRows) -> ModelOutput:
+        """Run a step in which every row computes one token and draws one: token, row and draw have the same place."""
+        answer = Answer(len(step.rows))
+        hidden = self.model(self._inputs.build(step, self._rows, step.sources))
+        answer.add_drawn(step.sources, self._draw(hidden, step.rows, step.ends))
+        return answer.output()
+
+    def _run_ragged(self, step: StepRows) -> ModelOutput:
+        """Run a step with prompts, chunks, forks or embeddings."""
+        answer = Answer(len(step.rows))
         drawing = np.flatnonzero(step.samples & ~self._rows.embeds[step.rows])
-        # A row of logits may serve several places: a parent and its forks.
-        sources, logits_rows = np.unique(step.sources[drawing], return_inverse=True)
-        model_input = build(
-            step,
-            self._rows,
-            self._kv_layers,
-            logits_indices=step.last_tokens(sources),
-            block_size=self.storage.block_size,
-            device=self.device,
-        )
+        sources, shared = step.sources[drawing], None
+        if step.forks:  # one row of logits serves a parent and its forks
+            sources, shared = np.unique(sources, return_inverse=True)
+        model_input = self._inputs.build(step, self._rows, step.last_tokens(sources))
         hidden = self.model(model_input)
-        answer = _Answer(batch.num_rows)
-        for place, vector in self._pooler.pool(step, self._rows, hidden).items():
-            answer.add_pooled(place, vector)
+        if self._rows.num_embedding:
+            for place, vector in self._pooler.pool(step, self._rows, hidden).items():
+                answer.add_pooled(place, vector)
         if len(drawing):
-            logits = self.model.logits(hidden[model_input.logits_indices])
-            if len(drawing) > len(sources):
-                logits = logits[torch.from_numpy(logits_rows).to(self.device)]
-            rows = step.rows[drawing]
-            drawn = sample(logits, self._sampling.batch(rows, self._rows.num_tokens[rows]))
-            self._append(rows, drawn)
+            ends = step.ends[drawing]
+            drawn = self._draw(hidden[model_input.logits_indices], step.rows[drawing], ends, shared)
             answer.add_drawn(drawing, drawn)
         return answer.output()
 
     def _update(self, batch: ScheduledBatch) -> None:
-        self._pooler.release(batch.finished)
+        if batch.finished:
+            self._pooler.release(batch.finished)
+            self._rows.release(batch.finished)
+            self._sampling.release(batch.finished)
         self.storage.apply(batch.copies)
         for new in batch.new:
             self._rows.add(new)
             self._sampling.add(new)
         self._rows.update(batch.cached)
 
-    def _append(self, rows: NDArray[np.int64], drawn: Drawn) -> None:
-        if not drawn.sound.all():
-            rows, token_ids = rows[drawn.sound], drawn.token_ids[drawn.sound]
+    def _draw(
+        self,
+        hidden: Tensor,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        shared: NDArray[np.int64] | None = None,
+    ) -> Drawn:
+        """Draw the tokens at some positions of different rows, and append them.
+
+        Args:
+            hidden: [sources, hidden_size], where the logits come from.
+            rows: [draws].
+            positions: [draws].
+            shared: [draws], which of the sources each draw goes by; None if each has its own.
+        """
+        sampling = self._sampling.batch(rows, positions)
+        if sampling is None:
+            drawn = greedy(*self.model.greedy(hidden), shared)
         else:
-            token_ids = drawn.token_ids
-        self._rows.append(rows, token_ids)
+            logits = self.model.logits(hidden)
+            drawn = sample(logits if shared is None else logits[torch.from_numpy(shared).to(self.device)], sampling)
+        self._append(rows, positions, drawn)
+        return drawn
+
+    def _append(self, rows: NDArray[np.int64], positions: NDArray[np.int64], drawn: Drawn) -> None:
+        token_ids = drawn.token_ids
+        if not drawn.all_sound:
+            rows, positions, token_ids = rows[drawn.sound], positions[drawn.sound], token_ids[drawn.sound]
+        self._rows.append(rows, positions, token_ids)
         self._sampling.append(rows, token_ids)
-
-
-class _Answer:
-    """A ModelOutput in the making."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._token_ids: list[tuple[int, ...]] = [()] * num_rows
-        self._logprobs: list[tuple[TokenLogprobs, ...] | None] | None = None
-        self._pooled: dict[int, tuple[float, ...]] = {}
-        self._errors: dict[int, str] = {}
-
-    def add_drawn(self, places: NDArray[np.int64], drawn: Drawn) -> None:
-        if drawn.logprobs is not None:
-            self._logprobs = [None] * len(self._token_ids)
-        for index, place in enumerate(places.tolist()):
-            if not drawn.sound[index]:
-                self._errors[place] = _UNSOUND
-                continue
-            self._token_ids[place] = (int(drawn.token_ids[index]),)
-            entry = drawn.logprobs[index] if drawn.logprobs is not None else None
-            if self._logprobs is not None and entry is not None:
-                self._logprobs[place] = (entry,)
-
-    def add_pooled(self, place: int, vector: Tensor) -> None:
-        if bool(vector.isfinite().all()):
-            self._pooled[place] = tuple(vector.tolist())
-        else:
-            self._errors[place] = _UNSOUND
-
-    def output(self) -> ModelOutput:
-        return ModelOutput(
-            token_ids=tuple(self._token_ids),
-            logprobs=None if self._logprobs is None else tuple(self._logprobs),
-            pooled=self._pooled or None,
-            errors=self._errors or None,
-        )
 
 
 def _kv_layers(model: Model, storage: KVStorage) -> tuple[tuple[KVLayer, ...], int]:

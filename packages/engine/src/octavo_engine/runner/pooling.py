@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo_engine.runner.model_input import StepRows
 from octavo_engine.runner.rows import Rows
+from octavo_engine.runner.step_rows import StepRows
 
 
 class Pooler:

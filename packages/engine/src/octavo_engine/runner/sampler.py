@@ -32,6 +32,23 @@ class Drawn:
     sound: NDArray[np.bool_]
     logprobs: list[TokenLogprobs | None] | None = None
 
+    @property
+    def all_sound(self) -> bool:
+        """True unless some row's logits were not numbers."""
+        return bool(self.sound.all())
+
+
+def greedy(token_ids: Tensor, best: Tensor, shared: NDArray[np.int64] | None = None) -> Drawn:
+    """Take what a model's own arg-max says.
+
+    Args:
+        token_ids: [sources] int64.
+        best: [sources] fp32, the logits of these tokens; not finite if the row's logits were not numbers.
+        shared: [rows], which of the sources each row goes by; None if each has its own.
+    """
+    ids, sound = token_ids.cpu().numpy(), np.isfinite(best.cpu().numpy())
+    return Drawn(ids, sound) if shared is None else Drawn(ids[shared], sound[shared])
+
 
 def sample(logits: Tensor, batch: SamplingBatch | None) -> Drawn:
     """Draw one token per row.
@@ -46,9 +63,9 @@ def sample(logits: Tensor, batch: SamplingBatch | None) -> Drawn:
         batch: how to draw, one entry per row; None takes the arg-max of every row.
     """
     best, token_ids = logits.max(dim=-1)
-    sound = best.isfinite().cpu().numpy()
     if batch is None:
-        return Drawn(token_ids.cpu().numpy(), sound)
+        return greedy(token_ids, best)
+    sound = best.isfinite().cpu().numpy()
     raw = _raw_logprobs(logits, batch)
     if batch.banned is not None:
         banned_rows, banned_ids = batch.banned

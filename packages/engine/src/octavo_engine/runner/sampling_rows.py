@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,14 @@ class SamplingBatch:
 class SamplingRows:
     """The sampling parameters of the running sequences, and their token counts where there are penalties.
 
-    Only the ModelRunner writes it. Rows that were added stay until another takes their place.
+    Only the ModelRunner writes it.
     """
 
     def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
         def column(dtype: Any) -> NDArray[Any]:
             return np.zeros(max_num_rows, dtype)
 
-        self._plain = column(np.bool_)  # the arg-max of the logits as they are, nothing else asked for
+        self._special: set[int] = set()  # rows that want more than the arg-max of the logits as they are
         self._temperature, self._top_p, self._min_p = column(np.float32), column(np.float32), column(np.float32)
         self._top_k, self._seeds, self._sequence_index = column(np.int64), column(np.int64), column(np.int64)
         self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
@@ -77,7 +78,14 @@ class SamplingRows:
         if sampling.min_tokens and new.stop_token_ids:
             self._stop_token_ids[row] = np.array(sorted(new.stop_token_ids), np.int64)
         penalised = self._penalties.add(new)
-        self._plain[row] = sampling.greedy and sampling.logprobs is None and not sampling.min_tokens and not penalised
+        if sampling.greedy and sampling.logprobs is None and not sampling.min_tokens and not penalised:
+            self._special.discard(row)
+        else:
+            self._special.add(row)
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Forget what rows whose sequences have left wanted."""
+        self._special.difference_update(rows)
 
     def batch(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingBatch | None:
         """Collect what the next draw of some rows needs; None if all of them take the plain arg-max.
@@ -86,7 +94,7 @@ class SamplingRows:
             rows: [num_rows], the rows that draw.
             positions: [num_rows], the position of the token that each draws.
         """
-        if self._plain[rows].all():
+        if not self._special or self._special.isdisjoint(rows.tolist()):
             return None
         return SamplingBatch(
             temperature=self._temperature[rows],
@@ -104,7 +112,8 @@ class SamplingRows:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Count one drawn token in each of some different rows."""
-        self._penalties.append(rows, token_ids)
+        if self._special:
+            self._penalties.append(rows, token_ids)
 
     def _banned(
         self, rows: NDArray[np.int64], positions: NDArray[np.int64]

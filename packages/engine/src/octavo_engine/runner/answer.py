@@ -1,0 +1,60 @@
+"""Answer: a ModelOutput in the making."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.batch import ModelOutput
+from octavo_engine.runner.sampler import Drawn
+from octavo_engine.types import TokenLogprobs
+
+_UNSOUND = "the model's output for this sequence is not a finite number"
+
+
+class Answer:
+    """Collects what a step brought to each place of its batch.
+
+    Args:
+        num_rows: places.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._token_ids: list[tuple[int, ...]] = [()] * num_rows
+        self._logprobs: list[tuple[TokenLogprobs, ...] | None] | None = None
+        self._pooled: dict[int, tuple[float, ...]] = {}
+        self._errors: dict[int, str] = {}
+
+    def add_drawn(self, places: NDArray[np.int64], drawn: Drawn) -> None:
+        """Put a draw's tokens, one for each of the ascending `places`, where they belong."""
+        token_ids = drawn.token_ids.tolist()
+        if drawn.all_sound and drawn.logprobs is None and len(token_ids) == len(self._token_ids):
+            self._token_ids = [*zip(token_ids)]  # a tuple of one for each token
+            return
+        if drawn.logprobs is not None:
+            self._logprobs = [None] * len(self._token_ids)
+        for index, place in enumerate(places.tolist()):
+            if not drawn.sound[index]:
+                self._errors[place] = _UNSOUND
+                continue
+            self._token_ids[place] = (token_ids[index],)
+            entry = drawn.logprobs[index] if drawn.logprobs is not None else None
+            if self._logprobs is not None and entry is not None:
+                self._logprobs[place] = (entry,)
+
+    def add_pooled(self, place: int, vector: Tensor) -> None:
+        """Put an embedding in its place."""
+        if bool(vector.isfinite().all()):
+            self._pooled[place] = tuple(vector.tolist())
+        else:
+            self._errors[place] = _UNSOUND
+
+    def output(self) -> ModelOutput:
+        """Return all of it."""
+        return ModelOutput(
+            token_ids=tuple(self._token_ids),
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            pooled=self._pooled or None,
+            errors=self._errors or None,
+        )
