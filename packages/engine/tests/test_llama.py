@@ -49,7 +49,7 @@ class RecordingLlama:
         self.model = model
         self.config = model.config
         self.kv_cache_specs = model.kv_cache_specs
-        self.logits = model.logits
+        self.logits, self.greedy = model.logits, model.greedy
         self.slots = model.slots
         self.finish = model.finish
         self.num_parameters = model.num_parameters
