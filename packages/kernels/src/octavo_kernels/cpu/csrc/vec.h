@@ -152,37 +152,28 @@ OCTAVO_INLINE vf vabs(vf x) { return vmax(x, -x); }
 #endif
 
 // Lanes are summed as a tree over halves: lane i with lane i + W/2, and so on. One order for a width.
+#if defined(__AVX512F__)
+OCTAVO_INLINE float vsum(vf x) { return _mm512_reduce_add_ps(x); }
+OCTAVO_INLINE float vmax_of(vf x) { return _mm512_reduce_max_ps(x); }
+#elif defined(__AVX2__)
 OCTAVO_INLINE float vsum(vf x) {
-  float lanes[W];
-  vstore(lanes, x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 OCTAVO_INLINE float vmax_of(vf x) {
-  float lanes[W];
-  vstore(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < W; ++i) best = lanes[i] > best ? lanes[i] : best;
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+#else
+OCTAVO_INLINE float vsum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+OCTAVO_INLINE float vmax_of(vf x) {
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
   return best;
 }
-
-// exp(x) for x <= 88, at most 2 units in the last place off; 0 below -87.3 (no subnormals), exp(0) is 1 exactly.
-// Cody-Waite reduction by ln 2 and a polynomial of degree 6 on [-ln2/2, ln2/2].
-OCTAVO_INLINE vf vexp(vf x) {
-  x = vmax(x, vset(-87.33654f));
-  const vf n = vround(vmul(x, vset(1.44269504088896341f)));
-  vf r = vfnma(n, vset(0.693359375f), x);
-  r = vfnma(n, vset(-2.12194440e-4f), r);
-  vf p = vset(1.9875691500e-4f);
-  p = vfma(p, r, vset(1.3981999507e-3f));
-  p = vfma(p, r, vset(8.3334519073e-3f));
-  p = vfma(p, r, vset(4.1665795894e-2f));
-  p = vfma(p, r, vset(1.6666665459e-1f));
-  p = vfma(p, r, vset(5.0000001201e-1f));
-  p = vadd(vfma(vmul(r, r), p, r), vset(1.0f));
-  return vmul(p, vpow2(n));
-}
+#endif
 
 // float -> bfloat16, round to nearest even; NaN stays NaN.
 OCTAVO_INLINE uint16_t to_bf16(float x) {
