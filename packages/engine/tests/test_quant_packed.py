@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="models need the extra octavo-engine[local]"
 import torch
 from torch import Tensor
 
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.llama import Llama
@@ -25,7 +26,7 @@ from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import GGUFSource
 from octavo_engine.weights.stored import StoredTensor
-from octavo_kernels import WeightFormat
+from octavo_kernels import BackendUnavailable, WeightFormat
 
 MakeGGUF = Callable[..., Path]
 OPTIONS = LayerOptions(quant=Packed())
@@ -185,6 +186,15 @@ def test_the_method_is_chosen_by_what_can_serve(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(choose.choose_method(torch.device("cuda"), torch.float32), Unquantized)
     monkeypatch.setattr(choose, "cpu_isa", lambda: "none")
     assert isinstance(choose.choose_method(cpu, torch.float32), Unquantized)
+
+
+def test_an_instruction_set_that_cannot_be_had_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise BackendUnavailable("OCTAVO_CPU_ISA=avx512: this machine runs avx2 at most")
+
+    monkeypatch.setattr(choose, "cpu_isa", refuse)
+    with pytest.raises(InvalidConfig, match="OCTAVO_CPU_ISA=avx512: this machine runs avx2 at most"):
+        choose.choose_method(torch.device("cpu"), torch.float32)
 
 
 def test_slots_name_the_shape_that_they_want() -> None:

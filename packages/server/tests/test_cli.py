@@ -68,6 +68,13 @@ def test_engine_options_reach_the_configuration(octavo):
     octavo("run", "hi", "--model", "m.gguf", "--dtype", "bfloat16", "--max-model-len", "64", "--threads", "2")
     (config,) = octavo.configs
     assert (config.model, config.dtype, config.max_model_len, config.num_threads) == ("m.gguf", "bfloat16", 64, 2)
+    assert config.mode == "exact"
+
+
+@pytest.mark.parametrize("command", [["run", "hi"], ["chat"]], ids=lambda command: command[0])
+def test_the_mode_reaches_the_configuration(octavo, command):
+    octavo(*command, "--mode", "fast")
+    assert [config.mode for config in octavo.configs] == ["fast"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,7 @@ def test_engine_options_reach_the_configuration(octavo):
         (["run", "", "--raw"], "prompt is empty"),
         (["run", "hi", "--raw", "--system", "x"], "leave one out"),
         (["run", "hi", "--dtype", "int3"], "dtype 'int3' is not one of"),
+        (["run", "hi", "--mode", "faster"], "mode 'faster' is not one of exact, fast"),
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
         (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "give one"),
@@ -204,7 +212,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    from octavo_server import cli
+    from octavo_server import serving
 
     def make_server(app, **options):
         server = serving_make_server(app, **options)
@@ -218,17 +226,17 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
         return listening
 
     ports = []
-    serving_make_server, serving_listen = cli.make_server, cli.listen
-    monkeypatch.setattr(cli, "make_server", make_server)
-    monkeypatch.setattr(cli, "listen", listen)
+    serving_make_server, serving_listen = serving.make_server, serving.listen
+    monkeypatch.setattr(serving, "make_server", make_server)
+    monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
     result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", "--kv-cache-gib", "0.5")
     assert result.exit_code == 0, result.output
     assert seen == {"health": 200, "models": "m", "locked": 401}
     assert octavo.configs[0].kv_cache_bytes == 2**29
     assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
-    assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB: a test asked for it" in result.stderr
-    assert "float32 on cpu, kernels: reference" in result.stderr
+    assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB of float32: a test asked for it" in result.stderr
+    assert "mode exact, float32 on cpu, kernels: reference" in result.stderr
     assert result.stderr.endswith("stopped\n")
     assert engine.closed
     assert signal.getsignal(signal.SIGTERM) is before

@@ -85,7 +85,10 @@ def test_engine_figures_are_read_at_each_scrape(client):
     assert got["octavo_prefix_cache_hits_total"] == 320
     assert got["octavo_num_preemptions_total"] == 1
     assert samples(client, kernel="paged_attention")["octavo_kernel_fallbacks_total"] == 2
-    assert samples(client, model="org/fake-model", dtype="float32")["octavo_engine_info"] == 1
+    assert (
+        samples(client, model="org/fake-model", dtype="float32", kv_dtype="float32", mode="exact")["octavo_engine_info"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

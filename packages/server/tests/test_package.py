@@ -15,6 +15,17 @@ def test_public_names_are_exactly_all():
         assert hasattr(octavo_server, name)
 
 
+def test_the_command_line_starts_without_the_web_framework():
+    names = "('fastapi', 'uvicorn', 'prometheus_client')"
+    code = f"import sys, octavo_server.cli; print([name for name in {names} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'octavo_server' has no attribute 'nothing'"):
+        _ = octavo_server.nothing
+
+
 @pytest.mark.parametrize("module", ["octavo_server", "octavo_server.cli"])
 def test_importing_loads_no_torch(module):
     code = (

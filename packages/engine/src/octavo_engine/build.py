@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,16 @@ from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.config import ModelConfig
-from octavo_engine.quant.choose import choose_method, has_native_products
+from octavo_engine.models.registry import Model
+from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
 from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
+from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import Source, open_source
-from octavo_kernels import Backend, choose, cpu_isa
+from octavo_kernels import Backend, choose
 from octavo_kvcache import CacheManager
 from octavo_kvcache.storage import KVStorage
 
@@ -57,46 +60,64 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     source = open_source(config.model)
-    model_config = source.config
-    device = _resolve_device(config.device)
-    dtype = _resolve_dtype(config.dtype, device, model_config)
-    kv_dtype = _resolve_mode(config.mode, device, dtype)
-    quant = choose_method(device, dtype, int8_activations=config.mode == "fast")
-    model = load_model(source, device=device, dtype=dtype, quant=quant, progress=progress)
-    specs = model.kv_cache_specs(kv_dtype)
-    plan = _plan(config, model_config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
+    numerics = _resolve_numerics(config, source.config)
+    device = numerics.device
+    quant = choose_method(device, numerics.dtype, int8_activations=config.mode == "fast")
+    # Hashing and packing release the interpreter lock; the tokenizer is built in what is left of it.
+    with ThreadPoolExecutor(2, thread_name_prefix="octavo-open") as pool:
+        digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
+        model = load_model(source, device=device, dtype=numerics.dtype, quant=quant, progress=progress)
+    specs = model.kv_cache_specs(numerics.kv_dtype)
+    plan = _plan(config, source.config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
-    storage = KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device)
     runner = ModelRunner(
         model,
-        storage,
+        KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         device=device,
     )
+    root = digest.result() + numerics.root
+    cache = CacheManager(plan.num_blocks, config.block_size, prefix_cache=config.prefix_cache, root=root)
     scheduler = Scheduler(
-        CacheManager(
-            plan.num_blocks,
-            config.block_size,
-            prefix_cache=config.prefix_cache,
-            root=source.digest + f"{dtype} {kv_dtype} {config.mode}".encode(),
-        ),
+        cache,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
     )
-    text = _text_processor(source, config, max_model_len=plan.max_model_len)
-    info = EngineInfo(
+    text = _text_processor(source, tokenizer.result(), config, max_model_len=plan.max_model_len)
+    info = _describe(source, config, numerics, plan, model, started)
+    return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
+
+
+class _Numerics(NamedTuple):
+    """Where the model runs and in which numbers: what `mode`, `dtype` and `device` come to."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    mode: str
+
+    @property
+    def root(self) -> bytes:
+        """What distinguishes KV of the same tokens and weights."""
+        return f"{self.dtype} {self.kv_dtype} {self.mode}".encode()
+
+
+def _describe(
+    source: Source, config: EngineConfig, numerics: _Numerics, plan: MemoryPlan, model: Model, started: float
+) -> EngineInfo:
+    return EngineInfo(
         model_name=source.name,
-        architecture=model_config.architecture,
-        dtype=_name(dtype),
-        kv_dtype=_name(kv_dtype),
-        mode=config.mode,
-        device=str(device),
-        kernel_backend=_describe_backend(choose("paged_attention", device)),
-        vocab_size=model_config.vocab_size,
+        architecture=source.config.architecture,
+        dtype=_name(numerics.dtype),
+        kv_dtype=_name(numerics.kv_dtype),
+        mode=numerics.mode,
+        device=str(numerics.device),
+        kernel_backend=_describe_backend(choose("paged_attention", numerics.device)),
+        vocab_size=source.config.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -107,13 +128,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         num_parameters=model.num_parameters,
         load_seconds=time.monotonic() - started,
     )
-    return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
 
 
-def _text_processor(source: Source, config: EngineConfig, *, max_model_len: int) -> TextProcessor:
+def _text_processor(source: Source, tokenizer: Tokenizer, config: EngineConfig, *, max_model_len: int) -> TextProcessor:
     advised = source.generation_config
     return TextProcessor(
-        source.tokenizer(),
+        tokenizer,
         source.chat_template(),
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -126,8 +146,7 @@ def _describe_backend(backend: Backend) -> str:
     """Name a kernel backend for reports; of the one for CPUs, the instruction set, or torch if nothing is compiled."""
     name: str = backend.value
     if backend is Backend.CPU:
-        isa = cpu_isa()
-        name += f" ({'torch' if isa == 'none' else isa})"
+        name += f" ({native_isa() or 'torch'})"
     return name
 
 
@@ -156,10 +175,11 @@ def _resolve_dtype(name: str, device: torch.device, model_config: ModelConfig) -
     return dtype
 
 
-def _resolve_mode(mode: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the KV cache in a mode, if the mode can be had."""
-    if mode == "exact":
-        return dtype
+def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numerics:
+    device = _resolve_device(config.device)
+    dtype = _resolve_dtype(config.dtype, device, model_config)
+    if config.mode == "exact":
+        return _Numerics(device, dtype, dtype, config.mode)
     if device.type != "cpu":
         raise InvalidConfig(f"mode 'fast' is for CPUs, the device is {device}; use mode exact, or device cpu")
     if dtype != torch.float32:
@@ -169,7 +189,7 @@ def _resolve_mode(mode: str, device: torch.device, dtype: torch.dtype) -> torch.
             "mode 'fast' needs the native CPU kernels, which this installation does not have or OCTAVO_CPU_ISA=none "
             "turns off; use mode exact"
         )
-    return torch.bfloat16
+    return _Numerics(device, dtype, torch.bfloat16, config.mode)
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int) -> MemoryPlan:

@@ -1,4 +1,4 @@
-"""The `octavo` command: serve, run, chat, version."""
+"""The `octavo` command: serve, run, chat, version; what only one of them needs is imported by it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from rich.console import Console
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
-from octavo_server.app import create_app
 from octavo_server.config import ServerSettings
 from octavo_server.loading import engine_report, load_engine
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
-from octavo_server.routes.health import installed_versions
-from octavo_server.serving import listen, make_server
 from octavo_server.terminal import Conversation, stream_chat, stream_completion
 
 _MODEL_HELP = "A GGUF file, a folder in Hugging Face layout, or a hub id. Default: the demo model."
-_DTYPE_HELP = "Of weights, activations and KV cache: auto, float32, bfloat16 or float16."
+_DTYPE_HELP = "Of activations and of the exact KV cache: auto, float32, bfloat16 or float16."
+_MODE_HELP = "exact loses nothing; fast, on a CPU, rounds activations to 8 bits and keeps the KV cache in bfloat16."
 
 ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=False)]
 Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
+Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
 Device = Annotated[str, typer.Option(help="A torch device, or auto.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and output together, in tokens.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
@@ -60,6 +59,7 @@ def serve(
         list[str] | None, typer.Option(help="Name for requests to use; may be given several times.")
     ] = None,
     dtype: Dtype = "auto",
+    mode: Mode = "exact",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
@@ -94,6 +94,7 @@ def serve(
         config = EngineConfig(
             model=model,
             dtype=dtype,
+            mode=mode,
             device=device,
             max_model_len=max_model_len,
             block_size=block_size,
@@ -110,6 +111,9 @@ def serve(
 def _serve(
     config: EngineConfig, settings: ServerSettings, console: Console, *, host: str, port: int, access_log: bool
 ) -> None:
+    from octavo_server.app import create_app
+    from octavo_server.serving import listen, make_server
+
     # The socket comes first: a port in use is found before the model is loaded.
     with listen(host, port) as listening:
         engine = load_engine(config, console)
@@ -145,6 +149,7 @@ def run(
     seed: Seed = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say how fast the answer came, on standard error.")] = False,
     dtype: Dtype = "auto",
+    mode: Mode = "exact",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
@@ -158,7 +163,13 @@ def run(
             raise InvalidConfig("--system goes with the chat template, --raw came too; leave one out")
         text = sys.stdin.read() if prompt == "-" else prompt
         config = EngineConfig(
-            model=model, dtype=dtype, device=device, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads
+            model=model,
+            dtype=dtype,
+            mode=mode,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=1,
+            num_threads=threads,
         )
         engine = load_engine(config, console)
         try:
@@ -185,6 +196,7 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
+    mode: Mode = "exact",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
@@ -195,7 +207,13 @@ def chat(
         _set_up_logging("warning")
         options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = EngineConfig(
-            model=model, dtype=dtype, device=device, max_model_len=max_model_len, max_num_seqs=1, num_threads=threads
+            model=model,
+            dtype=dtype,
+            mode=mode,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_seqs=1,
+            num_threads=threads,
         )
         engine = load_engine(config, console)
         try:
@@ -208,6 +226,8 @@ def chat(
 @app.command()
 def version() -> None:
     """Print the versions of Octavo's packages."""
+    from octavo_server.routes.health import installed_versions
+
     for name, number in installed_versions().items():
         typer.echo(f"{name} {number}")
 

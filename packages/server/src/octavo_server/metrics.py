@@ -204,6 +204,8 @@ def _info(info: EngineInfo) -> Metric:
         "model": info.model_name,
         "architecture": info.architecture,
         "dtype": info.dtype,
+        "kv_dtype": info.kv_dtype,
+        "mode": info.mode,
         "device": info.device,
         "kernel_backend": info.kernel_backend,
         "block_size": str(info.block_size),

@@ -44,7 +44,8 @@ class ServerState:
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: the same as long as the same software serves the same model."""
         info = self.engine.info
-        parts = (version("octavo-server"), info.model_name, info.dtype, info.device, info.kernel_backend)
+        computed = (info.dtype, info.kv_dtype, info.mode, info.device, info.kernel_backend)
+        parts = (version("octavo-server"), info.model_name, *computed)
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def resolve_model(self, name: str | None) -> str:

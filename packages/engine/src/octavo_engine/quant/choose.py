@@ -1,4 +1,4 @@
-"""choose_method: which QuantMethod serves on a device."""
+"""choose_method: which QuantMethod serves on a device; native_isa: whether native kernels do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ from typing import Any
 
 import torch
 
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.quant.base import QuantMethod
 from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.unquantized import Unquantized
-from octavo_kernels import cpu_isa
+from octavo_kernels import KernelError, cpu_isa
+
+
+def native_isa() -> str | None:
+    """Return the instruction set of the native CPU kernels, None where torch serves instead.
+
+    Raises:
+        InvalidConfig: if OCTAVO_CPU_ISA asks for what this machine or installation does not have.
+    """
+    try:
+        isa = cpu_isa()
+    except KernelError as error:
+        raise InvalidConfig(str(error)) from error
+    return None if isa == "none" else isa
 
 
 def has_native_products(device: torch.device) -> bool:
-    """Return whether the native kernels multiply packed weights on a device."""
-    return device.type == "cpu" and cpu_isa() != "none"
+    """Return whether the native kernels multiply packed weights on a device; raises as `native_isa`."""
+    return device.type == "cpu" and native_isa() is not None
 
 
 def choose_method(device: torch.device, dtype: torch.dtype, *, int8_activations: bool = False) -> QuantMethod[Any]:
