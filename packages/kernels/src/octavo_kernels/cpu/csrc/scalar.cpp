@@ -1,5 +1,6 @@
-// What the plain build needs where processors without vector extensions have no instruction.
+// Conversions of half precision, one number at a time, for processors and for rests of rows without an instruction.
 
+#include "cache.h"
 #include "vec.h"
 
 namespace octavo {
@@ -26,6 +27,24 @@ float f16_to_float(uint16_t bits) {
   float value;
   std::memcpy(&value, &out, sizeof value);
   return value;
+}
+
+uint16_t float_to_f16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7FFFFFFFu;
+  if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | ((bits >> 13) & 0x3FFu));  // NaN
+  if (bits >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7C00u);                            // 65536 and above
+  if (bits < 0x38800000u) {  // subnormal: adding 0.5 makes the unit in the last place that of a subnormal half
+    float size;
+    std::memcpy(&size, &bits, sizeof size);
+    size += 0.5f;
+    std::memcpy(&bits, &size, sizeof bits);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
+  }
+  bits += 0xFFFu + ((bits >> 13) & 1u);  // a carry into the exponent is the right rounding, up to infinity
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
 
 }  // namespace octavo
