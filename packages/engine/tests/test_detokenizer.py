@@ -109,3 +109,16 @@ def test_module_loads_without_torch(tmp_path: Path) -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("name", ["demo", "spm"])
+def test_tokens_pushed_together_give_the_text_of_one_after_the_other(name: str, request, data: st.DataObject) -> None:
+    tokenizer = request.getfixturevalue(name)
+    ids = data.draw(st.lists(st.integers(0, min(tokenizer.vocab_size, 400) - 1), max_size=40))
+    continues = data.draw(st.booleans())
+    cut = data.draw(st.integers(0, len(ids)))
+    detokenizer = Detokenizer(tokenizer, continues_prompt=continues)
+    together = [detokenizer.push_all(ids[:cut]), detokenizer.push_all(ids[cut:]), detokenizer.finish()]
+    assert "".join(together) == "".join(pieces(tokenizer, ids, continues=continues))

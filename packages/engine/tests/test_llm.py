@@ -171,3 +171,12 @@ def test_settings_that_cannot_work_are_refused():
         LLM(show_progress=False, block_size=17)
     with pytest.raises(InvalidConfig, match="max_model_len 999999 is more than the model's context"):
         LLM(show_progress=False, max_model_len=999999)
+
+
+def test_text_made_at_the_end_is_the_text_that_was_streamed(llm):
+    """A stop string that never comes makes text of every token as it comes."""
+    sampling = {"temperature": 1.5, "max_tokens": 40, "seed": 3, "n": 2, "logprobs": 1, "ignore_eos": True}
+    at_the_end = llm.generate("Emoji: 😀 🎉", SamplingParams(**sampling))[0]
+    streamed = llm.generate("Emoji: 😀 🎉", SamplingParams(stop=["\0 never said"], **sampling))[0]
+    assert at_the_end.outputs == streamed.outputs
+    assert len(at_the_end.outputs[0].logprobs) == 40

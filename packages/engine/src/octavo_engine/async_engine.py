@@ -33,8 +33,8 @@ class _Mailbox:
     updates: list[SequenceUpdate | EngineDead] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def put(self, updates: list[SequenceUpdate | EngineDead]) -> None:
-        self.updates += updates
+    def put(self, update: SequenceUpdate | EngineDead) -> None:
+        self.updates.append(update)
         self.arrived.set()
 
     async def take(self) -> list[SequenceUpdate]:
@@ -173,7 +173,7 @@ class AsyncEngine:
             self._dead = EngineDead(f"the engine stopped: {type(error).__name__}: {error}")
         self._dead = self._dead or EngineDead("the engine was closed")
         for mailbox in list(self._mailboxes.values()):
-            _put(mailbox, [self._dead])
+            _post(mailbox.loop, [(mailbox, self._dead)])
         self._engine.close()
 
     def _wait_for_work(self) -> bool:
@@ -188,17 +188,25 @@ class AsyncEngine:
         return commands
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
-        """Hand a step's updates over, one call into the event loop for each request."""
-        by_request: dict[str, list[SequenceUpdate | EngineDead]] = {}
+        """Hand a step's updates over, in one call into each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Letter]] = {}
         for update in updates:
-            if update.finish_reason is not FinishReason.ABORT:  # whoever aborted does not wait for an answer
-                by_request.setdefault(update.request_id, []).append(update)
-        for request_id, own in by_request.items():
-            mailbox = self._mailboxes.get(request_id)
-            if mailbox is not None:
-                _put(mailbox, own)
+            mailbox = self._mailboxes.get(update.request_id)
+            if mailbox is None or update.finish_reason is FinishReason.ABORT:
+                continue  # whoever aborted does not wait for an answer
+            by_loop.setdefault(mailbox.loop, []).append((mailbox, update))
+        for loop, letters in by_loop.items():
+            _post(loop, letters)
 
 
-def _put(mailbox: _Mailbox, updates: list[SequenceUpdate | EngineDead]) -> None:
-    with contextlib.suppress(RuntimeError):  # the reader's event loop has closed: nobody is left to tell
-        mailbox.loop.call_soon_threadsafe(mailbox.put, updates)
+_Letter = tuple[_Mailbox, SequenceUpdate | EngineDead]
+
+
+def _post(loop: asyncio.AbstractEventLoop, letters: list[_Letter]) -> None:
+    with contextlib.suppress(RuntimeError):  # the readers' event loop has closed: nobody is left to tell
+        loop.call_soon_threadsafe(_put, letters)
+
+
+def _put(letters: list[_Letter]) -> None:
+    for mailbox, update in letters:
+        mailbox.put(update)

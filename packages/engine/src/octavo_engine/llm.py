@@ -42,6 +42,10 @@ Message = Mapping[str, Any]
 
 @dataclass(slots=True)
 class _Choice:
+    """One sample of a request; `held` are tokens, and their log-probabilities, that have not been made text yet."""
+
+    held: list[int] = field(default_factory=list)
+    held_logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -60,8 +64,25 @@ class _Running:
     choices: list[_Choice]
     num_cached_tokens: int = 0
 
-    def take(self, delta: CompletionDelta) -> None:
-        choice = self.choices[delta.index]
+    def take(self, update: SequenceUpdate) -> CompletionDelta | None:
+        """Take in an update; return what it adds, None if that is nothing yet.
+
+        Without stop strings nobody needs text before the end, so that tokens are collected and made text at once.
+        """
+        choice = self.choices[update.index]
+        if update.finish_reason is None and not self.request.sampling.stop_strings:
+            choice.held += update.token_ids
+            choice.held_logprobs += update.logprobs or ()
+            return None
+        if choice.held:
+            logprobs = (*choice.held_logprobs, *(update.logprobs or ()))
+            update = update._replace(token_ids=(*choice.held, *update.token_ids), logprobs=logprobs or None)
+        delta = self.stream.push(update)
+        if delta is not None:
+            self._add(choice, delta)
+        return delta
+
+    def _add(self, choice: _Choice, delta: CompletionDelta) -> None:
         choice.text.append(delta.text)
         choice.token_ids.extend(delta.token_ids)
         choice.logprobs.extend(delta.logprobs or ())
@@ -226,17 +247,19 @@ class LLM:
             with tqdm(desc="generating", unit="request", total=len(running), disable=not self._show_progress) as bar:
                 for r in running:
                     self._engine.add(r.request)
-                for update in self._updates():
-                    own = by_id[update.request_id]
-                    delta = own.stream.push(update)
-                    if delta is None:
-                        continue
-                    if update.finish_reason is None and delta.finish_reason is not None:
-                        self._engine.abort(update.request_id, update.index)  # a stop string ended it
-                    own.take(delta)
-                    num_tokens += len(delta.token_ids)
-                    bar.update(own.stream.finished)
+                while self._engine.has_work:
+                    num_ended = 0
+                    for update in self._engine.step():
+                        own = by_id[update.request_id]
+                        delta = own.take(update)
+                        num_tokens += len(update.token_ids)
+                        if delta is None:
+                            continue
+                        num_ended += own.stream.finished
+                        if update.finish_reason is None and delta.finish_reason is not None:
+                            self._engine.abort(update.request_id, update.index)  # a stop string ended it
                     bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+                    bar.update(num_ended)
         finally:
             for request_id in by_id:
                 self._engine.abort(request_id)  # after an error or an interrupt nothing goes on unseen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 from octavo_engine.text.tokenizer import Tokenizer
 
@@ -35,6 +36,11 @@ class Detokenizer:
         if token_id in self._skipped:
             return ""
         return self._stripped(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Take in several tokens; the same text as that of pushing one after the other, in one go."""
+        skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
+        return self._stripped(self._decoder.decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped])))
 
     def finish(self) -> str:
         """Return what is left at the end: U+FFFD once if the last character never became whole, else nothing."""

@@ -52,6 +52,10 @@ class TextStream:
         character that never became whole. After a stop or `finished` the stream must not be pushed again.
         """
         assert not self._ended, "push after the end of the stream"
+        if not self._matcher.watches:
+            self._ended = finished
+            text = self._detokenizer.push_all(token_ids)
+            return TextDelta(text + self._detokenizer.finish() if finished else text, len(token_ids), None)
         shown: list[str] = []
         for index, token_id in enumerate(token_ids):
             text, stopped = self._matcher.feed(self._detokenizer.push(token_id))

@@ -31,6 +31,11 @@ class StopMatcher:
         self._include_stop = include_stop
         self._held = ""
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is any stop string."""
+        return bool(self._patterns)
+
     def feed(self, text: str) -> StopResult:
         """Take in more text and return what may be shown of it; after a stop, neither feed nor flush again."""
         if not self._patterns:
