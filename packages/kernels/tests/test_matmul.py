@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import octavo_kernels as ok
-from octavo_kernels import WeightFormat
+from octavo_kernels import WeightFormat, matmul
+from octavo_kernels.cpu.fallback import matmul as fallback
 from octavo_kernels.packed_weight import block_words, dense_panels
+from octavo_kernels.reference import matmul as reference
 
 BLOCK_BYTES = {WeightFormat.Q4_0: 18, WeightFormat.Q4_1: 20, WeightFormat.Q8_0: 34}
 DTYPES = {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, WeightFormat.F16: torch.float16}
@@ -225,6 +227,38 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_
         some_ids, some_best = ok.packed_argmax(x[:num_tokens], weight, int8_activations=int8)
         assert torch.equal(some_ids, ids[:num_tokens])
         assert torch.equal(bits(some_best), bits(best[:num_tokens])), num_tokens
+
+
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """Have torch serve the cpu backend, whether or not native code could."""
+    monkeypatch.setattr(matmul, "implementation", lambda op, device: getattr(fallback, op))
+
+
+@modes
+def test_torch_alone_equals_the_reference(torch_alone, monkeypatch, weight_format, int8):
+    weight = random_weight(weight_format, 100, 576)
+    added = torch.linspace(-1, 1, 100)
+    ids = torch.tensor([99, 0, 33])
+    results = []
+    for module in (fallback, reference):
+        monkeypatch.setattr(matmul, "implementation", lambda op, device, module=module: getattr(module, op))
+        x = random_rows(17, 576, "cpu")
+        products = ok.packed_linear(x, weight, added, int8_activations=int8)
+        results.append((products, ok.packed_argmax(x, weight, int8_activations=int8)[0]))
+        assert torch.equal(ok.packed_embedding(weight, ids), ok.unpack_weight(weight)[ids])
+    torch.testing.assert_close(results[0][0], results[1][0], **TOLERANCE)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@modes
+def test_torch_alone_gives_a_row_the_same_bits_in_every_batch(torch_alone, weight_format, int8):
+    weight = random_weight(weight_format, 100, 576)
+    x = random_rows(65, 576, "cpu")
+    alone = torch.cat([ok.packed_linear(x[row : row + 1], weight, int8_activations=int8) for row in range(65)])
+    for num_tokens in range(1, 66):
+        together = ok.packed_linear(x[:num_tokens], weight, int8_activations=int8)
+        assert torch.equal(bits(together), bits(alone[:num_tokens])), num_tokens
 
 
 @modes
