@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.batch import NewRow
+from octavo_engine.runner import sampler
 from octavo_engine.runner.sampler import Drawn, filtered, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.types import SamplingParams
@@ -377,3 +378,27 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 def test_plain_greedy_batch_collects_nothing() -> None:
     rows = [new_row(i, SamplingParams(temperature=0)) for i in range(3)]
     assert sampling_rows(*rows).batch(np.arange(3), np.full(3, 3)) is None
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_k": 4},
+        {"top_p": 0.4},
+        {"min_p": 0.3},
+        {"top_k": 9, "top_p": 0.7, "min_p": 0.05},
+    ],
+    ids=["top_k", "top_p", "min_p", "all"],
+)
+def test_noise_for_the_few_tokens_left_draws_what_noise_for_all_does(monkeypatch, sampling: dict[str, Any]) -> None:
+    logits = random_logits(40, vocab_size=400)
+    rows = [new_row(row, SamplingParams(temperature=0.9, **sampling), seed=row) for row in range(len(logits))]
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "_FEW", 1 << 62)  # no tokens are few
+        patch.setattr(sampler, "gumbel_noise_at", None)
+        expected = draw(logits, *rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "gumbel_noise", None)
+        drawn = draw(logits, *rows)
+    assert drawn.token_ids.tolist() == expected.token_ids.tolist()
+    assert len(set(drawn.token_ids.tolist())) > 10

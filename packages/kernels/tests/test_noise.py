@@ -113,3 +113,25 @@ def test_no_rows_and_no_columns_give_empty_tensors(device):
     none, one = (torch.zeros(rows, dtype=torch.int64, device=device) for rows in (0, 1))
     assert ok.philox(none, none, none, 4).shape == (0, 4)
     assert ok.gumbel_noise(one, one, one, 0).shape == (1, 0)
+
+
+def test_single_values_are_those_of_whole_rows_bit_for_bit(device):
+    num_rows, num_columns = 5, 1003
+    seeds = torch.tensor([0, -1, 2**62, -(2**63), 12345], device=device)
+    sequence_index = torch.arange(num_rows, device=device) * 3
+    positions = torch.tensor([0, 1, 2**40, 77, 2**31], device=device)
+    whole = ok.gumbel_noise(seeds, sequence_index, positions, num_columns)
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randint(num_rows, (60,), generator=generator).to(device)
+    columns = torch.randint(num_columns, (60,), generator=generator).to(device)
+    columns[:4] = torch.tensor([0, 3, 4, num_columns - 1], device=device)
+    for count in (0, 1, 7, 60):
+        row, column = rows[:count], columns[:count]
+        single = ok.gumbel_noise_at(seeds[row], sequence_index[row], positions[row], column)
+        assert torch.equal(single, whole[row, column])
+
+
+def test_single_values_need_one_column_each(device):
+    one = torch.zeros(2, dtype=torch.int64, device=device)
+    with pytest.raises(ok.ShapeError, match="columns"):
+        ok.gumbel_noise_at(one, one, one, one[:1])

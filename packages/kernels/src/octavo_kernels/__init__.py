@@ -16,7 +16,7 @@ from octavo_kernels.errors import (
 )
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
-from octavo_kernels.noise import gumbel_noise, philox
+from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.rope import rope_kv_write
@@ -43,6 +43,7 @@ __all__ = [
     "gelu",
     "gelu_and_mul",
     "gumbel_noise",
+    "gumbel_noise_at",
     "merge_states",
     "pack_weight",
     "packed_argmax",

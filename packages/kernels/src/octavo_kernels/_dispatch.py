@@ -65,6 +65,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "merge_states": "merge",
         "philox": "noise",
         "gumbel_noise": "noise",
+        "gumbel_noise_at": "noise",
     }
 )
 

@@ -55,17 +55,52 @@ def gumbel_noise(seeds: Tensor, sequence_index: Tensor, positions: Tensor, num_c
     return _noise("gumbel_noise", seeds, sequence_index, positions, num_columns, torch.float32)
 
 
+def gumbel_noise_at(seeds: Tensor, sequence_index: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+    """Return single values of `gumbel_noise`, bit for bit, for where few columns of a row matter.
+
+    Value i is what `gumbel_noise` gives in column columns[i] of a row of seeds[i], sequence_index[i], positions[i].
+
+    Args:
+        seeds: [num_values] int64.
+        sequence_index: [num_values] int64.
+        positions: [num_values] int64.
+        columns: [num_values] int64, not negative.
+
+    Returns:
+        [num_values] fp32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: an argument does not fit.
+
+    """
+    op = "gumbel_noise_at"
+    device = _keys(op, seeds, sequence_index, positions)
+    _check.same_device(op, seeds=seeds, columns=columns)
+    _check.shape(op, "columns", columns, seeds.shape)
+    _check.dtype(op, "columns", columns, torch.int64)
+    out = torch.empty(seeds.shape, dtype=torch.float32, device=device)
+    if out.numel():
+        implementation(op, device)(seeds, sequence_index, positions, columns, out)
+    return out
+
+
 def _noise(
     op: str, seeds: Tensor, sequence_index: Tensor, positions: Tensor, num_columns: int, dtype: torch.dtype
 ) -> Tensor:
+    device = _keys(op, seeds, sequence_index, positions)
+    _check.option(op, "num_columns", num_columns, num_columns >= 0, "at least 0")
+    out = torch.empty((seeds.shape[0], num_columns), dtype=dtype, device=device)
+    if out.numel():
+        implementation(op, device)(seeds, sequence_index, positions, out)
+    return out
+
+
+def _keys(op: str, seeds: Tensor, sequence_index: Tensor, positions: Tensor) -> torch.device:
+    """Check what noise is keyed by; return its device."""
     device = _check.same_device(op, seeds=seeds, sequence_index=sequence_index, positions=positions)
     _check.rank(op, "seeds", seeds, ("rows",))
     _check.shape(op, "sequence_index", sequence_index, seeds.shape)
     _check.shape(op, "positions", positions, seeds.shape)
     for name, tensor in (("seeds", seeds), ("sequence_index", sequence_index), ("positions", positions)):
         _check.dtype(op, name, tensor, torch.int64)
-    _check.option(op, "num_columns", num_columns, num_columns >= 0, "at least 0")
-    out = torch.empty((seeds.shape[0], num_columns), dtype=dtype, device=device)
-    if out.numel():
-        implementation(op, device)(seeds, sequence_index, positions, out)
-    return out
+    return device

@@ -1,5 +1,5 @@
 """The noise of the `cpu` backend: batched torch."""
 
-from octavo_kernels.cpu.fallback.noise import gumbel_noise, philox
+from octavo_kernels.cpu.fallback.noise import gumbel_noise, gumbel_noise_at, philox
 
-__all__ = ["gumbel_noise", "philox"]
+__all__ = ["gumbel_noise", "gumbel_noise_at", "philox"]

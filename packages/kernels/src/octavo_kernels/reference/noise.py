@@ -28,6 +28,14 @@ def gumbel_noise(seeds: Tensor, sequence_index: Tensor, positions: Tensor, out: 
     out.copy_(-torch.log(-torch.log(uniform)))
 
 
+def gumbel_noise_at(seeds: Tensor, sequence_index: Tensor, positions: Tensor, columns: Tensor, out: Tensor) -> None:
+    """Fill out [num_values] fp32 with the noise of single columns: a full row each, of which one value is kept."""
+    for i, column in enumerate(columns.tolist()):
+        row = torch.empty((1, column + 1), dtype=torch.float32, device=out.device)
+        gumbel_noise(seeds[i : i + 1], sequence_index[i : i + 1], positions[i : i + 1], row)
+        out[i] = row[0, -1]
+
+
 def philox_words(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Return the four output words of Philox4x32-10 for four counter words and two key words, all int64."""
     c0, c1, c2, c3 = counter
