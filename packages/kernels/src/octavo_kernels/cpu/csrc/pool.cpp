@@ -77,6 +77,13 @@ void change(std::atomic<uint32_t>& word, std::atomic<int>& num_sleepers) {
 struct Scratch {
   void* memory = nullptr;
   size_t num_bytes = 0;
+
+  void grow(size_t wanted) {
+    if (num_bytes >= wanted) return;
+    std::free(memory);
+    num_bytes = (wanted + 4095) / 4096 * 4096;
+    if (posix_memalign(&memory, 4096, num_bytes) != 0) std::abort();
+  }
 };
 
 }  // namespace
@@ -160,6 +167,7 @@ class Pool {
   void (*job_)(Team&, const void*) = nullptr;
   const void* argument_ = nullptr;
   Scratch scratch_[kMaxThreads];
+  Scratch shared_;
   uint32_t num_jobs_ = 0;
   alignas(64) std::atomic<uint32_t> epoch_{0};  // number of the job, and in the low 8 bits its threads
   std::atomic<int> num_idle_{0};                // workers asleep between jobs
@@ -187,12 +195,15 @@ void Team::barrier() {
 
 void* Team::scratch(size_t num_bytes) {
   Scratch& own = pool_.scratch_[index_];
-  if (own.num_bytes < num_bytes) {
-    std::free(own.memory);
-    own.num_bytes = (num_bytes + 4095) / 4096 * 4096;
-    if (posix_memalign(&own.memory, 4096, own.num_bytes) != 0) std::abort();
-  }
+  own.grow(num_bytes);
   return own.memory;
+}
+
+void* Team::shared(size_t num_bytes) {
+  barrier();  // nobody uses what an earlier call returned
+  if (index_ == 0) pool_.shared_.grow(num_bytes);
+  barrier();
+  return pool_.shared_.memory;
 }
 
 void run_on_pool(int num_threads, void (*job)(Team&, const void*), const void* argument) {

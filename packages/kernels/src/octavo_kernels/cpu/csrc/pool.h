@@ -37,6 +37,10 @@ class Team {
   // Valid until the next call by the same thread.
   void* scratch(size_t num_bytes);
 
+  // Returns memory of at least num_bytes that all threads of the job see, aligned to 64; what was in it may be lost.
+  // Every thread must call it with the same number. It is a barrier, and valid until the next call.
+  void* shared(size_t num_bytes);
+
  private:
   int64_t claim();
 

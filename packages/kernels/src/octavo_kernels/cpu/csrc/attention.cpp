@@ -1,0 +1,300 @@
+// paged_attention: each task walks some tiles of one sequence's cache for one KV head and all query heads of its group.
+//
+// A row (one query head of one token) is reduced tile by tile in the order of absolute positions, and inside a tile in a
+// fixed order. So its bits depend on its own query and on the keys and values that it sees, and on nothing else: not on
+// chunks of prompts, other rows, splits, or threads. Where few tasks would have to serve many threads, the tiles of a
+// sequence are dealt out; each leaves its result in memory, and they are joined in the same order by the same arithmetic.
+
+#include <algorithm>
+#include <new>
+
+#include "attention_plan.h"
+#include "attention_softmax.h"
+#include "attention_tile.h"
+#include "ops.h"
+
+namespace octavo {
+namespace {
+
+struct Row {
+  const float* q;
+  int64_t token, head;
+  int64_t position;
+  Positions seen;
+  float slope;
+  Softmax softmax;
+
+  // The positions of a tile that this row sees, from the tile's first on.
+  int begin_in(int64_t tile) const { return static_cast<int>(std::max<int64_t>(seen.begin - tile * kTile, 0)); }
+  int end_in(int64_t tile) const {
+    return static_cast<int>(std::max<int64_t>(std::min<int64_t>(seen.end - tile * kTile, kTile), 0));
+  }
+};
+
+// What a task leaves of its tiles when another one joins them.
+struct Partial {
+  float* maximum;  // [rows]
+  float* sum;
+  float* value;  // [rows, head_dim]
+};
+
+size_t rounded(size_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
+
+// A thread's memory: the plan, and what one task needs.
+class Memory {
+ public:
+  Memory(Team& team, const PagedAttentionArgs& a, int64_t max_items) {
+    const int64_t max_rows = std::max<int64_t>(kRowsPerItem, a.num_heads / a.num_kv_heads);
+    const size_t sizes[4] = {rounded(max_items * sizeof(Item)), rounded(max_rows * sizeof(Row)),
+                             rounded(kTile * a.head_dim * sizeof(float)),
+                             rounded(max_rows * a.head_dim * sizeof(float))};
+    char* memory = static_cast<char*>(team.scratch(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
+    items = reinterpret_cast<Item*>(memory);
+    rows = reinterpret_cast<Row*>(memory + sizes[0]);
+    keys = reinterpret_cast<float*>(memory + sizes[0] + sizes[1]);
+    values = reinterpret_cast<float*>(memory + sizes[0] + sizes[1] + sizes[2]);
+  }
+
+  Item* items;
+  Row* rows;
+  float* keys;    // [head_dim][kTile], the transposed keys of a tile
+  float* values;  // [rows][head_dim]
+};
+
+// One item and one KV head: its rows, and the tiles of its cache.
+template <class T>
+class Walk {
+ public:
+  Walk(const PagedAttentionArgs& a, const Item& item, int64_t kv_head, Memory& memory)
+      : a_(a), item_(item), kv_head_(kv_head), head_dim_(static_cast<int>(a.head_dim)), memory_(memory) {
+    const int64_t group = a.num_heads / a.num_kv_heads;
+    const int64_t start = a.query_start_loc[item.sequence];
+    const int64_t seq_len = a.seq_lens[item.sequence];
+    const int64_t query_len = a.query_start_loc[item.sequence + 1] - start;
+    for (int64_t query = item.first_query; query < item.first_query + item.num_queries; ++query) {
+      const int64_t position = seq_len - query_len + query;
+      const Positions seen = visible(a, position, seq_len);
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        Row& row = *new (memory.rows + num_rows_) Row{};
+        row.token = start + query;
+        row.head = head;
+        row.q = a.q + row.token * a.q_token_stride + head * a.q_head_stride;
+        row.position = position;
+        row.seen = seen;
+        row.slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head];
+        row.softmax.value = memory.values + num_rows_ * head_dim_;
+        std::fill_n(row.softmax.value, head_dim_, 0.0f);
+        ++num_rows_;
+      }
+    }
+  }
+
+  // Walks tiles first .. end - 1 of the item. Without `partials` they are joined to the rows, else left there.
+  void tiles(int64_t first, int64_t end, float* partials) {
+    if (first >= end) return;
+    KvTile<T> buffers[2];
+    find(first, buffers[0]);
+    for (int64_t tile = first; tile < end; ++tile) {
+      const KvTile<T>& now = buffers[(tile - first) % 2];
+      KvTile<T>* next = tile + 1 < end ? &buffers[(tile - first + 1) % 2] : nullptr;
+      if (next != nullptr) find(tile + 1, *next);
+      transpose_keys(now, next, head_dim_, memory_.keys);
+      const Partial partial = partials == nullptr ? Partial{} : partial_of(tile, partials);
+      for (int64_t row = 0; row < num_rows_; row += kMaxRows) {
+        attend(now, row == 0 ? next : nullptr, tile, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
+      }
+    }
+  }
+
+  // Joins what the tasks of this item and KV head left.
+  void join_partials(float* partials) {
+    for (int64_t tile = item_.first_tile; tile < item_.first_tile + item_.num_tiles; ++tile) {
+      const Partial partial = partial_of(tile, partials);
+      for (int64_t i = 0; i < num_rows_; ++i) {
+        Row& row = memory_.rows[i];
+        if (row.begin_in(tile) >= row.end_in(tile)) continue;
+        join(row.softmax, partial.maximum[i], partial.sum[i], partial.value + i * head_dim_, head_dim_);
+      }
+    }
+  }
+
+  void write() {
+    for (int64_t i = 0; i < num_rows_; ++i) {
+      Row& row = memory_.rows[i];
+      const float* sink = a_.sinks == nullptr ? nullptr : a_.sinks + row.head;
+      float* out = a_.out + row.token * a_.out_token_stride + row.head * a_.out_head_stride;
+      float* lse = a_.lse == nullptr ? nullptr : a_.lse + row.token * a_.num_heads + row.head;
+      finish(row.softmax, sink, head_dim_, out, lse);
+    }
+  }
+
+ private:
+  // Looks up where a tile's keys and values are.
+  void find(int64_t number, KvTile<T>& tile) const {
+    const int64_t start = number * kTile;
+    const Row &first = memory_.rows[0], &last = memory_.rows[num_rows_ - 1];
+    tile.begin = first.begin_in(number);
+    tile.end = last.end_in(number);
+    const int32_t* table = a_.block_table + item_.sequence * a_.block_table_stride;
+    for (int64_t position = start + tile.begin; position < start + tile.end;) {
+      const int64_t number_in_table = position / a_.block_size, offset = position % a_.block_size;
+      const int64_t block = table[number_in_table];
+      const int64_t end = std::min<int64_t>(start + tile.end, position + a_.block_size - offset);
+      const T* k = static_cast<const T*>(a_.k_cache) + block * a_.k_block_stride + kv_head_ * a_.k_head_stride;
+      const T* v = static_cast<const T*>(a_.v_cache) + block * a_.v_block_stride + kv_head_ * a_.v_head_stride;
+      const int64_t scale = (block * a_.num_kv_heads + kv_head_) * a_.block_size + offset;
+      for (int64_t i = 0; position < end; ++position, ++i) {
+        const int64_t j = position - start;
+        tile.k[j] = k + (offset + i) * a_.k_slot_stride;
+        tile.v[j] = v + (offset + i) * a_.v_slot_stride;
+        if (a_.k_scale == nullptr) continue;
+        tile.k_scale[j] = a_.k_scale[scale + i];
+        tile.v_scale[j] = a_.v_scale[scale + i];
+      }
+    }
+    for (int j = 0; j < kTile; ++j) {
+      if (j >= tile.begin && j < tile.end) continue;
+      tile.k[j] = tile.k[tile.begin];
+      tile.v[j] = tile.v[tile.begin];
+      tile.k_scale[j] = tile.v_scale[j] = 0.0f;
+    }
+  }
+
+  Partial partial_of(int64_t tile, float* partials) const {
+    const int64_t size = AttentionPlan::partial_floats(1, num_rows_, head_dim_);
+    float* memory = partials + (kv_head_ * item_.num_tiles + tile - item_.first_tile) * size;
+    return Partial{memory, memory + num_rows_, memory + 2 * num_rows_};
+  }
+
+  void attend(const KvTile<T>& now, const KvTile<T>* next, int64_t tile, int64_t row, int64_t count,
+              const Partial& partial) {
+    switch (count) {
+      case 1:
+        return attend_rows<1>(now, next, tile, row, partial);
+      case 2:
+        return attend_rows<2>(now, next, tile, row, partial);
+      case 3:
+        return attend_rows<3>(now, next, tile, row, partial);
+      case 4:
+        return attend_rows<4>(now, next, tile, row, partial);
+      case 5:
+        return attend_rows<5>(now, next, tile, row, partial);
+      default:
+        return attend_rows<kMaxRows>(now, next, tile, row, partial);
+    }
+  }
+
+  template <int R>
+  void attend_rows(const KvTile<T>& now, const KvTile<T>* next, int64_t tile, int64_t first_row,
+                   const Partial& partial) {
+    Row* rows = memory_.rows + first_row;
+    const float* q[R];
+    int begin[R], end[R];
+    int first = kTile, last = 0;  // what any row sees
+    for (int r = 0; r < R; ++r) {
+      q[r] = rows[r].q;
+      begin[r] = rows[r].begin_in(tile);
+      end[r] = rows[r].end_in(tile);
+      first = std::min(first, begin[r]);
+      last = std::max(last, end[r]);
+    }
+    if (first >= last) return;
+    alignas(64) float weights[R * kTile];
+    alignas(64) float sums[R * kMaxHeadDim];
+    float maximum[R] = {}, sum[R] = {};
+    scores<R>(q, memory_.keys, head_dim_, weights);
+    const bool scaled = a_.k_scale != nullptr;
+    for (int r = 0; r < R; ++r) {
+      const Scoring how{a_,
+                        scaled ? now.k_scale : nullptr,
+                        scaled ? now.v_scale : nullptr,
+                        rows[r].slope,
+                        static_cast<float>(rows[r].position - tile * kTile),
+                        begin[r],
+                        end[r]};
+      soften(how, weights + r * kTile, &maximum[r], &sum[r]);
+      std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
+    }
+    weigh_rows<R>(now, next, weights, begin, end, sums);
+    for (int r = 0; r < R; ++r) {
+      if (begin[r] >= end[r]) continue;
+      const float* value = sums + r * kMaxHeadDim;
+      if (partial.maximum == nullptr) {
+        join(rows[r].softmax, maximum[r], sum[r], value, head_dim_);
+        continue;
+      }
+      partial.maximum[first_row + r] = maximum[r];
+      partial.sum[first_row + r] = sum[r];
+      std::copy_n(value, head_dim_, partial.value + (first_row + r) * head_dim_);
+    }
+  }
+
+  // Values are multiplied for the rows that see them alone: 0 * NaN would not be 0. Positions that all rows see are
+  // taken together, those before and behind row by row.
+  template <int R>
+  void weigh_rows(const KvTile<T>& now, const KvTile<T>* next, const float* weights, const int* begin, const int* end,
+                  float* sums) {
+    const T* const* ahead = next == nullptr ? nullptr : next->v;
+    const int all_begin = *std::max_element(begin, begin + R);
+    const int all_end = std::max(all_begin, *std::min_element(end, end + R));
+    for (int r = 0; r < R; ++r)
+      weigh<T, 1>(now.v, nullptr, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_,
+                  sums + r * kMaxHeadDim);
+    weigh<T, R>(now.v, ahead, weights, all_begin, all_end, head_dim_, sums);
+    for (int r = 0; r < R; ++r)
+      weigh<T, 1>(now.v, nullptr, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_,
+                  sums + r * kMaxHeadDim);
+  }
+
+  const PagedAttentionArgs& a_;
+  const Item& item_;
+  int64_t kv_head_;
+  int head_dim_;
+  Memory& memory_;
+  int64_t num_rows_ = 0;
+};
+
+template <class T>
+void attend_all(const PagedAttentionArgs& a, int64_t num_seqs, Team& team) {
+  Memory memory(team, a, AttentionPlan::max_items(a, num_seqs));
+  const AttentionPlan plan(a, num_seqs, team.num_threads(), memory.items);
+  float* partials = nullptr;
+  if (plan.num_joins() > 0) {
+    partials = static_cast<float*>(team.shared(plan.num_partial_floats() * sizeof(float)));
+  }
+  team.parallel_for(plan.num_tasks(), [&](int64_t task) {
+    const Item& item = plan.item_of_task(task);
+    const int64_t kv_head = (task - item.first_task) / item.num_parts;
+    const int64_t part = (task - item.first_task) % item.num_parts;
+    Walk<T> walk(a, item, kv_head, memory);
+    const int64_t first = item.first_tile + part * item.tiles_per_part;
+    const int64_t end = std::min(first + item.tiles_per_part, item.first_tile + item.num_tiles);
+    const bool whole = item.num_parts == 1;
+    walk.tiles(first, end, whole ? nullptr : partials + item.first_partial);
+    if (whole) walk.write();
+  });
+  if (plan.num_joins() == 0) return;
+  team.parallel_for(plan.num_joins(), [&](int64_t number) {
+    const Item& item = plan.item_of_join(number);
+    Walk<T> walk(a, item, number - item.first_join, memory);
+    walk.join_partials(partials + item.first_partial);
+    walk.write();
+  });
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttentionArgs& args, int64_t, int64_t num_seqs, Team& team) {
+  switch (static_cast<Dtype>(args.cache_dtype)) {
+    case Dtype::kF32:
+      return attend_all<float>(args, num_seqs, team);
+    case Dtype::kBF16:
+      return attend_all<BF16>(args, num_seqs, team);
+    case Dtype::kF16:
+      return attend_all<F16>(args, num_seqs, team);
+    case Dtype::kI8:
+      return attend_all<int8_t>(args, num_seqs, team);
+  }
+}
+
+}  // namespace octavo

@@ -1,0 +1,112 @@
+// The softmax of attention, tile by tile: weights of a tile, and the joining of tiles in the order of their positions
+// (online softmax, arXiv 1805.02867).
+
+#pragma once
+
+#include "attention_tile.h"
+#include "ops.h"
+#include "vmath.h"
+
+namespace octavo {
+
+constexpr float kNothing = -__builtin_inff();
+
+// The maximum m of some scores, the sum of exp(score - m), and the sum of exp(score - m) * v.
+struct Softmax {
+  float maximum = kNothing;
+  float sum = 0.0f;
+  float* value = nullptr;  // [head_dim]
+};
+
+// exp(a - m) and exp(b - m) for m = max(a, b), by which two sums are brought to the same maximum.
+struct Joined {
+  float maximum, factor_a, factor_b;
+
+  Joined(float a, float b) : maximum(b > a ? b : a) {
+    const float base = maximum == kNothing ? 0.0f : maximum;
+    alignas(64) float lanes[W] = {a - base, b - base};
+    vstore(lanes, vexp(vload(lanes)));
+    factor_a = lanes[0];
+    factor_b = lanes[1];
+  }
+};
+
+// Joins the softmax of a later tile to that of the tiles before it.
+OCTAVO_INLINE void join(Softmax& all, float maximum, float sum, const float* value, int head_dim) {
+  const Joined both(all.maximum, maximum);
+  all.maximum = both.maximum;
+  all.sum = all.sum * both.factor_a + sum * both.factor_b;
+  const vf a = vset(both.factor_a), b = vset(both.factor_b);
+  for (int d = 0; d < head_dim; d += W)
+    vstore(all.value + d, vfma(vload(value + d), b, vmul(vload(all.value + d), a)));
+}
+
+// Writes the attention of a row, and the logarithm of its denominator. A sink is a score without a value.
+OCTAVO_INLINE void finish(Softmax& all, const float* sink, int head_dim, float* out, float* lse) {
+  if (sink != nullptr) {
+    const Joined both(all.maximum, *sink);
+    all.maximum = both.maximum;
+    all.sum = all.sum * both.factor_a + both.factor_b;
+    for (int d = 0; d < head_dim; d += W) vstore(all.value + d, vmul(vload(all.value + d), vset(both.factor_a)));
+  }
+  const bool empty = all.sum == 0.0f;
+  for (int d = 0; d < head_dim; d += W)
+    vstore(out + d, empty ? vzero() : vdiv(vload(all.value + d), vset(all.sum)));
+  if (lse != nullptr) *lse = empty ? kNothing : all.maximum + std::log(all.sum);
+}
+
+struct LaneNumbers {
+  float lanes[kTile];
+  constexpr LaneNumbers() : lanes() {
+    for (int i = 0; i < kTile; ++i) lanes[i] = static_cast<float>(i);
+  }
+};
+constexpr LaneNumbers kLaneNumbers;
+
+// How products become scores, for one row and one tile.
+struct Scoring {
+  const PagedAttentionArgs& args;
+  const float* k_scale;  // [kTile], or null
+  const float* v_scale;
+  float slope;     // of ALiBi
+  float distance;  // position of the row minus that of the tile's first key
+  int begin, end;  // the positions of the tile that the row sees
+};
+
+OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
+  const PagedAttentionArgs& a = how.args;
+  if (how.k_scale != nullptr) product = vmul(product, vload(how.k_scale + first));
+  vf x = vmul(product, vset(a.scale));
+  if (a.soft_cap != 0.0f) x = vmul(vset(a.soft_cap), vtanh(vdiv(x, vset(a.soft_cap))));
+  const vf lane = vload(kLaneNumbers.lanes + first);
+  if (a.alibi_slopes != nullptr) x = vfnma(vset(how.slope), vabs(vsub(vset(how.distance), lane)), x);
+  if (how.begin == 0 && how.end == kTile) return x;
+  const vf nothing = vset(kNothing);
+  x = vselect_less(lane, vset(static_cast<float>(how.begin)), nothing, x);
+  return vselect_less(lane, vset(static_cast<float>(how.end)), x, nothing);
+}
+
+// Turns products [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the maximum and the sum.
+OCTAVO_INLINE void soften(const Scoring& how, float* products, float* maximum, float* sum) {
+  constexpr int N = kTile / W;
+  vf x[N];
+  vf largest = vset(kNothing);
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) {
+    x[i] = score(how, vload(products + i * W), i * W);
+    largest = vmax(largest, x[i]);
+  }
+  *maximum = vmax_of(largest);
+  const vf base = vset(*maximum == kNothing ? 0.0f : *maximum);
+  vf total = vzero();
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) {
+    x[i] = vexp(vsub(x[i], base));
+    total = vadd(total, x[i]);
+    if (how.v_scale != nullptr) x[i] = vmul(x[i], vload(how.v_scale + i * W));
+    vstore(products + i * W, x[i]);
+  }
+  *sum = vsum(total);
+}
+
+}  // namespace octavo
