@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
+from octavo_kernels.cpu.launch import empty
 from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat, packed_num_bytes
 
 
@@ -158,7 +159,7 @@ def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: b
 
 def _output(op: str, out: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
     if out is None:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+        return empty(shape, torch.float32, device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, torch.float32)
     _check.last_dim_contiguous(op, out=out)

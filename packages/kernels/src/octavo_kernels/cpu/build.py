@@ -45,6 +45,7 @@ _COMPILE = (
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
+    "-Wno-maybe-uninitialized",  # GCC 12 says it of its own vector intrinsics (its bug 105593)
 )
 # The C++ runtime is linked in and hidden, so that the library runs beside any other in one process.
 _LINK_LINUX = (

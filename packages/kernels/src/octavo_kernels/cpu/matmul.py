@@ -1,11 +1,103 @@
-"""Packed weights and their products of the `cpu` backend."""
+"""Packed weights and their products of the `cpu` backend: native code, or batched torch where there is none."""
 
-from octavo_kernels.cpu.fallback.matmul import (
-    pack_weight,
-    packed_argmax,
-    packed_embedding,
-    packed_linear,
-    unpack_weight,
-)
+import torch
+from torch import Tensor
 
-__all__ = ["pack_weight", "packed_argmax", "packed_embedding", "packed_linear", "unpack_weight"]
+from octavo_kernels.cpu import abi
+from octavo_kernels.cpu.fallback import matmul as fallback
+from octavo_kernels.cpu.launch import empty, launch, pointer
+from octavo_kernels.cpu.load import library_for
+from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat
+
+_FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
+_NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
+_BEST_BYTES = 16  # of a slice's best product and its index
+
+
+def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
+    """Fill the weight's data from the rows of a file."""
+    if library_for("pack_weight") is None:
+        return fallback.pack_weight(stored, weight)
+    stored = stored.contiguous()
+    args = abi.PackWeightArgs(
+        stored=stored.data_ptr(),
+        packed=weight.data.data_ptr(),
+        format=_FORMAT_CODES[weight.format],
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+    )
+    return launch(abi.OpKind.PACK_WEIGHT, args, 0, stored, weight.data)
+
+
+def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
+    """Fill out [out_features, in_features] with the weight's values."""
+    packed_embedding(weight, torch.arange(weight.out_features), out)
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_activations: bool, out: Tensor) -> None:
+    """Fill out with x times the weight, plus the bias."""
+    if library_for("packed_linear") is None:
+        return fallback.packed_linear(x, weight, bias, int8_activations, out)
+    workspace = _workspace(_rounded_bytes(x)) if int8_activations else None
+    args = abi.PackedLinearArgs(
+        x=x.data_ptr(),
+        weight=weight.data.data_ptr(),
+        bias=pointer(bias),
+        out=out.data_ptr(),
+        workspace=pointer(workspace),
+        x_stride=x.stride(0),
+        out_stride=out.stride(0),
+        format=_FORMAT_CODES[weight.format],
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        int8_activations=int8_activations,
+    )
+    return launch(abi.OpKind.PACKED_LINEAR, args, len(x), x, weight.data, bias, out, workspace)
+
+
+def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> None:
+    """Fill out with rows of the weight."""
+    if library_for("packed_embedding") is None:
+        return fallback.packed_embedding(weight, token_ids, out)
+    token_ids = token_ids.contiguous()
+    args = abi.PackedEmbeddingArgs(
+        weight=weight.data.data_ptr(),
+        token_ids=token_ids.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        format=_FORMAT_CODES[weight.format],
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+    )
+    return launch(abi.OpKind.PACKED_EMBEDDING, args, len(token_ids), weight.data, token_ids, out)
+
+
+def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: Tensor, best: Tensor) -> None:
+    """Fill ids and best with where each row's product is largest, and how large."""
+    if library_for("packed_argmax") is None:
+        return fallback.packed_argmax(x, weight, int8_activations, ids, best)
+    rounded = _rounded_bytes(x) if int8_activations else 0
+    workspace = _workspace(_NUM_SLICES * len(x) * _BEST_BYTES + rounded)
+    args = abi.PackedArgmaxArgs(
+        x=x.data_ptr(),
+        weight=weight.data.data_ptr(),
+        ids=ids.data_ptr(),
+        best=best.data_ptr(),
+        workspace=workspace.data_ptr(),
+        x_stride=x.stride(0),
+        format=_FORMAT_CODES[weight.format],
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        int8_activations=int8_activations,
+    )
+    return launch(abi.OpKind.PACKED_ARGMAX, args, len(x), x, weight.data, ids, best, workspace)
+
+
+def _rounded_bytes(x: Tensor) -> int:
+    """Return the bytes of x rounded to int8: codes, and a scale and an offset per group, with room to align them."""
+    num_rows, in_features = x.shape
+    return int(num_rows * (in_features + in_features // GROUP * 8)) + 128
+
+
+def _workspace(num_bytes: int) -> Tensor:
+    return empty((num_bytes,), torch.uint8, torch.device("cpu"))

@@ -120,24 +120,24 @@ OCTAVO_INLINE vf vmul(vf a, vf b) { return a * b; }
 OCTAVO_INLINE vf vdiv(vf a, vf b) { return a / b; }
 // As the x86 instructions: the second operand where the comparison is false, so a NaN in `a` is lost and one in `b` kept.
 OCTAVO_INLINE vf vmax(vf a, vf b) {
-  vf r;
+  vf r = {};
   for (int i = 0; i < W; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
   return r;
 }
 OCTAVO_INLINE vf vmin(vf a, vf b) {
-  vf r;
+  vf r = {};
   for (int i = 0; i < W; ++i) r[i] = a[i] < b[i] ? a[i] : b[i];
   return r;
 }
 OCTAVO_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 OCTAVO_INLINE vf vfnma(vf a, vf b, vf c) { return c - a * b; }
 OCTAVO_INLINE vf vround(vf x) {
-  vf r;
+  vf r = {};
   for (int i = 0; i < W; ++i) r[i] = __builtin_nearbyintf(x[i]);
   return r;
 }
 OCTAVO_INLINE vf vpow2(vf n) {
-  vf r;
+  vf r = {};
   for (int i = 0; i < W; ++i) {
     const int32_t bits = (static_cast<int32_t>(n[i]) + 127) << 23;
     float value;

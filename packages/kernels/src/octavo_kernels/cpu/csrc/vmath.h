@@ -13,7 +13,7 @@ OCTAVO_INLINE vf vselect_less(vf a, vf b, vf x, vf y) {
 #elif defined(__AVX2__)
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 #else
-  vf r;
+  vf r = {};
   for (int i = 0; i < W; ++i) r[i] = a[i] < b[i] ? x[i] : y[i];
   return r;
 #endif

@@ -1,0 +1,201 @@
+// packed_linear and packed_argmax: products cut into tasks, and what becomes of their results.
+
+#include "matmul.h"
+
+#include <cstring>
+#include <limits>
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
+constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a barrier
+constexpr int64_t kNumSlices = 64;      // parts that an arg-max is cut into, whatever the number of threads
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The arrays of rounded rows, one after the other in memory.
+struct Int8Memory {
+  int8_t* codes;
+  float* scales;
+  float* offsets;
+
+  Int8Memory(void* memory, int64_t num_rows, int64_t in_features) {
+    codes = static_cast<int8_t*>(memory);
+    scales = reinterpret_cast<float*>(codes + round_up(num_rows * in_features, 64));
+    offsets = scales + num_rows * (in_features / kGroup);
+  }
+  static int64_t num_bytes(int64_t num_rows, int64_t in_features) {
+    return round_up(num_rows * in_features, 64) + num_rows * (in_features / kGroup) * 8;
+  }
+};
+
+// Rounds the rows of x; returns on all threads when they can be read. `own` is the thread's memory for few rows.
+Int8Rows round_all(const float* x, int64_t x_stride, int64_t in_features, int64_t num_rows, void* workspace, void* own,
+                   Team& team) {
+  const bool alone = num_rows <= kRowsRoundedAlone;
+  const Int8Memory memory(alone ? own : workspace, num_rows, in_features);
+  if (alone) {
+    round_rows(x, x_stride, in_features, 0, num_rows, memory.codes, memory.scales, memory.offsets);
+  } else {
+    team.parallel_for(ceil_div(num_rows, 8), [&](int64_t task) {
+      round_rows(x, x_stride, in_features, task * 8, min(8, num_rows - task * 8), memory.codes, memory.scales,
+                 memory.offsets);
+    });
+  }
+  return {memory.codes, memory.scales, memory.offsets};
+}
+
+// How many panels a task takes: some tasks per thread, so that one slow thread does not hold up the others, but each
+// with enough to do to be worth handing out.
+int64_t panels_of_task(int64_t num_panels, int64_t num_row_blocks, int64_t num_rows, int num_threads) {
+  if (num_threads == 1) return num_panels;
+  const int64_t wanted_tasks = 6 * num_threads;
+  const int64_t for_balance = ceil_div(num_panels * num_row_blocks, wanted_tasks);
+  const int64_t enough = ceil_div(16, num_rows);
+  const int64_t chosen = for_balance > enough ? for_balance : enough;
+  return min(chosen, num_rows >= 64 ? 4 : 64);
+}
+
+struct Memory {  // what a thread needs for a product
+  uint8_t* scratch;
+  void* rounded;
+
+  Memory(Team& team, int64_t in_features, int64_t extra) {
+    const int64_t rounded_bytes = round_up(Int8Memory::num_bytes(kRowsRoundedAlone, in_features), 64);
+    rounded = team.scratch(rounded_bytes + kScratchBytes + extra);
+    scratch = static_cast<uint8_t*>(rounded) + rounded_bytes;
+  }
+};
+
+void finish_columns(const PackedLinearArgs& args, const Part& part, int64_t first_column, int64_t num_columns) {
+  if (args.bias == nullptr) return;
+  for (int64_t row = 0; row < part.num_rows; ++row) {
+    float* out = args.out + (part.first_row + row) * args.out_stride + first_column;
+    for (int64_t c = 0; c < num_columns; ++c) out[c] += args.bias[first_column + c];
+  }
+}
+
+void linear_part(const PackedLinearArgs& args, const Product& product, Part part, PartFunction compute,
+                 uint8_t* scratch) {
+  const int64_t first_column = part.first_panel * kPanel;
+  const int64_t num_columns = min(part.num_panels * kPanel, args.out_features - first_column);
+  const int64_t num_whole = num_columns / kPanel;
+  const int64_t num_panels = part.num_panels;
+  part.out = args.out + part.first_row * args.out_stride + first_column;
+  part.out_stride = args.out_stride;
+  part.num_panels = num_whole;
+  if (num_whole > 0) compute(product, part, scratch);
+  if (num_whole < num_panels) {  // the last panel has columns that out has not
+    float* tile = reinterpret_cast<float*>(scratch + kScratchBytes);
+    Part last = part;
+    last.first_panel += num_whole;
+    last.num_panels = 1;
+    last.out = tile;
+    last.out_stride = kPanel;
+    compute(product, last, scratch);
+    for (int64_t row = 0; row < part.num_rows; ++row)
+      std::memcpy(part.out + row * args.out_stride + num_whole * kPanel, tile + row * kPanel,
+                  (num_columns - num_whole * kPanel) * sizeof(float));
+  }
+  finish_columns(args, part, first_column, num_columns);
+}
+
+// The larger of two candidates; of equal ones the lower index, and NaN is larger than any number.
+struct Best {
+  float value;
+  int32_t unused;
+  int64_t index;
+
+  void take(float other, int64_t other_index) {
+    const bool nan = value != value, other_nan = other != other;
+    const bool larger = other_nan ? !nan : (!nan && other > value);
+    const bool equal = other_nan ? nan : other == value;
+    if (larger || (equal && other_index < index)) value = other, index = other_index;
+  }
+};
+
+void take_tile(Best& best, const float* tile, int64_t first_index, int64_t num_columns) {
+  vf largest = vload(tile);
+  vf nan_if_any = vsub(largest, largest);
+  for (int64_t c = W; c + W <= num_columns; c += W) {
+    const vf values = vload(tile + c);
+    largest = vmax(largest, values);
+    nan_if_any = vadd(nan_if_any, vsub(values, values));
+  }
+  const bool finite = vsum(nan_if_any) == 0.0f && num_columns % W == 0;
+  if (finite && vmax_of(largest) < best.value) return;  // mostly: nothing here is as large
+  for (int64_t c = 0; c < num_columns; ++c) best.take(tile[c], first_index + c);
+}
+
+void argmax_part(const PackedArgmaxArgs& args, const Product& product, Part part, PartFunction compute,
+                 uint8_t* scratch, Best* best) {
+  auto* tile = reinterpret_cast<float*>(scratch + kScratchBytes);
+  for (int64_t row = 0; row < part.num_rows; ++row) best[row] = {-std::numeric_limits<float>::infinity(), 0, INT64_MAX};
+  const int64_t stop = part.first_panel + part.num_panels;
+  for (int64_t panel = part.first_panel; panel < stop; panel += 2) {
+    part.first_panel = panel;
+    part.num_panels = min(2, stop - panel);
+    part.out = tile;
+    part.out_stride = 2 * kPanel;
+    compute(product, part, scratch);
+    const int64_t num_columns = min(part.num_panels * kPanel, args.out_features - panel * kPanel);
+    for (int64_t row = 0; row < part.num_rows; ++row)
+      take_tile(best[row], tile + row * part.out_stride, panel * kPanel, num_columns);
+  }
+}
+
+}  // namespace
+
+void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, {}};
+  const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
+  const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
+  const Memory memory(team, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
+  PartFunction compute = exact_part(args.format);
+  if (args.int8_activations) {
+    compute = int8_part(args.format);
+    product.int8 = round_all(args.x, args.x_stride, args.in_features, num_rows, args.workspace, memory.rounded, team);
+  }
+  const int64_t num_panels = ceil_div(args.out_features, kPanel);
+  const int64_t step = panels_of_task(num_panels, num_row_blocks, num_rows, team.num_threads());
+  const int64_t num_steps = ceil_div(num_panels, step);
+  team.parallel_for(num_row_blocks * num_steps, [&](int64_t task) {
+    const int64_t first_row = task / num_steps * rows_of_block, first_panel = task % num_steps * step;
+    if (first_row >= num_rows) return;
+    const Part part{first_row, min(rows_of_block, num_rows - first_row), first_panel,
+                    min(step, num_panels - first_panel), nullptr, 0};
+    linear_part(args, product, part, compute, memory.scratch);
+  });
+}
+
+void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, {}};
+  const Memory memory(team, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
+  PartFunction compute = exact_part(args.format);
+  auto* best = static_cast<Best*>(args.workspace);  // [num_slices, rows]
+  if (args.int8_activations) {
+    compute = int8_part(args.format);
+    auto* rounded = static_cast<uint8_t*>(args.workspace) + round_up(kNumSlices * num_rows * sizeof(Best), 64);
+    product.int8 = round_all(args.x, args.x_stride, args.in_features, num_rows, rounded, memory.rounded, team);
+  }
+  const int64_t num_panels = ceil_div(args.out_features, kPanel);
+  const int64_t step = ceil_div(num_panels, kNumSlices);
+  const int64_t num_slices = ceil_div(num_panels, step), num_row_blocks = ceil_div(num_rows, kRowsOfTask);
+  team.parallel_for(num_slices * num_row_blocks, [&](int64_t task) {
+    const int64_t slice = task % num_slices, first_row = task / num_slices * kRowsOfTask;
+    const Part part{first_row, min(kRowsOfTask, num_rows - first_row), slice * step,
+                    min(step, num_panels - slice * step), nullptr, 0};
+    argmax_part(args, product, part, compute, memory.scratch, best + slice * num_rows + first_row);
+  });
+  team.parallel_for(num_rows, [&](int64_t row) {
+    Best of_all = best[row];
+    for (int64_t slice = 1; slice < num_slices; ++slice) of_all.take(best[slice * num_rows + row].value, best[slice * num_rows + row].index);
+    args.ids[row] = of_all.index;
+    args.best[row] = of_all.value;
+  });
+}
+
+}  // namespace octavo

@@ -1,0 +1,63 @@
+// The layout of packed weights, and the values in it. `packed_weight.py` draws it.
+//
+// Outputs stand in panels of 32, zero weights after the last. A panel is contiguous: for dense formats 32 values per
+// input; for block formats, per group of 32 inputs, 32 scales (f16), for Q4_1 32 minima (f16), then the codes: 32-bit
+// words, one per output, in rows of 32 words. Byte b of a word in row i holds the codes of inputs 8i + b (low nibble) and
+// 8i + 4 + b (high nibble) for 4-bit formats, and code + 128 of input 4i + b for Q8_0.
+
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "ops.h"
+#include "vec.h"
+
+namespace octavo {
+
+constexpr int kPanel = 32;  // outputs in a panel
+constexpr int kGroup = 32;  // inputs that share a scale
+
+using Format = WeightFormat;
+
+constexpr bool is_dense(Format f) { return f == Format::kF32 || f == Format::kBF16 || f == Format::kF16; }
+constexpr int bits_of_code(Format f) { return f == Format::kQ8_0 ? 8 : 4; }
+constexpr int64_t bytes_of_scales(Format f) { return f == Format::kQ4_1 ? 4 * kPanel : 2 * kPanel; }
+constexpr int64_t bytes_of_group(Format f) { return bytes_of_scales(f) + kPanel * kGroup * bits_of_code(f) / 8; }
+constexpr int64_t bytes_of_value(Format f) { return f == Format::kF32 ? 4 : 2; }
+
+constexpr int64_t bytes_of_panel(Format f, int64_t in_features) {
+  return is_dense(f) ? in_features * kPanel * bytes_of_value(f) : in_features / kGroup * bytes_of_group(f);
+}
+
+template <Format F>
+using FormatTag = std::integral_constant<Format, F>;
+
+// Calls function(FormatTag<F>{}) for the format F that a number names.
+template <class Function>
+void with_format(int64_t format, Function&& function) {
+  switch (static_cast<Format>(format)) {
+    case Format::kF32: return function(FormatTag<Format::kF32>{});
+    case Format::kBF16: return function(FormatTag<Format::kBF16>{});
+    case Format::kF16: return function(FormatTag<Format::kF16>{});
+    case Format::kQ4_0: return function(FormatTag<Format::kQ4_0>{});
+    case Format::kQ4_1: return function(FormatTag<Format::kQ4_1>{});
+    case Format::kQ8_0: return function(FormatTag<Format::kQ8_0>{});
+  }
+}
+
+OCTAVO_INLINE uint16_t read_u16(const uint8_t* p) {
+  uint16_t value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+OCTAVO_INLINE float f16_value(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  return f16_to_float(bits);
+#endif
+}
+
+}  // namespace octavo
