@@ -215,15 +215,14 @@ class SequenceUpdate(NamedTuple):
     times: RequestTimes | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionDelta:
-    """What is new in one choice of a request, in text and tokens.
+class CompletionDelta(NamedTuple):
+    """What is new in one choice of a request, in text and tokens; a named tuple, as there is one for each token.
 
     `num_tokens` counts all tokens of the choice so far. `stop_reason` is the stop string or stop token id that ended
     it. Text lags behind tokens while it could still be half a character or the start of a stop string.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls here
     text: str
     token_ids: tuple[int, ...]
     num_tokens: int
