@@ -1,5 +1,49 @@
-"""The cache writes, copies and reads of the `cpu` backend."""
+"""The cache writes, copies and reads of the `cpu` backend: native writes of fp32, torch for the rest."""
 
-from octavo_kernels.cpu.fallback.cache_ops import copy_blocks, gather_kv, write_kv
+import torch
+from torch import Tensor
 
-__all__ = ["copy_blocks", "gather_kv", "write_kv"]
+from octavo_kernels._dispatch import note_fallback
+from octavo_kernels.cpu import abi
+from octavo_kernels.cpu.fallback import cache_ops as in_torch
+from octavo_kernels.cpu.fallback.cache_ops import copy_blocks, gather_kv
+from octavo_kernels.cpu.launch import launch, pointer
+from octavo_kernels.cpu.load import library_for
+
+__all__ = ["copy_blocks", "gather_kv", "unserved_write", "write_kv"]
+
+_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write each token's key and value into its slot."""
+    op = "write_kv"
+    native = library_for(op) is not None
+    if native:
+        reason = unserved_write(k, v, k_cache, v_cache, slot_mapping)
+        if reason is not None:
+            note_fallback(op, reason)
+            native = False
+    if not native:
+        in_torch.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return
+    num_tokens, num_kv_heads, head_dim = k.shape
+    args = abi.RopeKvWriteArgs(
+        None, pointer(k), pointer(v), None, None, pointer(k_cache), pointer(v_cache), pointer(slot_mapping), None, None,
+        0, 0, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        0, num_kv_heads, head_dim, 0, k_cache.shape[2], abi.DTYPE_CODES[k_cache.dtype], 0, 1, 0.0, 0.0,
+    )  # fmt: skip
+    launch(abi.OpKind.ROPE_KV_WRITE, args, num_tokens, k, v, k_cache, v_cache, slot_mapping)
+
+
+def unserved_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> str | None:
+    """Say what about a write to the cache the native library does not serve; None where it does."""
+    if k.dtype != torch.float32 or v.dtype != torch.float32:
+        dtypes = " and ".join(str(x.dtype).removeprefix("torch.") for x in (k, v))
+        return f"k and v have dtypes {dtypes}, expected float32; convert them with .float()"
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in _CACHE_DTYPES:
+        dtypes = " and ".join(str(x.dtype).removeprefix("torch.") for x in (k_cache, v_cache))
+        return f"the caches have dtypes {dtypes}, expected one of float32, bfloat16 or float16 for both"
+    if not slot_mapping.is_contiguous():
+        return "slot_mapping is not contiguous; pass slot_mapping.contiguous()"
+    return None

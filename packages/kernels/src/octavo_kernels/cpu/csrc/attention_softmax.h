@@ -9,6 +9,8 @@
 
 namespace octavo {
 
+#define OCTAVO_OUTLINE inline __attribute__((noinline))  // one copy for all kinds of cache
+
 constexpr float kNothing = -__builtin_inff();
 
 // The maximum m of some scores, the sum of exp(score - m), and the sum of exp(score - m) * v.
@@ -32,7 +34,7 @@ struct Joined {
 };
 
 // Joins the softmax of a later tile to that of the tiles before it.
-OCTAVO_INLINE void join(Softmax& all, float maximum, float sum, const float* value, int head_dim) {
+OCTAVO_OUTLINE void join(Softmax& all, float maximum, float sum, const float* value, int head_dim) {
   const Joined both(all.maximum, maximum);
   all.maximum = both.maximum;
   all.sum = all.sum * both.factor_a + sum * both.factor_b;
@@ -42,7 +44,7 @@ OCTAVO_INLINE void join(Softmax& all, float maximum, float sum, const float* val
 }
 
 // Writes the attention of a row, and the logarithm of its denominator. A sink is a score without a value.
-OCTAVO_INLINE void finish(Softmax& all, const float* sink, int head_dim, float* out, float* lse) {
+OCTAVO_OUTLINE void finish(Softmax& all, const float* sink, int head_dim, float* out, float* lse) {
   if (sink != nullptr) {
     const Joined both(all.maximum, *sink);
     all.maximum = both.maximum;
@@ -87,7 +89,7 @@ OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
 }
 
 // Turns products [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the maximum and the sum.
-OCTAVO_INLINE void soften(const Scoring& how, float* products, float* maximum, float* sum) {
+OCTAVO_OUTLINE void soften(const Scoring& how, float* products, float* maximum, float* sum) {
   constexpr int N = kTile / W;
   vf x[N];
   vf largest = vset(kNothing);
