@@ -61,12 +61,45 @@ class Memory {
   float* values;  // [rows][head_dim]
 };
 
-// One item and one KV head: its rows, and the tiles of its cache.
+// Looks up where the keys and values of a tile are, for the positions in `seen`.
+template <class T>
+void find(const PagedAttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t number, Positions seen,
+          KvTile<T>& tile) {
+  const int64_t start = number * kTile;
+  tile.begin = static_cast<int>(std::max(seen.begin, start) - start);
+  tile.end = static_cast<int>(std::min(seen.end, start + kTile) - start);
+  const int32_t* table = a.block_table + sequence * a.block_table_stride;
+  for (int64_t position = start + tile.begin; position < start + tile.end;) {
+    const int64_t block = table[position / a.block_size], offset = position % a.block_size;
+    const int64_t end = std::min(start + tile.end, position + a.block_size - offset);
+    const T* k = static_cast<const T*>(a.k_cache) + block * a.k_block_stride + kv_head * a.k_head_stride;
+    const T* v = static_cast<const T*>(a.v_cache) + block * a.v_block_stride + kv_head * a.v_head_stride;
+    const int64_t scale = (block * a.num_kv_heads + kv_head) * a.block_size + offset;
+    for (int64_t i = 0; position < end; ++position, ++i) {
+      const int64_t j = position - start;
+      tile.k[j] = k + (offset + i) * a.k_slot_stride;
+      tile.v[j] = v + (offset + i) * a.v_slot_stride;
+      if (a.k_scale == nullptr) continue;
+      tile.k_scale[j] = a.k_scale[scale + i];
+      tile.v_scale[j] = a.v_scale[scale + i];
+    }
+  }
+  for (int j = 0; j < kTile; ++j) {
+    if (j >= tile.begin && j < tile.end) continue;
+    tile.k[j] = tile.k[tile.begin];
+    tile.v[j] = tile.v[tile.begin];
+    tile.k_scale[j] = tile.v_scale[j] = 0.0f;
+  }
+}
+
+// One task: its rows, and the tiles of the cache that it walks.
 template <class T>
 class Walk {
  public:
-  Walk(const PagedAttentionArgs& a, const Item& item, int64_t kv_head, Memory& memory)
-      : a_(a), item_(item), kv_head_(kv_head), head_dim_(static_cast<int>(a.head_dim)), memory_(memory) {
+  Walk(const PagedAttentionArgs& a, const Task& task, Memory& memory)
+      : a_(a), task_(task), item_(*task.item), head_dim_(static_cast<int>(a.head_dim)), memory_(memory) {
+    const Item& item = item_;
+    const int64_t kv_head = task.kv_head;
     const int64_t group = a.num_heads / a.num_kv_heads;
     const int64_t start = a.query_start_loc[item.sequence];
     const int64_t seq_len = a.seq_lens[item.sequence];
@@ -89,26 +122,32 @@ class Walk {
     }
   }
 
-  // Walks tiles first .. end - 1 of the item. Without `partials` they are joined to the rows, else left there.
-  void tiles(int64_t first, int64_t end, float* partials) {
-    if (first >= end) return;
+  // The positions that any row sees.
+  Positions seen() const { return Positions{memory_.rows[0].seen.begin, memory_.rows[num_rows_ - 1].seen.end}; }
+
+  // Walks the tiles. Without `partials` they are joined to the rows, else left there. `upcoming` is the tile that this
+  // thread probably needs after them, or null.
+  void tiles(float* partials, const KvTile<T>* upcoming) {
     KvTile<T> buffers[2];
-    find(first, buffers[0]);
-    for (int64_t tile = first; tile < end; ++tile) {
-      const KvTile<T>& now = buffers[(tile - first) % 2];
-      KvTile<T>* next = tile + 1 < end ? &buffers[(tile - first + 1) % 2] : nullptr;
-      if (next != nullptr) find(tile + 1, *next);
-      transpose_keys(now, next, head_dim_, memory_.keys);
+    for (int64_t tile = task_.first_tile; tile < task_.end_tile; ++tile) {
+      const KvTile<T>& now = buffers[tile % 2];
+      if (tile == task_.first_tile) find(a_, item_.sequence, task_.kv_head, tile, seen(), buffers[tile % 2]);
+      const bool last = tile + 1 == task_.end_tile;
+      if (!last) find(a_, item_.sequence, task_.kv_head, tile + 1, seen(), buffers[(tile + 1) % 2]);
+      const KvTile<T>* next = last ? upcoming : &buffers[(tile + 1) % 2];
+      Ahead<T> values(now.v, kTile, head_dim_);
+      Ahead<T> keys = next == nullptr ? Ahead<T>() : Ahead<T>(next->k, kTile, head_dim_);
+      transpose_keys(now, head_dim_, memory_.keys, values);
       const Partial partial = partials == nullptr ? Partial{} : partial_of(tile, partials);
       for (int64_t row = 0; row < num_rows_; row += kMaxRows) {
-        attend(now, row == 0 ? next : nullptr, tile, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
+        attend(now, values, keys, tile, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
       }
     }
   }
 
   // Joins what the tasks of this item and KV head left.
   void join_partials(float* partials) {
-    for (int64_t tile = item_.first_tile; tile < item_.first_tile + item_.num_tiles; ++tile) {
+    for (int64_t tile = task_.first_tile; tile < task_.end_tile; ++tile) {
       const Partial partial = partial_of(tile, partials);
       for (int64_t i = 0; i < num_rows_; ++i) {
         Row& row = memory_.rows[i];
@@ -129,63 +168,32 @@ class Walk {
   }
 
  private:
-  // Looks up where a tile's keys and values are.
-  void find(int64_t number, KvTile<T>& tile) const {
-    const int64_t start = number * kTile;
-    const Row &first = memory_.rows[0], &last = memory_.rows[num_rows_ - 1];
-    tile.begin = first.begin_in(number);
-    tile.end = last.end_in(number);
-    const int32_t* table = a_.block_table + item_.sequence * a_.block_table_stride;
-    for (int64_t position = start + tile.begin; position < start + tile.end;) {
-      const int64_t number_in_table = position / a_.block_size, offset = position % a_.block_size;
-      const int64_t block = table[number_in_table];
-      const int64_t end = std::min<int64_t>(start + tile.end, position + a_.block_size - offset);
-      const T* k = static_cast<const T*>(a_.k_cache) + block * a_.k_block_stride + kv_head_ * a_.k_head_stride;
-      const T* v = static_cast<const T*>(a_.v_cache) + block * a_.v_block_stride + kv_head_ * a_.v_head_stride;
-      const int64_t scale = (block * a_.num_kv_heads + kv_head_) * a_.block_size + offset;
-      for (int64_t i = 0; position < end; ++position, ++i) {
-        const int64_t j = position - start;
-        tile.k[j] = k + (offset + i) * a_.k_slot_stride;
-        tile.v[j] = v + (offset + i) * a_.v_slot_stride;
-        if (a_.k_scale == nullptr) continue;
-        tile.k_scale[j] = a_.k_scale[scale + i];
-        tile.v_scale[j] = a_.v_scale[scale + i];
-      }
-    }
-    for (int j = 0; j < kTile; ++j) {
-      if (j >= tile.begin && j < tile.end) continue;
-      tile.k[j] = tile.k[tile.begin];
-      tile.v[j] = tile.v[tile.begin];
-      tile.k_scale[j] = tile.v_scale[j] = 0.0f;
-    }
-  }
-
   Partial partial_of(int64_t tile, float* partials) const {
     const int64_t size = AttentionPlan::partial_floats(1, num_rows_, head_dim_);
-    float* memory = partials + (kv_head_ * item_.num_tiles + tile - item_.first_tile) * size;
+    float* memory = partials + (task_.kv_head * item_.num_tiles + tile - item_.first_tile) * size;
     return Partial{memory, memory + num_rows_, memory + 2 * num_rows_};
   }
 
-  void attend(const KvTile<T>& now, const KvTile<T>* next, int64_t tile, int64_t row, int64_t count,
+  void attend(const KvTile<T>& now, Ahead<T>& values, Ahead<T>& keys, int64_t tile, int64_t row, int64_t count,
               const Partial& partial) {
     switch (count) {
       case 1:
-        return attend_rows<1>(now, next, tile, row, partial);
+        return attend_rows<1>(now, values, keys, tile, row, partial);
       case 2:
-        return attend_rows<2>(now, next, tile, row, partial);
+        return attend_rows<2>(now, values, keys, tile, row, partial);
       case 3:
-        return attend_rows<3>(now, next, tile, row, partial);
+        return attend_rows<3>(now, values, keys, tile, row, partial);
       case 4:
-        return attend_rows<4>(now, next, tile, row, partial);
+        return attend_rows<4>(now, values, keys, tile, row, partial);
       case 5:
-        return attend_rows<5>(now, next, tile, row, partial);
+        return attend_rows<5>(now, values, keys, tile, row, partial);
       default:
-        return attend_rows<kMaxRows>(now, next, tile, row, partial);
+        return attend_rows<kMaxRows>(now, values, keys, tile, row, partial);
     }
   }
 
   template <int R>
-  void attend_rows(const KvTile<T>& now, const KvTile<T>* next, int64_t tile, int64_t first_row,
+  void attend_rows(const KvTile<T>& now, Ahead<T>& values, Ahead<T>& keys, int64_t tile, int64_t first_row,
                    const Partial& partial) {
     Row* rows = memory_.rows + first_row;
     const float* q[R];
@@ -202,7 +210,7 @@ class Walk {
     alignas(64) float weights[R * kTile];
     alignas(64) float sums[R * kMaxHeadDim];
     float maximum[R] = {}, sum[R] = {};
-    scores<R>(q, memory_.keys, head_dim_, weights);
+    scores<T, R>(q, memory_.keys, head_dim_, weights, values);
     const bool scaled = a_.k_scale != nullptr;
     for (int r = 0; r < R; ++r) {
       const Scoring how{a_,
@@ -215,7 +223,7 @@ class Walk {
       soften(how, weights + r * kTile, &maximum[r], &sum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
-    weigh_rows<R>(now, next, weights, begin, end, sums);
+    weigh_rows<R>(now, weights, begin, end, sums, keys);
     for (int r = 0; r < R; ++r) {
       if (begin[r] >= end[r]) continue;
       const float* value = sums + r * kMaxHeadDim;
@@ -232,27 +240,42 @@ class Walk {
   // Values are multiplied for the rows that see them alone: 0 * NaN would not be 0. Positions that all rows see are
   // taken together, those before and behind row by row.
   template <int R>
-  void weigh_rows(const KvTile<T>& now, const KvTile<T>* next, const float* weights, const int* begin, const int* end,
-                  float* sums) {
-    const T* const* ahead = next == nullptr ? nullptr : next->v;
+  void weigh_rows(const KvTile<T>& now, const float* weights, const int* begin, const int* end, float* sums,
+                  Ahead<T>& keys) {
+    Ahead<T> none;
     const int all_begin = *std::max_element(begin, begin + R);
     const int all_end = std::max(all_begin, *std::min_element(end, end + R));
     for (int r = 0; r < R; ++r)
-      weigh<T, 1>(now.v, nullptr, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_,
-                  sums + r * kMaxHeadDim);
-    weigh<T, R>(now.v, ahead, weights, all_begin, all_end, head_dim_, sums);
+      weigh<T, 1>(now.v, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_,
+                  sums + r * kMaxHeadDim, none);
+    weigh<T, R>(now.v, weights, all_begin, all_end, head_dim_, sums, keys);
     for (int r = 0; r < R; ++r)
-      weigh<T, 1>(now.v, nullptr, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_,
-                  sums + r * kMaxHeadDim);
+      weigh<T, 1>(now.v, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_, sums + r * kMaxHeadDim,
+                  none);
   }
 
   const PagedAttentionArgs& a_;
+  const Task& task_;
   const Item& item_;
-  int64_t kv_head_;
   int head_dim_;
   Memory& memory_;
   int64_t num_rows_ = 0;
 };
+
+// Looks up the first tile of a task, if there are such a task and a tile.
+template <class T>
+bool find_first_tile(const PagedAttentionArgs& a, const AttentionPlan& plan, int64_t number, KvTile<T>& tile) {
+  if (number >= plan.num_tasks()) return false;
+  const Task task = plan.task(number);
+  if (task.first_tile >= task.end_tile) return false;
+  const Item& item = *task.item;
+  const int64_t seq_len = a.seq_lens[item.sequence];
+  const int64_t query_len = a.query_start_loc[item.sequence + 1] - a.query_start_loc[item.sequence];
+  const int64_t position = seq_len - query_len + item.first_query;
+  const Positions seen{visible(a, position, seq_len).begin, visible(a, position + item.num_queries - 1, seq_len).end};
+  find(a, item.sequence, task.kv_head, task.first_tile, seen, tile);
+  return true;
+}
 
 template <class T>
 void attend_all(const PagedAttentionArgs& a, int64_t num_seqs, Team& team) {
@@ -262,22 +285,20 @@ void attend_all(const PagedAttentionArgs& a, int64_t num_seqs, Team& team) {
   if (plan.num_joins() > 0) {
     partials = static_cast<float*>(team.shared(plan.num_partial_floats() * sizeof(float)));
   }
-  team.parallel_for(plan.num_tasks(), [&](int64_t task) {
-    const Item& item = plan.item_of_task(task);
-    const int64_t kv_head = (task - item.first_task) / item.num_parts;
-    const int64_t part = (task - item.first_task) % item.num_parts;
-    Walk<T> walk(a, item, kv_head, memory);
-    const int64_t first = item.first_tile + part * item.tiles_per_part;
-    const int64_t end = std::min(first + item.tiles_per_part, item.first_tile + item.num_tiles);
-    const bool whole = item.num_parts == 1;
-    walk.tiles(first, end, whole ? nullptr : partials + item.first_partial);
+  team.parallel_for(plan.num_tasks(), [&](int64_t number) {
+    const Task task = plan.task(number);
+    KvTile<T> upcoming;
+    const bool more = find_first_tile(a, plan, number + team.num_threads(), upcoming);
+    Walk<T> walk(a, task, memory);
+    const bool whole = task.item->num_parts == 1;
+    walk.tiles(whole ? nullptr : partials + task.item->first_partial, more ? &upcoming : nullptr);
     if (whole) walk.write();
   });
   if (plan.num_joins() == 0) return;
   team.parallel_for(plan.num_joins(), [&](int64_t number) {
-    const Item& item = plan.item_of_join(number);
-    Walk<T> walk(a, item, number - item.first_join, memory);
-    walk.join_partials(partials + item.first_partial);
+    const Task task = plan.join(number);
+    Walk<T> walk(a, task, memory);
+    walk.join_partials(partials + task.item->first_partial);
     walk.write();
   });
 }

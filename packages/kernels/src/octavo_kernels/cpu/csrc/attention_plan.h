@@ -37,6 +37,13 @@ struct Item {
   int64_t first_partial;  // floats before those of its parts
 };
 
+// Tiles first_tile .. end_tile - 1 of an item for one KV head.
+struct Task {
+  const Item* item;
+  int64_t kv_head;
+  int64_t first_tile, end_tile;
+};
+
 class AttentionPlan {
  public:
   // An upper bound of the items, for `memory`.
@@ -66,15 +73,20 @@ class AttentionPlan {
   int64_t num_partial_floats() const { return num_partial_floats_; }
   int64_t num_rows(const Item& item) const { return item.num_queries * group_; }
 
-  const Item& item_of_task(int64_t task) const {
-    return *(std::upper_bound(items_, items_ + num_items_, task,
-                              [](int64_t number, const Item& item) { return number < item.first_task; }) -
-             1);
+  Task task(int64_t number) const {
+    const auto precedes = [](int64_t value, const Item& item) { return value < item.first_task; };
+    const Item& item = *(std::upper_bound(items_, items_ + num_items_, number, precedes) - 1);
+    const int64_t part = (number - item.first_task) % item.num_parts;
+    const int64_t first = item.first_tile + part * item.tiles_per_part;
+    const int64_t end = std::min(first + item.tiles_per_part, item.first_tile + item.num_tiles);
+    return Task{&item, (number - item.first_task) / item.num_parts, first, end};
   }
-  const Item& item_of_join(int64_t join) const {
-    return *(std::upper_bound(items_, items_ + num_items_, join,
-                              [](int64_t number, const Item& item) { return number < item.first_join; }) -
-             1);
+
+  // All tiles of an item whose parts are joined, for one KV head.
+  Task join(int64_t number) const {
+    const auto precedes = [](int64_t value, const Item& item) { return value < item.first_join; };
+    const Item& item = *(std::upper_bound(items_, items_ + num_items_, number, precedes) - 1);
+    return Task{&item, number - item.first_join, item.first_tile, item.first_tile + item.num_tiles};
   }
 
   // Floats of what the parts of an item's KV head leave: per tile and row its maximum, its sum and its values.

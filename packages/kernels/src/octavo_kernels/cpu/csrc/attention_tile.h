@@ -33,10 +33,27 @@ constexpr int vectors_per_row() {
   return W == 16 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
 }
 
-// The tile and row blocks are read long before the memory answers; no hardware looks ahead across blocks of the cache.
-OCTAVO_INLINE void prefetch(const void* address, int num_bytes) {
-  for (int i = 0; i < num_bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(address) + i);
-}
+// Vectors that are asked for from memory while others are computed with: hardware does not look ahead from block to block
+// of the cache. Evenly spread, since a burst fills the processor's few outstanding reads and then stalls it.
+template <class T>
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const T* const* vectors, int count, int head_dim) : next_(vectors), end_(vectors + count), size_(head_dim) {}
+
+  // Asks for up to `count` more vectors.
+  OCTAVO_INLINE void fetch(int count) {
+    for (; count > 0 && next_ != end_; --count, ++next_) {
+      const char* at = reinterpret_cast<const char*>(*next_);
+      for (int i = 0; i < size_ * static_cast<int>(sizeof(T)); i += kLine) __builtin_prefetch(at + i);
+    }
+  }
+
+ private:
+  const T* const* next_ = nullptr;
+  const T* const* end_ = nullptr;
+  int size_ = 0;
+};
 
 #if defined(__AVX512F__)
 
@@ -169,16 +186,14 @@ OCTAVO_INLINE void transpose_pairs(const BF16* const* keys, int d, float* out) {
 template <class T>
 OCTAVO_INLINE void transpose_pairs(const T* const*, int, float*) {}
 
-// Writes the keys of a tile to out [head_dim][kTile]; positions outside begin .. end - 1 are unspecified. The same part
-// of the keys of `next`, if any, is asked for from memory meanwhile.
+// Writes the keys of a tile to out [head_dim][kTile]; positions outside begin .. end - 1 are unspecified.
 template <class T>
-void transpose_keys(const KvTile<T>& tile, const KvTile<T>* next, int head_dim, float* out) {
+void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& ahead) {
   constexpr bool in_pairs = std::is_same<T, BF16>::value;
   constexpr int step = in_pairs ? 2 * W : W;
   for (int i = tile.begin / W * W; i < tile.end; i += W) {
     for (int d = 0; d < head_dim; d += step) {
-      if (next != nullptr && (d * static_cast<int>(sizeof(T))) % kLine == 0)
-        for (int j = 0; j < W; ++j) __builtin_prefetch(next->k[i + j] + d);
+      ahead.fetch(2);
       if (in_pairs && d + step <= head_dim) {
         transpose_pairs(tile.k + i, d, out + d * kTile + i);
       } else {
@@ -190,20 +205,23 @@ void transpose_keys(const KvTile<T>& tile, const KvTile<T>* next, int head_dim, 
 }
 
 // out [R][kTile] = q · k, each sum from dimension 0 upwards.
-template <int R>
-void scores(const float* const* q, const float* keys, int head_dim, float* out) {
+template <class T, int R>
+void scores(const float* const* q, const float* keys, int head_dim, float* out, Ahead<T>& ahead) {
   constexpr int N = vectors_per_row<R>() * W > kTile ? kTile / W : vectors_per_row<R>();
   for (int first = 0; first < kTile; first += N * W) {
     vf sum[R][N];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = vzero();
-    for (int d = 0; d < head_dim; ++d) {
-      vf k[N];
-      for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
+    for (int part = 0; part < head_dim; part += 8) {
+      ahead.fetch(4);
+      for (int d = part; d < part + 8; ++d) {
+        vf k[N];
+        for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const vf x = vset(q[r][d]);
-        for (int i = 0; i < N; ++i) sum[r][i] = vfma(x, k[i], sum[r][i]);
+        for (int r = 0; r < R; ++r) {
+          const vf x = vset(q[r][d]);
+          for (int i = 0; i < N; ++i) sum[r][i] = vfma(x, k[i], sum[r][i]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)
@@ -213,14 +231,14 @@ void scores(const float* const* q, const float* keys, int head_dim, float* out) 
 
 // Adds weights[r][j] * v[j] to sums [R][kMaxHeadDim] for j = begin .. end - 1 in order, in N vectors from dimension d on.
 template <class T, int R, int N>
-OCTAVO_INLINE void weigh_part(const T* const* v, const T* const* next, const float* weights, int begin, int end, int d,
-                              float* sums) {
+OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin, int end, int d, float* sums,
+                              Ahead<T>& ahead) {
   vf sum[R][N];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
   for (int j = begin; j < end; ++j) {
     const T* at = v[j] + d;
-    if (next != nullptr) prefetch(next[j] + d, N * W * sizeof(T));
+    ahead.fetch(1);
     vf x[N];
     for (int i = 0; i < N; ++i) x[i] = load(at + i * W);
 #pragma GCC unroll 6
@@ -234,12 +252,11 @@ OCTAVO_INLINE void weigh_part(const T* const* v, const T* const* next, const flo
 }
 
 template <class T, int R>
-void weigh(const T* const* v, const T* const* next, const float* weights, int begin, int end, int head_dim,
-           float* sums) {
+void weigh(const T* const* v, const float* weights, int begin, int end, int head_dim, float* sums, Ahead<T>& ahead) {
   constexpr int N = vectors_per_row<R>();
   int d = 0;
-  for (; d + N * W <= head_dim; d += N * W) weigh_part<T, R, N>(v, next, weights, begin, end, d, sums);
-  for (; d < head_dim; d += W) weigh_part<T, R, 1>(v, next, weights, begin, end, d, sums);
+  for (; d + N * W <= head_dim; d += N * W) weigh_part<T, R, N>(v, weights, begin, end, d, sums, ahead);
+  for (; d < head_dim; d += W) weigh_part<T, R, 1>(v, weights, begin, end, d, sums, ahead);
 }
 
 }  // namespace octavo
