@@ -9,9 +9,10 @@ namespace octavo {
 namespace {
 
 constexpr int kColumns = 2 * W;     // outputs that a tile has
-constexpr int kMaxFewRows = 4;      // up to here weights are decoded in registers
 constexpr int kMaxTileRows = W == 16 ? 8 : (W == 8 ? 6 : 4);
-constexpr int kChunk = 128;         // inputs that are decoded at once: 16 KiB
+constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded in registers
+constexpr int kPrefetchBytes = 2560;  // how far ahead of its use memory is asked for
+constexpr int kChunk = 192;         // inputs that are decoded at once: 24 KiB
 
 // ---- decoding: codes of W outputs as floats -------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ void decode_chunk(const uint8_t* panel, int64_t first, int64_t num_inputs, float
     for (int64_t i = 0; i < num_inputs * kPanel; i += W) vstore(out + i, load_dense<F>(values + i * bytes_of_value(F)));
   } else {
     for (int64_t g = 0; g < num_inputs / kGroup; ++g)
+#pragma GCC unroll 8
       for (int column = 0; column < kPanel; column += W)
         decode_group<F>(panel + (first / kGroup + g) * bytes_of_group(F), column, [&](int k, vf w) {
           vstore(out + (g * kGroup + k) * kPanel + column, w);
@@ -116,73 +118,58 @@ void decode_chunk(const uint8_t* panel, int64_t first, int64_t num_inputs, float
   }
 }
 
-// ---- few rows: R rows times P panels, weights decoded in registers --------------------------------------------------
+// ---- few rows: R of them times a panel, weights decoded in registers ------------------------------------------------
 
-template <Format F, int R, int P>
+template <Format F, int R>
 void few_rows(const Product& product, const Part& part, int64_t panel) {
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = product.x + (part.first_row + r) * product.x_stride;
-  const int64_t panel_bytes = bytes_of_panel(F, product.in_features);
-  const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
+  const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
   for (int column = 0; column < kPanel; column += kColumns) {
-    vf sums[R][P][2];
-    for (auto& row : sums)
-      for (auto& both : row) both[0] = both[1] = vzero();
+    vf sums[R][2];
+    for (auto& both : sums) both[0] = both[1] = vzero();
+    const auto add = [&](int64_t k, vf w0, vf w1) OCTAVO_INLINE_LAMBDA {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vf input = vset(x[r][k]);
+        sums[r][0] = vfma(input, w0, sums[r][0]);
+        sums[r][1] = vfma(input, w1, sums[r][1]);
+      }
+    };
     if constexpr (is_dense(F)) {
       for (int64_t k = 0; k < product.in_features; ++k) {
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const uint8_t* values = weights + p * panel_bytes + (k * kPanel + column) * bytes_of_value(F);
-          const vf w0 = load_dense<F>(values), w1 = load_dense<F>(values + W * bytes_of_value(F));
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            sums[r][p][0] = vfma(vset(x[r][k]), w0, sums[r][p][0]);
-            sums[r][p][1] = vfma(vset(x[r][k]), w1, sums[r][p][1]);
-          }
-        }
+        const uint8_t* values = weights + (k * kPanel + column) * bytes_of_value(F);
+        add(k, load_dense<F>(values), load_dense<F>(values + W * bytes_of_value(F)));
       }
     } else {
-      constexpr int kInputs = kInputsOfRow<F>;
       for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
-        const uint8_t* groups = weights + g * bytes_of_group(F);
+        const uint8_t* group = weights + g * bytes_of_group(F);
+        prefetch(group + kPrefetchBytes, bytes_of_group(F));
+        const Scale<F> s0(group, column), s1(group, column + W);
+        const uint8_t* words = group + bytes_of_scales(F) + 4 * column;
 #pragma GCC unroll 8
-        for (int row = 0; row < kGroup / kInputs; ++row) {
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) {
-            const uint8_t* group = groups + p * panel_bytes;
-            const Scale<F> s0(group, column), s1(group, column + W);
-            const uint8_t* words = group + bytes_of_scales(F) + 4 * (row * kPanel + column);
-            const Words packed0 = load_words(words), packed1 = load_words(words + 4 * W);
+        for (int row = 0; row < kGroup / kInputsOfRow<F>; ++row) {
+          const Words packed0 = load_words(words + row * 4 * kPanel);
+          const Words packed1 = load_words(words + row * 4 * kPanel + 4 * W);
 #pragma GCC unroll 8
-            for (int j = 0; j < kInputs; ++j) {
-              const vf w0 = s0.value(code_of<F>(packed0, j)), w1 = s1.value(code_of<F>(packed1, j));
-#pragma GCC unroll 4
-              for (int r = 0; r < R; ++r) {
-                const vf input = vset(x[r][g * kGroup + row * kInputs + j]);
-                sums[r][p][0] = vfma(input, w0, sums[r][p][0]);
-                sums[r][p][1] = vfma(input, w1, sums[r][p][1]);
-              }
-            }
-          }
+          for (int j = 0; j < kInputsOfRow<F>; ++j)
+            add(g * kGroup + row * kInputsOfRow<F> + j, s0.value(code_of<F>(packed0, j)),
+                s1.value(code_of<F>(packed1, j)));
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int p = 0; p < P; ++p) {
-        float* out = part.out + r * part.out_stride + (panel + p) * kPanel + column;
-        vstore(out, sums[r][p][0]);
-        vstore(out + W, sums[r][p][1]);
-      }
+    for (int r = 0; r < R; ++r) {
+      float* out = part.out + r * part.out_stride + panel * kPanel + column;
+      vstore(out, sums[r][0]);
+      vstore(out + W, sums[r][1]);
+    }
   }
 }
 
-template <Format F, int R>
-void few_rows_of_part(const Product& product, const Part& part) {
-  constexpr int kAtOnce = R == 1 ? 2 : 1;  // one row alone has too few chains to keep the multipliers busy
-  int64_t panel = 0;
-  for (; panel + kAtOnce <= part.num_panels; panel += kAtOnce) few_rows<F, R, kAtOnce>(product, part, panel);
-  for (; panel < part.num_panels; ++panel) few_rows<F, R, 1>(product, part, panel);
-}
+using FewRowsFunction = void (*)(const Product&, const Part&, int64_t);
+template <Format F>
+constexpr FewRowsFunction kFewRows[] = {nullptr,        few_rows<F, 1>, few_rows<F, 2>, few_rows<F, 3>, few_rows<F, 4>,
+                                        few_rows<F, 5>, few_rows<F, 6>, few_rows<F, 7>, few_rows<F, 8>};
 
 // ---- more rows: tiles of R rows and 2W outputs over decoded weights --------------------------------------------------
 
@@ -236,6 +223,7 @@ void many_rows(const Product& product, const Part& part, float* chunk) {
       } else {
         decode_chunk<F>(weights, first, num_inputs, chunk);
       }
+      prefetch(weights + bytes_of_panel(F, first + num_inputs), bytes_of_panel(F, kChunk));
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
         kTiles[stop - row](x + row * product.x_stride + first, product.x_stride, decoded, num_inputs, first == 0,
@@ -248,13 +236,8 @@ void many_rows(const Product& product, const Part& part, float* chunk) {
 template <Format F>
 void exact(const Product& product, const Part& part, void* scratch) {
   static_assert(kChunk * kPanel * sizeof(float) <= kScratchBytes);
-  switch (part.num_rows) {
-    case 1: return few_rows_of_part<F, 1>(product, part);
-    case 2: return few_rows_of_part<F, 2>(product, part);
-    case 3: return few_rows_of_part<F, 3>(product, part);
-    case kMaxFewRows: return few_rows_of_part<F, kMaxFewRows>(product, part);
-    default: return many_rows<F>(product, part, static_cast<float*>(scratch));
-  }
+  if (part.num_rows > kMaxFewRows) return many_rows<F>(product, part, static_cast<float*>(scratch));
+  for (int64_t panel = 0; panel < part.num_panels; ++panel) kFewRows<F>[part.num_rows](product, part, panel);
 }
 
 }  // namespace

@@ -169,9 +169,8 @@ OCTAVO_INLINE void add_group(const Codes& codes, vf d0, vf d1, vf m0, vf m1, con
 // ---- few rows: codes out of the panel -------------------------------------------------------------------------------
 
 constexpr int kColumns = 2 * W;
-constexpr int kMaxFewRows = 3;
 constexpr int kMaxTileRows = W == 16 ? 6 : 3;
-constexpr int kChunkGroups = 16;  // groups whose codes are unpacked at once: 16 KiB, and 4 KiB of scales
+constexpr int kChunkGroups = 20;  // the most groups whose codes are unpacked at once: 20 KiB, and 5 KiB of scales
 
 template <int R>
 struct RowPointers {
@@ -212,6 +211,11 @@ void few_rows(const Product& product, const Part& part) {
     }
   }
 }
+
+using FewRowsFunction = void (*)(const Product&, const Part&);
+template <Format F>
+constexpr FewRowsFunction kFewRows[] = {nullptr,        few_rows<F, 1>, few_rows<F, 2>, few_rows<F, 3>,
+                                        few_rows<F, 4>, few_rows<F, 5>, few_rows<F, 6>};
 
 // ---- more rows: codes and scales unpacked into L1 -------------------------------------------------------------------
 
@@ -274,11 +278,13 @@ template <Format F>
 void many_rows(const Product& product, const Part& part, Chunk& chunk) {
   const int64_t num_tiles = (part.num_rows + kMaxTileRows - 1) / kMaxTileRows;
   const int64_t num_groups = product.in_features / kGroup;
+  const int64_t num_chunks = (num_groups + kChunkGroups - 1) / kChunkGroups;
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
     const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
-    for (int64_t first = 0; first < num_groups; first += kChunkGroups) {
-      const int64_t count = num_groups - first < kChunkGroups ? num_groups - first : kChunkGroups;
+    for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
+      const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
       unpack<F>(weights + first * bytes_of_group(F), count, chunk);
+      prefetch(weights + (first + count) * bytes_of_group(F), kChunkGroups * bytes_of_group(F));
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
         kTiles<F>[stop - row](product, chunk, first, count, part.first_row + row,
@@ -291,12 +297,8 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
 template <Format F>
 void int8(const Product& product, const Part& part, void* scratch) {
   static_assert(sizeof(Chunk) <= kScratchBytes);
-  switch (part.num_rows) {
-    case 1: return few_rows<F, 1>(product, part);
-    case 2: return few_rows<F, 2>(product, part);
-    case kMaxFewRows: return few_rows<F, kMaxFewRows>(product, part);
-    default: return many_rows<F>(product, part, *static_cast<Chunk*>(scratch));
-  }
+  if (part.num_rows > kMaxTileRows) return many_rows<F>(product, part, *static_cast<Chunk*>(scratch));
+  kFewRows<F>[part.num_rows](product, part);
 }
 
 }  // namespace

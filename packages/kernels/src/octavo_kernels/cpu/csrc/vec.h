@@ -24,6 +24,7 @@
 #endif
 
 #define OCTAVO_INLINE inline __attribute__((always_inline))
+#define OCTAVO_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace octavo {
 
