@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo_kernels import Backend, available_backends
+from octavo_kernels import Backend, available_backends, cpu_isa
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +43,13 @@ def device(backend: Backend) -> str:
 def interpreted(backend: Backend, device: str) -> bool:
     """Whether kernels run in Triton's interpreter, thousands of times slower: tests then take fewer cases."""
     return backend is Backend.TRITON and device == "cpu"
+
+
+@pytest.fixture(scope="session")
+def native_library(backend: Backend) -> None:
+    """Skip what is about native code where torch serves the CPU."""
+    if backend is not Backend.CPU or cpu_isa() == "none":
+        pytest.skip("the native library does not serve here")
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ OCTAVO_INLINE vf vround(vf x) {
 OCTAVO_INLINE vf vpow2(vf n) {
   vf r = {};
   for (int i = 0; i < W; ++i) {
-    const int32_t bits = (static_cast<int32_t>(n[i]) + 127) << 23;
+    const uint32_t bits = (static_cast<uint32_t>(static_cast<int32_t>(n[i])) + 127u) << 23;  // a NaN gives any bits
     float value;
     std::memcpy(&value, &bits, sizeof value);
     r[i] = value;
