@@ -11,6 +11,7 @@ from octavo_kernels.errors import (
     DeviceError,
     DtypeError,
     KernelError,
+    NotRecordable,
     OptionError,
     ShapeError,
 )
@@ -19,6 +20,7 @@ from octavo_kernels.merge import merge_states
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
+from octavo_kernels.recording import Program, Recording
 from octavo_kernels.rope import rope_kv_write
 
 __all__ = [
@@ -29,8 +31,11 @@ __all__ = [
     "DtypeError",
     "Fallback",
     "KernelError",
+    "NotRecordable",
     "OptionError",
     "PackedWeight",
+    "Program",
+    "Recording",
     "ShapeError",
     "WeightFormat",
     "add_rms_norm",

@@ -5,7 +5,8 @@ KernelError
 ├── DtypeError          (TypeError)     a tensor's dtype does not fit
 ├── DeviceError         (ValueError)    tensors lie on different devices
 ├── OptionError         (ValueError)    a plain argument or OCTAVO_BACKEND has an impossible value
-└── BackendUnavailable  (RuntimeError)  the backend asked for cannot run here
+├── BackendUnavailable  (RuntimeError)  the backend asked for cannot run here
+└── NotRecordable       (RuntimeError)  torch computes something that a recording would leave out
 BackendFallbackWarning  (UserWarning)   another backend than the one asked for serves an op
 """
 
@@ -15,6 +16,7 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "KernelError",
+    "NotRecordable",
     "OptionError",
     "ShapeError",
 ]
@@ -42,6 +44,10 @@ class OptionError(KernelError, ValueError):
 
 class BackendUnavailable(KernelError, RuntimeError):
     """The backend that was asked for cannot run on this machine or on these tensors."""
+
+
+class NotRecordable(KernelError, RuntimeError):
+    """Something between the recorded ops is computed by torch itself, which a program would not repeat."""
 
 
 class BackendFallbackWarning(UserWarning):

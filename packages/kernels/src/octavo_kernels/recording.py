@@ -9,27 +9,22 @@ a CUDA graph, except that it runs on any number of tokens up to the number it wa
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.run import run_ops
-from octavo_kernels.errors import KernelError, OptionError
+from octavo_kernels.errors import NotRecordable, OptionError
 
 _ALIGNMENT = 64
-
-
-class NotRecordable(KernelError):
-    """Something between the ops computed by torch itself, which a program would not repeat."""
 
 
 class Program:
@@ -146,32 +141,50 @@ class _Arena:
     """Memory for results. A chunk serves again when no tensor uses it any more, so that layers share chunks."""
 
     def __init__(self) -> None:
-        self._chunks: list[tuple[NDArray[np.uint8], weakref.ref[NDArray[Any]]]] = []
+        self._chunks: list[_Chunk] = []
 
     @property
     def num_bytes(self) -> int:
-        return sum(memory.nbytes for memory, _ in self._chunks)
+        return sum(chunk.memory.nbytes for chunk in self._chunks)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        num_bytes = max(1, int(np.prod(shape))) * dtype.itemsize
-        memory = self._take(num_bytes)
-        used = memory[:num_bytes]
-        self._chunks.append((memory, weakref.ref(used)))
+        num_bytes = max(1, math.prod(shape)) * dtype.itemsize
+        chunk = self._take(num_bytes)
+        used = chunk.memory[:num_bytes]
+        chunk.user = weakref.ref(used)
         # The tensor's storage holds `used`, which therefore lives as long as the tensor and its views.
-        return torch.from_numpy(used).view(dtype).view(*shape)
+        return torch.frombuffer(used, dtype=torch.uint8).view(dtype)[: math.prod(shape)].view(*shape)
 
     def owns(self, tensor: Tensor) -> bool:
         address = tensor.data_ptr()
-        return any(m.ctypes.data <= address < m.ctypes.data + m.nbytes for m, _ in self._chunks)
+        return any(chunk.address <= address < chunk.address + chunk.memory.nbytes for chunk in self._chunks)
 
-    def _take(self, num_bytes: int) -> NDArray[np.uint8]:
+    def _take(self, num_bytes: int) -> _Chunk:
         """Return the smallest free chunk that is large enough, or a new one."""
-        free = [i for i, (memory, user) in enumerate(self._chunks) if user() is None and memory.nbytes >= num_bytes]
+        free = [chunk for chunk in self._chunks if chunk.is_free and chunk.memory.nbytes >= num_bytes]
         if free:
-            return self._chunks.pop(min(free, key=lambda i: self._chunks[i][0].nbytes))[0]
-        raw = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % _ALIGNMENT
-        return raw[start : start + num_bytes]
+            return min(free, key=lambda chunk: chunk.memory.nbytes)
+        self._chunks.append(_Chunk(num_bytes))
+        return self._chunks[-1]
+
+
+class _Chunk:
+    """Some bytes at an aligned address, and a reference to the view of them that a tensor holds."""
+
+    def __init__(self, num_bytes: int) -> None:
+        raw = bytearray(num_bytes + _ALIGNMENT)
+        start = -_address(raw) % _ALIGNMENT
+        self.address = _address(raw) + start
+        self.memory = memoryview(raw)[start : start + num_bytes]
+        self.user: weakref.ref[memoryview] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.user is None or self.user() is None
+
+
+def _address(memory: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class _OnlyViews(TorchDispatchMode):

@@ -55,6 +55,13 @@ class InputBuilder:
             self._last = shape, model_input
         return model_input
 
+    def largest(self) -> ModelInput:
+        """Return the input that fills the buffers, whatever they hold."""
+        buffers = self.buffers
+        max_num_blocks = max((group.block_table.array.shape[1] for group in buffers.groups), default=0)
+        num_tokens, num_seqs = len(buffers.token_ids.array), len(buffers.seq_lens.array)
+        return self._view(num_tokens, num_seqs, max_num_blocks, num_tokens, num_seqs)
+
     def _decode(self, step: StepRows, rows: Rows) -> _Shape:
         buffers, num_seqs, positions = self.buffers, len(step.rows), step.num_computed_tokens
         buffers.positions.array[:num_seqs] = positions

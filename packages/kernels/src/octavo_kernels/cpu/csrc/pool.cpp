@@ -29,8 +29,8 @@ namespace octavo {
 namespace {
 
 constexpr int kMaxThreads = 255;
-constexpr int kSpinsAtBarrier = 20000;  // some 100 us and more: a barrier opens soon unless a thread lost its core
-constexpr int kSpinsWhenIdle = 2000;    // some 20 us: the next job mostly comes after Python has worked for longer
+constexpr int kSpinsAtBarrier = 2000;  // some 30 us: a barrier opens soon, unless a thread has lost its core to others
+constexpr int kSpinsWhenIdle = 2000;   // the next job mostly comes after Python has worked for longer
 
 void relax() {
 #if defined(__x86_64__)
