@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo_engine.models.llama import Llama
 from octavo_engine.runner.model_input import ModelInput
+from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.testing import Driver, make_runner
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import FolderSource
@@ -32,6 +33,7 @@ LLAMA3_ROPE = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "default_rope_gqa_4_2_untied": {},
     "llama3_rope_gqa_3_1_tied": {
+        "hidden_size": 48,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "head_dim": 16,
@@ -43,24 +45,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class RecordingLlama:
-    """Keeps the logits of every token of every step beside what the runner asks for."""
+    """A model, and the logits of every token of every step that a runner computes with it."""
 
     def __init__(self, model: Llama) -> None:
         self.model = model
-        self.config = model.config
-        self.kv_cache_specs = model.kv_cache_specs
-        self.logits, self.greedy = model.logits, model.greedy
-        self.slots = model.slots
-        self.finish = model.finish
-        self.num_parameters = model.num_parameters
-        self.is_redundant = model.is_redundant
         self.steps: list[tuple[list[int], list[int], Tensor]] = []
 
-    def __call__(self, model_input: ModelInput) -> Tensor:
-        hidden = self.model(model_input)
+    def watch(self, model_input: ModelInput, hidden: Tensor) -> None:
         starts = model_input.query_start_loc.tolist()
         self.steps.append((starts, model_input.positions.tolist(), self.model.logits(hidden)))
-        return hidden
+
+    def runner(self) -> ModelRunner:
+        return make_runner(self.model, watch=self.watch)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=str)
@@ -70,7 +66,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     config = transformers.LlamaConfig(
         **{
             "vocab_size": VOCAB_SIZE,
-            "hidden_size": 48,
+            "hidden_size": 64,
             "intermediate_size": 80,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
@@ -83,7 +79,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     )
     model = transformers.LlamaForCausalLM(config).eval()
     for parameter in model.parameters():  # biases too, which Transformers sets to zero
-        parameter.data.normal_(1.0 if parameter.dim() == 1 and len(parameter) == 48 else 0.0, 0.2)
+        parameter.data.normal_(1.0 if parameter.dim() == 1 and len(parameter) == config.hidden_size else 0.0, 0.2)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return folder, model
@@ -118,7 +114,7 @@ def recorded_logits(recorder: RecordingLlama, places: list[dict[int, int]], row:
 
 
 def drive(recorder: RecordingLlama, inputs: list[list[int]], schedule: list[dict[int, int]]) -> Driver:
-    driver = Driver(make_runner(recorder), seed=11)
+    driver = Driver(recorder.runner(), seed=11)
     for row, token_ids in enumerate(inputs):
         driver.add(row, token_ids)
     for step in schedule:
@@ -172,7 +168,7 @@ def test_mixed_prefill_chunks_and_decodes_equal_transformers(
 def test_block_ids_do_not_matter(recorder: RecordingLlama) -> None:
     answers = []
     for seed in range(3):
-        driver = Driver(make_runner(recorder), seed=seed)
+        driver = Driver(recorder.runner(), seed=seed)
         for row, token_ids in enumerate(prompts(5, 9)):
             driver.add(row, token_ids)
         answers.append(driver.generate(6))
@@ -183,7 +179,7 @@ def test_token_ids_do_not_depend_on_chunking(recorder: RecordingLlama) -> None:
     (prompt,) = prompts(23)
     answers = []
     for chunk in (1, 5, 23):
-        driver = Driver(make_runner(recorder))
+        driver = Driver(recorder.runner())
         driver.add(0, prompt)
         sizes = [min(chunk, 23 - start) for start in range(0, 23, chunk)]
         for size in sizes:

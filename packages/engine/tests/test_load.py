@@ -122,13 +122,13 @@ def test_misshapen_tensor_names_expected_and_found() -> None:
     with pytest.raises(CorruptModelFile) as error:
         load_model(given)
     assert str(error.value) == (
-        "memory: tensor 'model.layers.0.self_attn.q_proj.weight': expected shape [32, 32], found [32, 31]"
+        "memory: tensor 'model.layers.0.self_attn.q_proj.weight': expected shape [64, 32], found [32, 31]"
     )
 
 
 def test_integer_tensor_is_refused() -> None:
     given = source()
-    given.tensors[2] = (given.tensors[2][0], torch.zeros(32, 32, dtype=torch.int8))
+    given.tensors[2] = (given.tensors[2][0], torch.zeros(64, 32, dtype=torch.int8))
     with pytest.raises(CorruptModelFile, match=r"q_proj.weight': expected a floating dtype, found torch.int8"):
         load_model(given)
 
@@ -175,4 +175,4 @@ def test_unknown_architecture_lists_the_known_ones() -> None:
 def test_parameters_can_be_counted_without_memory() -> None:
     config = replace(tiny_config(), vocab_size=1 << 30)
     model = Llama(config, LayerOptions(device=torch.device("meta")))
-    assert model.num_parameters == 2 * 32 * (1 << 30) + 2 * (3072 + 3 * 48 * 32 + 64) + 32
+    assert model.num_parameters == 2 * 32 * (1 << 30) + 2 * (6144 + 3 * 48 * 32 + 64) + 32

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 
 pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
 
 import torch
-from torch import Tensor
 
 from octavo_engine.batch import CachedRow, ModelOutput, ScheduledBatch
 from octavo_engine.executor.inline import InlineExecutor
@@ -165,33 +163,15 @@ def test_no_logprobs_when_nobody_asks(driver: Driver) -> None:
     assert output == ModelOutput(token_ids=output.token_ids)
 
 
-@dataclass
-class KeepsHidden:
-    """A model that remembers the hidden states of its last step."""
-
-    model: Llama
-    hidden: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.config, self.logits, self.slots = self.model.config, self.model.logits, self.model.slots
-        self.kv_cache_specs, self.num_parameters = self.model.kv_cache_specs, self.model.num_parameters
-        self.is_redundant, self.finish = self.model.is_redundant, self.model.finish
-        self.greedy = self.model.greedy
-
-    def __call__(self, model_input: ModelInput) -> Tensor:
-        self.hidden = self.model(model_input)
-        return self.hidden
-
-
 @pytest.mark.parametrize("chunks", [[11], [4, 4, 3], [1] * 11], ids=["whole", "chunked", "one by one"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embedding_is_the_pooled_hidden_state_of_unit_length(model: Llama, pooling: Pooling, chunks: list[int]) -> None:
-    keeper = KeepsHidden(model)
-    whole = Driver(make_runner(keeper))
+    kept: list[torch.Tensor] = []
+    whole = Driver(make_runner(model, watch=lambda _, hidden: kept.append(hidden.clone())))
     whole.add(0, prompt(11))
     whole.step({0: 11})
-    assert keeper.hidden is not None
-    vector = keeper.hidden[-1] if pooling == "last" else keeper.hidden.mean(0)
+    (hidden,) = kept
+    vector = hidden[-1] if pooling == "last" else hidden.mean(0)
 
     driver = Driver(make_runner(model))
     driver.add(6, prompt(3, seed=8))
@@ -226,17 +206,12 @@ def test_mean_starts_again_when_a_preempted_prompt_does(model: Llama) -> None:
     assert embeddings[0] == pytest.approx(embeddings[1], abs=1e-6)
 
 
-class PoisonsToken(KeepsHidden):
-    """Gives NaN for every token 13."""
-
-    def __call__(self, model_input: ModelInput) -> Tensor:
-        hidden = self.model(model_input)
-        hidden[model_input.token_ids == 13] = float("nan")
-        return hidden
+def poison_token_13(model_input: ModelInput, hidden: torch.Tensor) -> None:
+    hidden[model_input.token_ids == 13] = float("nan")
 
 
 def test_row_with_nan_ends_alone(model: Llama) -> None:
-    driver = Driver(make_runner(PoisonsToken(model)))
+    driver = Driver(make_runner(model, watch=poison_token_13))
     good, bad = [1, 2, 3], [4, 5, 13]
     driver.add(0, good, HOT, seed=1)
     driver.add(1, bad, HOT, seed=2)

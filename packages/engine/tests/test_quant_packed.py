@@ -20,7 +20,6 @@ from octavo_engine.quant import choose
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
 from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.unquantized import Unquantized
-from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.testing import Driver, make_runner
 from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.load import load_model
@@ -116,31 +115,15 @@ def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) 
     assert (rounded - exact).norm() < 0.01 * exact.norm()
 
 
-class Recorder:
-    """A model that keeps the logits of every token."""
-
-    def __init__(self, model: Llama) -> None:
-        self.model = model
-        self.logits_of_steps: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, model_input: ModelInput) -> Tensor:
-        hidden = self.model(model_input)
-        self.logits_of_steps.append(self.model.logits(hidden))
-        return hidden
-
-
 def generate(source: GGUFSource, quant: QuantMethod[Any]) -> tuple[Tensor, dict[int, list[int]]]:
     model = load_model(source, quant=quant)
     assert isinstance(model, Llama)
-    recorder = Recorder(model)
-    driver = Driver(make_runner(recorder))
+    logits: list[Tensor] = []
+    driver = Driver(make_runner(model, watch=lambda _, hidden: logits.append(model.logits(hidden))))
     driver.add(0, [5, 6, 7, 200, 9])
     driver.add(1, [17])
     tokens = driver.generate(6)
-    return torch.cat(recorder.logits_of_steps), tokens
+    return torch.cat(logits), tokens
 
 
 def quantised(gguf: Any, tensor_type: TensorType) -> Iterator[tuple[str, tuple[int, np.ndarray]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from octavo_engine.models.llama import Llama
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.base import QuantMethod
 from octavo_engine.quant.choose import choose_method
+from octavo_engine.runner.forward import Forward
+from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.types import Pooling, SamplingParams, Task
 from octavo_kvcache import BlockCopy, TableUpdate
@@ -33,7 +35,7 @@ def tiny_config(*, vocab_size: int = 97, tie_word_embeddings: bool = False) -> M
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=8,
+        head_dim=16,
         rms_norm_eps=1e-5,
         rope=RopeConfig(),
         tie_word_embeddings=tie_word_embeddings,
@@ -69,20 +71,42 @@ def random_model(config: ModelConfig, seed: int = 0, quant: QuantMethod[Any] | N
     return model
 
 
-def make_runner(model: Model, *, num_blocks: int = 64, block_size: int = 4, max_num_seqs: int = 8) -> ModelRunner:
-    """Return a runner on the CPU with a KV cache full of NaN, so that a read of an unwritten slot shows."""
+def make_runner(
+    model: Model,
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    watch: Callable[[ModelInput, Tensor], None] | None = None,
+) -> ModelRunner:
+    """Return a runner on the CPU with a KV cache full of NaN, so that a read of an unwritten slot shows.
+
+    `watch` is shown the input and the hidden states of every step.
+    """
     storage = KVStorage(model.kv_cache_specs(torch.float32), num_blocks, block_size)
     for layer in range(storage.num_layers):
         for cache in storage.layer(layer):
             cache.fill_(float("nan"))
     max_model_len = model.config.max_position_embeddings
-    return ModelRunner(
+    runner = ModelRunner(
         model,
         storage,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs * max_model_len,
         max_model_len=max_model_len,
     )
+    if watch is not None:
+        runner.forward = _watched(runner.forward, watch)
+    return runner
+
+
+def _watched(forward: Forward, watch: Callable[[ModelInput, Tensor], None]) -> Forward:
+    def watched(model_input: ModelInput) -> Tensor:
+        hidden = forward(model_input)
+        watch(model_input, hidden)
+        return hidden
+
+    return watched
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -83,7 +84,7 @@ class Recording:
         self._arena = _Arena()
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
-        self._guard = _OnlyViews()
+        self._guard: AbstractContextManager[Any] = cast("Any", _OnlyViews)()
         self._program: Program | None = None
 
     @property
@@ -187,7 +188,7 @@ def _address(memory: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-class _OnlyViews(TorchDispatchMode):
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the class unannotated
     """Lets torch make views and refuses every other operation: a program would not repeat it."""
 
     def __torch_dispatch__(

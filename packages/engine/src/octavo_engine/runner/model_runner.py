@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.answer import Answer
-from octavo_engine.runner.forward import make_forward
+from octavo_engine.runner.forward import Forward, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import KVLayer
 from octavo_engine.runner.pooling import Pooler
@@ -33,6 +33,9 @@ class ModelRunner:
         max_num_batched_tokens: tokens that a step can compute.
         max_model_len: tokens that a sequence can have; the model's table of positions must reach as far.
         device: where the model and the storage are.
+
+    Attributes:
+        forward: what computes the hidden states of a step.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class ModelRunner:
             block_size=storage.block_size,
             device=self.device,
         )
-        self._forward = make_forward(model, self._inputs, self.device)
+        self.forward: Forward = make_forward(model, self._inputs, self.device)
         self._sampling = SamplingRows(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
 
@@ -86,7 +89,7 @@ class ModelRunner:
     def _decode(self, step: StepRows) -> ModelOutput:
         """Run a step in which every row computes one token and draws one: token, row and draw have the same place."""
         answer = Answer(len(step.rows))
-        hidden = self._forward(self._inputs.build(step, self._rows, step.sources))
+        hidden = self.forward(self._inputs.build(step, self._rows, step.sources))
         answer.add_drawn(step.sources, self._draw(hidden, step.rows, step.ends))
         return answer.output()
 
@@ -98,7 +101,7 @@ class ModelRunner:
         if step.forks:  # one row of logits serves a parent and its forks
             sources, shared = np.unique(sources, return_inverse=True)
         model_input = self._inputs.build(step, self._rows, step.last_tokens(sources))
-        hidden = self._forward(model_input)
+        hidden = self.forward(model_input)
         if self._rows.num_embedding:
             for place, vector in self._pooler.pool(step, self._rows, hidden).items():
                 answer.add_pooled(place, vector)

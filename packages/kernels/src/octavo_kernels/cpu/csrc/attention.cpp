@@ -220,11 +220,13 @@ class Walk {
                         static_cast<float>(rows[r].position - tile * kTile),
                         begin[r],
                         end[r]};
+      keys.fetch(4);
       soften(how, weights + r * kTile, &maximum[r], &sum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
     weigh_rows<R>(now, weights, begin, end, sums, keys);
     for (int r = 0; r < R; ++r) {
+      keys.fetch(kTile / (2 * R));
       if (begin[r] >= end[r]) continue;
       const float* value = sums + r * kMaxHeadDim;
       if (partial.maximum == nullptr) {

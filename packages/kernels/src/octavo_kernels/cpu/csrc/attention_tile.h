@@ -193,7 +193,7 @@ void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& a
   constexpr int step = in_pairs ? 2 * W : W;
   for (int i = tile.begin / W * W; i < tile.end; i += W) {
     for (int d = 0; d < head_dim; d += step) {
-      ahead.fetch(2);
+      ahead.fetch((step * W + 2 * head_dim - 1) / (2 * head_dim));  // half a tile in all
       if (in_pairs && d + step <= head_dim) {
         transpose_pairs(tile.k + i, d, out + d * kTile + i);
       } else {
@@ -213,7 +213,7 @@ void scores(const float* const* q, const float* keys, int head_dim, float* out, 
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = vzero();
     for (int part = 0; part < head_dim; part += 8) {
-      ahead.fetch(4);
+      ahead.fetch((4 * N * W + head_dim - 1) / head_dim);  // the other half
       for (int d = part; d < part + 8; ++d) {
         vf k[N];
         for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
@@ -238,7 +238,7 @@ OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
   for (int j = begin; j < end; ++j) {
     const T* at = v[j] + d;
-    ahead.fetch(1);
+    if (j % 2 == 1) ahead.fetch(1);
     vf x[N];
     for (int i = 0; i < N; ++i) x[i] = load(at + i * W);
 #pragma GCC unroll 6
