@@ -15,6 +15,7 @@ from octavo_kernels.errors import (
     OptionError,
     ShapeError,
 )
+from octavo_kernels.host_memory import host_empty
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
@@ -49,6 +50,7 @@ __all__ = [
     "gelu_and_mul",
     "gumbel_noise",
     "gumbel_noise_at",
+    "host_empty",
     "merge_states",
     "pack_weight",
     "packed_argmax",

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
 from octavo_kernels.cpu.launch import empty
+from octavo_kernels.host_memory import host_empty
 from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat, packed_num_bytes
 
 
@@ -41,7 +42,12 @@ def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> Pa
         _check.dtype(op, "stored", stored, format.dtype)
         _check.shape(op, "stored", stored, ("out_features", in_features))
     _check.last_dim_contiguous(op, stored=stored)
-    data = torch.empty(num_bytes, dtype=torch.uint8, device=stored.device)
+    on_host = stored.device.type == "cpu"
+    data = (
+        host_empty((num_bytes,), torch.uint8)
+        if on_host
+        else torch.empty(num_bytes, dtype=torch.uint8, device=stored.device)
+    )
     weight = PackedWeight(data, format, stored.shape[0], in_features)
     implementation(op, stored.device)(stored, weight)
     return weight

@@ -22,8 +22,8 @@ class KVStorage:
     Layers of different groups use one tensor together where their shapes allow it, since a block belongs to one group
     at a time: the k-th layer of each group lies in the same tensor.
 
-    Memory is not initialised: unwritten slots hold anything, NaN included, and on a CPU a block takes no
-    physical memory until it is written. Null block 0 is zero.
+    Memory is not initialised: unwritten slots hold anything, NaN included. On a CPU it comes in large pages where the
+    system has them, and takes no physical memory until a block of the page is written. Null block 0 is zero.
 
     Args:
         specs: one per layer.
@@ -109,11 +109,12 @@ class KVStorage:
                 self._tensor_of_layer[layer] = tensors[position]
 
     def _make_tensor(self, spec: KVCacheSpec) -> torch.Tensor:
-        tensor = torch.empty(
-            (self.num_blocks, 2, spec.num_kv_heads, self.block_size, spec.head_dim),
-            dtype=getattr(torch, spec.dtype),
-            device=self.device,
-        )
+        shape = (self.num_blocks, 2, spec.num_kv_heads, self.block_size, spec.head_dim)
+        dtype = getattr(torch, spec.dtype)
+        if self.device.type == "cpu":
+            tensor = octavo_kernels.host_empty(shape, dtype)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
         tensor[NULL_BLOCK].zero_()
         self._tensors.append(tensor)
         return tensor

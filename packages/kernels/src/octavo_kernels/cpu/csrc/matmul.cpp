@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
 constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a barrier
+constexpr int64_t kRowsWorthATask = 16;
+constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kNumSlices = 64;      // parts that an arg-max is cut into, whatever the number of threads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,16 +50,31 @@ Int8Rows round_all(const float* x, int64_t x_stride, int64_t in_features, int64_
   return {memory.codes, memory.scales, memory.offsets};
 }
 
-// How many panels a task takes: some tasks per thread, so that one slow thread does not hold up the others, but each
-// with enough to do to be worth handing out.
-int64_t panels_of_task(int64_t num_panels, int64_t num_row_blocks, int64_t num_rows, int num_threads) {
-  if (num_threads == 1) return num_panels;
-  const int64_t wanted_tasks = 6 * num_threads;
-  const int64_t for_balance = ceil_div(num_panels * num_row_blocks, wanted_tasks);
-  const int64_t enough = ceil_div(16, num_rows);
-  const int64_t chosen = for_balance > enough ? for_balance : enough;
-  return min(chosen, num_rows >= 64 ? 4 : 64);
-}
+// A product cut into tasks. With few rows most panels are dealt out to the threads beforehand, since asking for work takes
+// a thread as long as some panels, and the rest in small tasks, so that a thread that was held up does not hold up the
+// others. With more rows every task is worth asking for.
+struct Cut {
+  int64_t num_panels, num_dealt, step, num_tasks;  // tasks of one block of rows
+
+  Cut(int64_t panels, int64_t num_rows, int num_threads) : num_panels(panels), num_dealt(0), step(panels), num_tasks(1) {
+    if (num_threads == 1) return;
+    if (num_rows < kRowsWorthATask) num_dealt = num_panels * 3 / 4 / num_threads / 2 * 2;
+    threads = num_threads;
+    const int64_t rest = num_panels - num_dealt * threads;
+    step = ceil_div(rest, num_dealt > 0 ? 2 * threads : kTasksOfThread * threads);
+    step = num_rows < kRowsWorthATask ? (step + 1) / 2 * 2 : step;  // one row is multiplied by two panels at once
+    num_tasks = (num_dealt > 0 ? threads : 0) + ceil_div(rest, step);
+  }
+  void place(int64_t task, Part& part) const {
+    const bool dealt = num_dealt > 0 && task < threads;
+    part.first_panel = dealt ? task * num_dealt : num_dealt * threads + (task - (num_dealt > 0 ? threads : 0)) * step;
+    const int64_t rest = num_panels - part.first_panel, wanted = dealt ? num_dealt : step;
+    part.num_panels = min(wanted, rest);
+  }
+
+ private:
+  int64_t threads = 1;
+};
 
 struct Memory {  // what a thread needs for a product
   uint8_t* scratch;
@@ -159,14 +176,13 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
     compute = int8_part(args.format);
     product.int8 = round_all(args.x, args.x_stride, args.in_features, num_rows, args.workspace, memory.rounded, team);
   }
-  const int64_t num_panels = ceil_div(args.out_features, kPanel);
-  const int64_t step = panels_of_task(num_panels, num_row_blocks, num_rows, team.num_threads());
-  const int64_t num_steps = ceil_div(num_panels, step);
-  team.parallel_for(num_row_blocks * num_steps, [&](int64_t task) {
-    const int64_t first_row = task / num_steps * rows_of_block, first_panel = task % num_steps * step;
-    if (first_row >= num_rows) return;
-    const Part part{first_row, min(rows_of_block, num_rows - first_row), first_panel,
-                    min(step, num_panels - first_panel), nullptr, 0};
+  const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
+  team.parallel_for(num_row_blocks * cut.num_tasks, [&](int64_t task) {
+    Part part{};
+    part.first_row = task / cut.num_tasks * rows_of_block;
+    part.num_rows = min(rows_of_block, num_rows - part.first_row);
+    if (part.num_rows <= 0) return;
+    cut.place(task % cut.num_tasks, part);
     linear_part(args, product, part, compute, memory.scratch);
   });
 }

@@ -14,35 +14,42 @@ constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded 
 constexpr int kPrefetchBytes = 2560;  // how far ahead of its use memory is asked for
 constexpr int kChunk = 192;         // inputs that are decoded at once: 24 KiB
 
-// ---- decoding: codes of W outputs as floats -------------------------------------------------------------------------
+// ---- decoding -------------------------------------------------------------------------------------------------------
+
+template <Format F>
+constexpr int kInputsOfRow = F == Format::kQ8_0 ? 4 : 8;  // inputs that a row of words holds
+
+// Where the code of a row's input j begins in a word.
+template <Format F>
+constexpr int shift_of(int j) {
+  return F == Format::kQ8_0 || j < 4 ? 8 * j : 8 * (j - 4) + 4;
+}
 
 #if defined(__AVX512F__)
 using Words = __m512i;
 OCTAVO_INLINE Words load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <Format F>
-OCTAVO_INLINE vf code_of(Words words, int j) {
-  if constexpr (F == Format::kQ8_0) {
-    const Words signed_words = _mm512_xor_si512(words, _mm512_set1_epi8(-128));
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(signed_words, 24 - 8 * j), 24));
-  } else {  // the permutation looks at the low four bits of each word
-    const vf table = F == Format::kQ4_0 ? _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8)
-                                        : _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, j < 4 ? 8 * j : 8 * (j - 4) + 4), table);
-  }
+OCTAVO_INLINE vf nibble(Words words, int shift) {  // the permutation looks at the low four bits of each word
+  const vf table = F == Format::kQ4_0 ? _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8)
+                                      : _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), table);
+}
+OCTAVO_INLINE vf byte_in_place(Words words, int shift) {
+  return _mm512_cvtepu32_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(255u << shift))));
 }
 #elif defined(__AVX2__)
 using Words = __m256i;
 OCTAVO_INLINE Words load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <Format F>
-OCTAVO_INLINE vf code_of(Words words, int j) {
-  if constexpr (F == Format::kQ8_0) {
-    const Words signed_words = _mm256_xor_si256(words, _mm256_set1_epi8(-128));
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(signed_words, 24 - 8 * j), 24));
-  } else {
-    const Words code = _mm256_and_si256(_mm256_srli_epi32(words, j < 4 ? 8 * j : 8 * (j - 4) + 4), _mm256_set1_epi32(15));
-    const vf value = _mm256_cvtepi32_ps(code);
-    return F == Format::kQ4_0 ? vsub(value, vset(8.0f)) : value;
-  }
+OCTAVO_INLINE vf nibble(Words words, int shift) {
+  const vf code = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi32(15)));
+  return F == Format::kQ4_0 ? vsub(code, vset(8.0f)) : code;
+}
+OCTAVO_INLINE vf byte_in_place(Words words, int shift) {  // numbers are converted with a sign, so the last one moves
+  const bool last = shift == 24;
+  const Words moved = last ? _mm256_srli_epi32(words, 1) : words;
+  const vf byte = _mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32(last ? 255 << 23 : 255 << shift)));
+  return last ? vadd(byte, byte) : byte;
 }
 #else
 using Words = uint32_t __attribute__((vector_size(16)));
@@ -52,22 +59,18 @@ OCTAVO_INLINE Words load_words(const uint8_t* p) {
   return words;
 }
 template <Format F>
-OCTAVO_INLINE vf code_of(Words words, int j) {
-  vf r;
-  for (int i = 0; i < W; ++i) {
-    if constexpr (F == Format::kQ8_0) {
-      r[i] = static_cast<float>(static_cast<int>((words[i] >> (8 * j)) & 255u) - 128);
-    } else {
-      const int code = static_cast<int>((words[i] >> (j < 4 ? 8 * j : 8 * (j - 4) + 4)) & 15u);
-      r[i] = static_cast<float>(F == Format::kQ4_0 ? code - 8 : code);
-    }
-  }
-  return r;
+OCTAVO_INLINE vf nibble(Words words, int shift) {
+  vf code;
+  for (int i = 0; i < W; ++i)
+    code[i] = static_cast<float>(static_cast<int>((words[i] >> shift) & 15u) - (F == Format::kQ4_0 ? 8 : 0));
+  return code;
+}
+OCTAVO_INLINE vf byte_in_place(Words words, int shift) {
+  vf code;
+  for (int i = 0; i < W; ++i) code[i] = static_cast<float>(words[i] & (255u << shift));
+  return code;
 }
 #endif
-
-template <Format F>
-constexpr int kInputsOfRow = F == Format::kQ8_0 ? 4 : 8;  // inputs that a row of words holds
 
 template <Format F>
 OCTAVO_INLINE vf load_dense(const uint8_t* p) {
@@ -76,29 +79,48 @@ OCTAVO_INLINE vf load_dense(const uint8_t* p) {
   if constexpr (F == Format::kF16) return vload_f16(reinterpret_cast<const uint16_t*>(p));
 }
 
-// Scales, and minima for Q4_1, of W outputs in a group.
+// What turns the codes of W outputs in a group into weights, which are rounded once at most.
 template <Format F>
 struct Scale {
   vf d, m;
 
-  OCTAVO_INLINE Scale(const uint8_t* group, int column) {
-    d = vload_f16(reinterpret_cast<const uint16_t*>(group) + column);
-    m = F == Format::kQ4_1 ? vload_f16(reinterpret_cast<const uint16_t*>(group) + kPanel + column) : vzero();
+  OCTAVO_INLINE void load(const uint8_t* group, int column) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(group) + column;
+    d = vload_f16(halves);
+    m = F == Format::kQ4_1 ? vload_f16(halves + kPanel) : vzero();
   }
-  // d * code is exact in fp32, so the fused form rounds as a product and a sum do.
-  OCTAVO_INLINE vf value(vf code) const { return F == Format::kQ4_1 ? vfma(code, d, m) : vmul(code, d); }
+  OCTAVO_INLINE vf weight(Words words, int j) const {
+    const vf code = nibble<F>(words, shift_of<F>(j));
+    return F == Format::kQ4_1 ? vfma(code, d, m) : vmul(code, d);
+  }
+};
+
+// Bytes stay where they are in their words, as (code + 128) * 2**s, and the scales are divided by 2**s; the sum takes
+// the 128 off again. All of it is exact.
+template <>
+struct Scale<Format::kQ8_0> {
+  vf d[4], m;
+
+  OCTAVO_INLINE void load(const uint8_t* group, int column) {
+    const vf scale = vload_f16(reinterpret_cast<const uint16_t*>(group) + column);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) d[j] = vmul(scale, vset(1.0f / static_cast<float>(1 << (8 * j))));
+    m = vmul(scale, vset(-128.0f));
+  }
+  OCTAVO_INLINE vf weight(Words words, int j) const { return vfma(byte_in_place(words, 8 * j), d[j], m); }
 };
 
 // Calls use(k, w) for each input k of a group and the weights w of W outputs from `column` on, k in order.
 template <Format F, class Use>
 OCTAVO_INLINE void decode_group(const uint8_t* group, int column, Use&& use) {
-  const Scale<F> scale(group, column);
+  Scale<F> scale;
+  scale.load(group, column);
   const uint8_t* words = group + bytes_of_scales(F) + 4 * column;
 #pragma GCC unroll 8
   for (int row = 0; row < kGroup / kInputsOfRow<F>; ++row) {
     const Words packed = load_words(words + row * 4 * kPanel);
 #pragma GCC unroll 8
-    for (int j = 0; j < kInputsOfRow<F>; ++j) use(row * kInputsOfRow<F> + j, scale.value(code_of<F>(packed, j)));
+    for (int j = 0; j < kInputsOfRow<F>; ++j) use(row * kInputsOfRow<F> + j, scale.weight(packed, j));
   }
 }
 
@@ -118,58 +140,76 @@ void decode_chunk(const uint8_t* panel, int64_t first, int64_t num_inputs, float
   }
 }
 
-// ---- few rows: R of them times a panel, weights decoded in registers ------------------------------------------------
+// ---- few rows: R of them times P panels, weights decoded in registers ------------------------------------------------
 
-template <Format F, int R>
+// One row times one panel has too few chains to keep the multipliers busy, so panels take turns, input by input.
+template <Format F, int R, int P>
 void few_rows(const Product& product, const Part& part, int64_t panel) {
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = product.x + (part.first_row + r) * product.x_stride;
-  const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+  const int64_t panel_bytes = bytes_of_panel(F, product.in_features);
+  const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
   for (int column = 0; column < kPanel; column += kColumns) {
-    vf sums[R][2];
-    for (auto& both : sums) both[0] = both[1] = vzero();
-    const auto add = [&](int64_t k, vf w0, vf w1) OCTAVO_INLINE_LAMBDA {
+    vf sums[P][R][2];
+    for (auto& rows : sums)
+      for (auto& both : rows) both[0] = both[1] = vzero();
+    const auto add = [&](int p, int64_t k, vf w0, vf w1) OCTAVO_INLINE_LAMBDA {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const vf input = vset(x[r][k]);
-        sums[r][0] = vfma(input, w0, sums[r][0]);
-        sums[r][1] = vfma(input, w1, sums[r][1]);
+        sums[p][r][0] = vfma(input, w0, sums[p][r][0]);
+        sums[p][r][1] = vfma(input, w1, sums[p][r][1]);
       }
     };
     if constexpr (is_dense(F)) {
-      for (int64_t k = 0; k < product.in_features; ++k) {
-        const uint8_t* values = weights + (k * kPanel + column) * bytes_of_value(F);
-        add(k, load_dense<F>(values), load_dense<F>(values + W * bytes_of_value(F)));
-      }
+      for (int64_t k = 0; k < product.in_features; ++k)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const uint8_t* values = weights + p * panel_bytes + (k * kPanel + column) * bytes_of_value(F);
+          add(p, k, load_dense<F>(values), load_dense<F>(values + W * bytes_of_value(F)));
+        }
     } else {
       for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
         const uint8_t* group = weights + g * bytes_of_group(F);
-        prefetch(group + kPrefetchBytes, bytes_of_group(F));
-        const Scale<F> s0(group, column), s1(group, column + W);
-        const uint8_t* words = group + bytes_of_scales(F) + 4 * column;
+        Scale<F> scales[P][2];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          prefetch(group + p * panel_bytes + kPrefetchBytes, bytes_of_group(F));
+          scales[p][0].load(group + p * panel_bytes, column);
+          scales[p][1].load(group + p * panel_bytes, column + W);
+        }
 #pragma GCC unroll 8
         for (int row = 0; row < kGroup / kInputsOfRow<F>; ++row) {
-          const Words packed0 = load_words(words + row * 4 * kPanel);
-          const Words packed1 = load_words(words + row * 4 * kPanel + 4 * W);
+          Words words[P][2];
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) {
+            const uint8_t* at = group + p * panel_bytes + bytes_of_scales(F) + 4 * (row * kPanel + column);
+            words[p][0] = load_words(at);
+            words[p][1] = load_words(at + 4 * W);
+          }
 #pragma GCC unroll 8
           for (int j = 0; j < kInputsOfRow<F>; ++j)
-            add(g * kGroup + row * kInputsOfRow<F> + j, s0.value(code_of<F>(packed0, j)),
-                s1.value(code_of<F>(packed1, j)));
+#pragma GCC unroll 4
+            for (int p = 0; p < P; ++p)
+              add(p, g * kGroup + row * kInputsOfRow<F> + j, scales[p][0].weight(words[p][0], j),
+                  scales[p][1].weight(words[p][1], j));
         }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      float* out = part.out + r * part.out_stride + panel * kPanel + column;
-      vstore(out, sums[r][0]);
-      vstore(out + W, sums[r][1]);
-    }
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r) {
+        float* out = part.out + r * part.out_stride + (panel + p) * kPanel + column;
+        vstore(out, sums[p][r][0]);
+        vstore(out + W, sums[p][r][1]);
+      }
   }
 }
 
 using FewRowsFunction = void (*)(const Product&, const Part&, int64_t);
 template <Format F>
-constexpr FewRowsFunction kFewRows[] = {nullptr,        few_rows<F, 1>, few_rows<F, 2>, few_rows<F, 3>, few_rows<F, 4>,
-                                        few_rows<F, 5>, few_rows<F, 6>, few_rows<F, 7>, few_rows<F, 8>};
+constexpr FewRowsFunction kFewRows[] = {
+    nullptr,           few_rows<F, 1, 1>, few_rows<F, 2, 1>, few_rows<F, 3, 1>, few_rows<F, 4, 1>,
+    few_rows<F, 5, 1>, few_rows<F, 6, 1>, few_rows<F, 7, 1>, few_rows<F, 8, 1>};
 
 // ---- more rows: tiles of R rows and 2W outputs over decoded weights --------------------------------------------------
 
@@ -237,7 +277,10 @@ template <Format F>
 void exact(const Product& product, const Part& part, void* scratch) {
   static_assert(kChunk * kPanel * sizeof(float) <= kScratchBytes);
   if (part.num_rows > kMaxFewRows) return many_rows<F>(product, part, static_cast<float*>(scratch));
-  for (int64_t panel = 0; panel < part.num_panels; ++panel) kFewRows<F>[part.num_rows](product, part, panel);
+  int64_t panel = 0;
+  if (part.num_rows == 1)
+    for (; panel + 2 <= part.num_panels; panel += 2) few_rows<F, 1, 2>(product, part, panel);
+  for (; panel < part.num_panels; ++panel) kFewRows<F>[part.num_rows](product, part, panel);
 }
 
 }  // namespace

@@ -179,7 +179,7 @@ class Pool {
 
 int Team::num_threads() const { return pool_.num_threads_; }
 
-int64_t Team::claim() { return pool_.next_task_.fetch_add(1, std::memory_order_relaxed); }
+int64_t Team::claim() { return pool_.num_threads_ + pool_.next_task_.fetch_add(1, std::memory_order_relaxed); }
 
 void Team::barrier() {
   if (pool_.num_threads_ == 1) return;

@@ -26,7 +26,8 @@ class Team {
       for (int64_t task = 0; task < num_tasks; ++task) body(task);
       return;
     }
-    for (int64_t task = claim(); task < num_tasks; task = claim()) body(task);
+    // A thread's first task is its own, which saves it from asking; the others go to whoever is free.
+    for (int64_t task = index_; task < num_tasks; task = claim()) body(task);
     barrier();
   }
 

@@ -1,0 +1,61 @@
+"""host_empty: memory of the CPU in large pages, for what is read again and again all over: weights, KV caches.
+
+A processor remembers where a few thousand pages lie; with pages of 4 KiB that is far less than a model. Linux gives
+pages of 2 MiB where it is asked to.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+_LARGE_PAGE = 2 << 20
+_REGION = 32 << 20  # smaller pieces share one
+
+
+def host_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros on the CPU, in large pages where the system has them, at a multiple of 64 bytes.
+
+    Physical memory is taken when it is first written. It is given back when no tensor uses any part of the region it
+    lies in; small tensors share regions of 32 MiB, so this is for memory that lives as long as a model.
+    """
+    num_bytes = max(1, math.prod(shape)) * dtype.itemsize
+    memory = _regions.take(num_bytes)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)[: math.prod(shape)].view(*shape)
+
+
+class _Regions:
+    """Hands out pieces of memory maps, one after the other; a map lives as long as any piece of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rest: memoryview | None = None
+
+    def take(self, num_bytes: int) -> memoryview:
+        num_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        if num_bytes >= _REGION:
+            return _map(num_bytes)
+        with self._lock:
+            if self._rest is None or len(self._rest) < num_bytes:
+                self._rest = _map(_REGION)
+            piece, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+        return piece
+
+
+_regions = _Regions()
+
+
+def _map(num_bytes: int) -> memoryview:
+    """Return a new memory map that begins at a large page."""
+    region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        region.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(region)
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
+    return memory[start : start + num_bytes]
