@@ -7,7 +7,7 @@ KernelError
 ├── OptionError         (ValueError)    a plain argument or OCTAVO_BACKEND has an impossible value
 ├── BackendUnavailable  (RuntimeError)  the backend asked for cannot run here
 └── NotRecordable       (RuntimeError)  torch computes something that a recording would leave out
-BackendFallbackWarning  (UserWarning)   another backend than the one asked for serves an op
+BackendFallbackWarning  (UserWarning)   another backend serves an op, or torch where native code does not
 """
 
 __all__ = [
@@ -47,8 +47,8 @@ class BackendUnavailable(KernelError, RuntimeError):
 
 
 class NotRecordable(KernelError, RuntimeError):
-    """Something between the recorded ops is computed by torch itself, which a program would not repeat."""
+    """Torch computes something in a recording, itself or for an op that native code does not serve."""
 
 
 class BackendFallbackWarning(UserWarning):
-    """An op runs on another backend than the one that was asked for; given once per op."""
+    """An op runs on another backend than the one asked for, or on torch instead of native code; given once per op."""

@@ -21,7 +21,7 @@ class DenseParameters(NamedTuple):
 
 
 class Unquantized(QuantMethod[DenseParameters]):
-    """What serves on a GPU, and on a CPU where the native kernels are missing."""
+    """What serves on a GPU, and on a CPU without native kernels or with activations that are not fp32."""
 
     def create(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device

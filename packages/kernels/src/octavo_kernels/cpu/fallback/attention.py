@@ -4,7 +4,7 @@ A bucket's blocks are gathered by one index per layer, and its scores are one ba
 the same product, so keys are never repeated.
 
 The result of a sequence may change in its last bits with its neighbours: the padded length and the number of rows
-decide how the matrix library orders its sums. Only compiled kernels can promise more.
+decide how the matrix library orders its sums. Native attention does not.
 """
 
 import itertools
