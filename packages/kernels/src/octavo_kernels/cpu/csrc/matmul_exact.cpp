@@ -12,7 +12,7 @@ constexpr int kColumns = 2 * W;     // outputs that a tile has
 constexpr int kMaxTileRows = W == 16 ? 8 : (W == 8 ? 6 : 4);
 constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded in registers
 constexpr int kPrefetchBytes = 2560;  // how far ahead of its use memory is asked for
-constexpr int kChunk = 192;         // inputs that are decoded at once: 24 KiB
+constexpr int kChunk = 96;         // inputs that are decoded at once: 24 KiB
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
 
@@ -263,9 +263,11 @@ void many_rows(const Product& product, const Part& part, float* chunk) {
       } else {
         decode_chunk<F>(weights, first, num_inputs, chunk);
       }
-      prefetch(weights + bytes_of_panel(F, first + num_inputs), bytes_of_panel(F, kChunk));
+      const uint8_t* next = weights + bytes_of_panel(F, first + num_inputs);
+      const int64_t next_bytes = (bytes_of_panel(F, kChunk) / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
+        prefetch(next + t * next_bytes, next_bytes);
         kTiles[stop - row](x + row * product.x_stride + first, product.x_stride, decoded, num_inputs, first == 0,
                            part.out + row * part.out_stride + panel * kPanel, part.out_stride);
       }
