@@ -21,7 +21,7 @@ from octavo_kernels.merge import merge_states
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
-from octavo_kernels.recording import Program, Recording
+from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "choose",
     "copy_blocks",
     "cpu_isa",
+    "empty_result",
     "fallbacks",
     "gather_kv",
     "gelu",

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
-from octavo_kernels.cpu.launch import empty
+from octavo_kernels.recording import empty_result
 
 
 def silu_and_mul(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def gelu(x: Tensor, approximate: str = "none", out: Tensor | None = None) -> Ten
     device = _check.same_device(op, x=x, out=out)
     _check.floating(op, x=x)
     if out is None:
-        out = empty(x.shape, x.dtype, x.device)
+        out = empty_result(x.shape, x.dtype, x.device)
     _check.shape(op, "out", out, x.shape)
     _check.dtype(op, "out", out, x.dtype)
     if x.numel():
@@ -90,7 +90,7 @@ def _gated_output(op: str, x: Tensor, out: Tensor | None) -> Tensor:
         _check.shape(op, "x", x, ("...", "2 * intermediate", "(an even size)"))
     shape = (*x.shape[:-1], x.shape[-1] // 2)
     if out is None:
-        return empty(shape, x.dtype, x.device)
+        return empty_result(shape, x.dtype, x.device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, x.dtype)
     return out

@@ -6,7 +6,7 @@ from torch import Tensor
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
 from octavo_kernels._options import AttentionOptions
-from octavo_kernels.cpu.launch import empty
+from octavo_kernels.recording import empty_result
 
 
 def paged_attention(
@@ -184,7 +184,7 @@ def varlen_attention(
 
 def _output(op: str, q: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
-        return empty(q.shape, q.dtype, q.device)
+        return empty_result(q.shape, q.dtype, q.device)
     _check.shape(op, "out", out, q.shape)
     _check.dtype(op, "out", out, q.dtype)
     _check.last_dim_contiguous(op, out=out)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
-from octavo_kernels.cpu.launch import empty
 from octavo_kernels.host_memory import host_empty
 from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat, packed_num_bytes
+from octavo_kernels.recording import empty_result
 
 
 def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> PackedWeight:  # noqa: A002  # the field's name
@@ -165,7 +165,7 @@ def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: b
 
 def _output(op: str, out: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
     if out is None:
-        return empty(shape, torch.float32, device)
+        return empty_result(shape, torch.float32, device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, torch.float32)
     _check.last_dim_contiguous(op, out=out)

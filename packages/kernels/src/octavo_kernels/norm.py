@@ -5,7 +5,7 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
-from octavo_kernels.cpu.launch import empty
+from octavo_kernels.recording import empty_result
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out:
 
     """
     device = _check_norm("rms_norm", x, weight, out)
-    out = empty(x.shape, x.dtype, x.device) if out is None else out
+    out = empty_result(x.shape, x.dtype, x.device) if out is None else out
     if x.numel():
         implementation("rms_norm", device)(x, weight, eps, offset, out)
     return out
@@ -61,7 +61,7 @@ def add_rms_norm(
     _check.shape(op, "residual", residual, x.shape)
     _check.dtype(op, "residual", residual, x.dtype)
     _check.same_device(op, x=x, residual=residual)
-    out = empty(x.shape, x.dtype, x.device) if out is None else out
+    out = empty_result(x.shape, x.dtype, x.device) if out is None else out
     if x.numel():
         implementation(op, device)(x, residual, weight, eps, offset, out)
     return out

@@ -138,6 +138,14 @@ def current() -> Recording | None:
     return cast("Recording | None", getattr(_active, "recording", None))
 
 
+def empty_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for an op's result: the recording's where one is open in this thread and the device is the CPU."""
+    open_recording = current()
+    if open_recording is not None and device.type == "cpu":
+        return open_recording.empty(shape, dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 class _Arena:
     """Memory for results. A chunk serves again when no tensor uses it any more, so that layers share chunks."""
 

@@ -18,6 +18,7 @@ from octavo_engine.weights.stored import StoredTensor
 from octavo_kernels import (
     PackedWeight,
     WeightFormat,
+    empty_result,
     pack_weight,
     packed_argmax,
     packed_embedding,
@@ -111,7 +112,7 @@ class Packed(QuantMethod[PackedParameters]):
         if len(parameters.parts) == 1:
             ((weight, _, int8),) = parameters.parts
             return packed_linear(x, weight, parameters.bias, int8_activations=int8)
-        out = x.new_empty((len(x), parameters.out_features))
+        out = empty_result((len(x), parameters.out_features), x.dtype, x.device)
         for weight, columns, int8 in parameters.parts:
             bias = None if parameters.bias is None else parameters.bias[columns]
             packed_linear(x, weight, bias, int8_activations=int8, out=out[:, columns])

@@ -1,9 +1,7 @@
-"""launch: runs one native op now, or notes it where a recording is open; empty: memory for its result."""
+"""launch: runs one native op now, or notes it where a recording is open."""
 
 import ctypes
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from octavo_kernels import recording
@@ -30,11 +28,3 @@ def launch(kind: abi.OpKind, args: ctypes.Structure, num_rows: int, *tensors: Te
 def pointer(tensor: Tensor | None) -> int | None:
     """Return a tensor's address for a struct, or None for a null pointer."""
     return None if tensor is None else tensor.data_ptr()
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for an op's result, from the recording where one is open in this thread."""
-    open_recording = recording.current()
-    if open_recording is not None and device.type == "cpu":
-        return open_recording.empty(shape, dtype)
-    return torch.empty(tuple(shape), dtype=dtype, device=device)

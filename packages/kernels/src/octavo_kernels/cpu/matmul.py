@@ -5,9 +5,10 @@ from torch import Tensor
 
 from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.fallback import matmul as fallback
-from octavo_kernels.cpu.launch import empty, launch, pointer
+from octavo_kernels.cpu.launch import launch, pointer
 from octavo_kernels.cpu.load import library_for
 from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat
+from octavo_kernels.recording import empty_result
 
 _FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
 _NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
@@ -100,4 +101,4 @@ def _rounded_bytes(x: Tensor) -> int:
 
 
 def _workspace(num_bytes: int) -> Tensor:
-    return empty((num_bytes,), torch.uint8, torch.device("cpu"))
+    return empty_result((num_bytes,), torch.uint8, torch.device("cpu"))
