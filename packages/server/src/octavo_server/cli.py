@@ -66,7 +66,7 @@ def serve(
     num_blocks: Annotated[int | None, typer.Option(help="Blocks in the KV cache.")] = None,
     kv_cache_gib: KVCacheGib = None,
     kv_cache_bytes: KVCacheBytes = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 64,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 128,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
     no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
     threads: Threads = None,
