@@ -312,6 +312,19 @@ PartFunction int8_part(int64_t format) {
   }
 }
 
+// Rounds a group of finite values times `inverse` to whole numbers, half to even; returns their sum.
+static int32_t round_group(const float* values, float inverse, int8_t* codes) {
+  float rounded[kGroup];
+  for (int i = 0; i < kGroup; i += W) vstore(rounded + i, vround(vmul(vload(values + i), vset(inverse))));
+  int32_t sum = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    const int32_t code = static_cast<int32_t>(rounded[i]);
+    codes[i] = static_cast<int8_t>(code);
+    sum += code;
+  }
+  return sum;
+}
+
 void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows,
                 int8_t* codes, float* scales, float* offsets) {
   const int64_t num_groups = in_features / kGroup;
@@ -324,19 +337,16 @@ void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t f
         largest = vmax(vabs(v), largest);
         not_finite = vadd(not_finite, vsub(v, v));  // 0, or NaN for NaN and infinity
       }
-      float scale = vmax_of(largest) / 127.0f;
-      float inverse = 1.0f / scale;
-      if (!(scale > 0.0f) || !(inverse < INFINITY)) inverse = 0.0f;
       int8_t* out = codes + row * in_features + g * kGroup;
+      float scale = vmax_of(largest) / 127.0f;
       int32_t sum = 0;
-      float rounded[kGroup];
-      for (int i = 0; i < kGroup; i += W) vstore(rounded + i, vround(vmul(vload(values + i), vset(inverse))));
-      for (int i = 0; i < kGroup; ++i) {
-        const int32_t code = static_cast<int32_t>(rounded[i]);
-        out[i] = static_cast<int8_t>(code);
-        sum += code;
+      if (vsum(not_finite) != 0.0f) {  // what is not a number has no code; the scale makes every output of the row NaN
+        scale = NAN;
+        std::memset(out, 0, kGroup);
+      } else {
+        const float inverse = 1.0f / scale;
+        sum = round_group(values, scale > 0.0f && inverse < INFINITY ? inverse : 0.0f, out);
       }
-      if (vsum(not_finite) != 0.0f) scale = NAN;  // then every output of the row is NaN
       scales[row * num_groups + g] = scale;
       offsets[row * num_groups + g] = scale * static_cast<float>(sum);
     }
