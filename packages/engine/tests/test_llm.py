@@ -138,7 +138,7 @@ def test_bad_requests_are_refused_and_the_next_one_runs(llm):
         ([{"prompt_token_ids": [10**6]}], GREEDY, InvalidRequest),
         ([{"prompt_token_ids": [5] * 1024}], GREEDY, PromptTooLong),
         (["a", "b"], [GREEDY], InvalidRequest),
-        ("a", SamplingParams(n=65), InvalidRequest),
+        ("a", SamplingParams(n=129), InvalidRequest),
     ]:
         with pytest.raises(error):
             llm.generate(prompts, sampling)
