@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -20,7 +25,8 @@ def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
         EngineError: if the model cannot be found, read or run.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with _without_collector(), bars as progress:
         bar = progress.add_task("loading weights", total=None)
         try:
             return AsyncEngine.from_config(
@@ -30,6 +36,22 @@ def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
             raise InvalidConfig(
                 f"running a model in this process needs {error.name}; install it: pip install 'octavo-server[local]'"
             ) from error
+
+
+@contextmanager
+def _without_collector() -> Generator[None]:
+    """Keep the garbage collector still while modules and weights are loaded: it would look at all of them many times.
+
+    What is there afterwards lives as long as the process, so that later collections pass over it; at the exit they see it
+    again, since libraries complain of what nobody frees.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)
+        gc.enable()
 
 
 def engine_report(info: EngineInfo) -> Table:
