@@ -42,8 +42,8 @@ def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
 def _without_collector() -> Generator[None]:
     """Keep the garbage collector still while modules and weights are loaded: it would look at all of them many times.
 
-    What is there afterwards lives as long as the process, so that later collections pass over it; at the exit they see it
-    again, since libraries complain of what nobody frees.
+    What is there afterwards lives as long as the process, so that later collections pass over it; at the exit they see
+    it again, since libraries complain of what nobody frees.
     """
     gc.disable()
     try:
