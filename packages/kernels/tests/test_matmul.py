@@ -15,6 +15,7 @@ DTYPES = {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, We
 OUT_FEATURES = [1, 31, 32, 33, 100]
 # A product is a chain of up to 576 sums in fp32, each rounded, of summands of about 1: some last bits of its length.
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-4}
+INT8_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # exact within a group, so that the chain is one of groups
 
 every_format = pytest.mark.parametrize("weight_format", WeightFormat, ids=lambda item: item.value)
 block_formats = pytest.mark.parametrize("weight_format", BLOCK_BYTES, ids=lambda item: item.value)
@@ -153,7 +154,7 @@ def test_products_equal_the_reference(device, oracle, weight_format, int8, out_f
         out = wide[:, :out_features]
         assert ok.packed_linear(x, weight, added, int8_activations=int8, out=out) is out
         expected = oracle(ok.packed_linear, x, weight, added, int8_activations=int8)
-        torch.testing.assert_close(out, expected, **TOLERANCE)
+        torch.testing.assert_close(out, expected, **(INT8_TOLERANCE if int8 else TOLERANCE))
         assert wide[:, out_features:].isnan().all()
 
 
