@@ -6,6 +6,9 @@ import random
 from typing import Any
 
 import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
 import torch
 from torch import Tensor
 
