@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.batch import CachedRow, NewRow, ScheduledBatch
+from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.runner.rows import Rows
@@ -163,7 +164,10 @@ def assert_equals_loops(model_input: ModelInput, traffic: Traffic, spans: list[t
             sequence.block_ids[index][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for sequence, position in tokens
         ]
-        assert group.block_table.tolist() == [s.block_ids[index][:num_blocks] for s, _, _ in computing]
+        assert group.block_table.shape == (len(computing), num_blocks)
+        for table, (sequence, start, num_new) in zip(group.block_table.tolist(), computing, strict=True):
+            own = -(-(start + num_new) // BLOCK_SIZE)  # what comes behind means nothing
+            assert table[:own] == sequence.block_ids[index][:own]
 
 
 @given(seed=st.integers(0, 1 << 32), kinds=st.lists(st.sampled_from(["mixed", "decode", "decode"]), max_size=12))
@@ -179,9 +183,17 @@ def test_any_step_equals_loops_over_its_tokens(seed: int, kinds: list[str]) -> N
             traffic.rows.add(new)
         traffic.rows.update(batch.cached)
         step = StepRows.of(batch)
-        assert step.decodes == all(r.samples and r.num_scheduled_tokens == 1 for r in (*batch.new, *batch.cached))
+        decode_step = DecodeStep.of(batch)
+        assert (decode_step is None) == (
+            bool(batch.new) or not all(r.samples and r.num_scheduled_tokens == 1 for r in batch.cached)
+        )
         last = step.last_tokens(np.unique(step.sources[step.samples]))
-        model_input = builder.build(step, traffic.rows, last)
+        if decode_step is None:
+            model_input = builder.build(step, traffic.rows, last)
+        else:
+            model_input = builder.decode(decode_step, traffic.rows)
+            assert builder.decoding.rows.tolist() == step.rows.tolist()
+            assert builder.decoding.ends.tolist() == step.ends.tolist()
         assert_equals_loops(model_input, traffic, spans)
         assert model_input.logits_indices.tolist() == last.tolist()
         strides = [group.block_table.stride(0) for group in model_input.groups if len(group.block_table) > 1]
@@ -195,13 +207,42 @@ def test_any_step_equals_loops_over_its_tokens(seed: int, kinds: list[str]) -> N
                 traffic.drawn(row)
 
 
+def decode_step(position: int, *updates: TableUpdate, row: int = 0) -> DecodeStep:
+    return DecodeStep((row,), (position,), (updates,))
+
+
 def test_a_step_of_the_same_shape_is_the_same_model_input() -> None:
     traffic, builder = Traffic(1), make_builder()
-    row = CachedRow(0, 4, 1, True, ())
     traffic.rows.append(np.array([0, 0]), np.array([4, 5]), np.array([70, 80]))
-    first = builder.build(StepRows.of(ScheduledBatch(step_id=0, cached=(row,))), traffic.rows, np.array([0]))
+    first = builder.decode(decode_step(4), traffic.rows)
     assert first.token_ids.tolist() == [70]
-    row = row._replace(num_computed_tokens=5)
-    second = builder.build(StepRows.of(ScheduledBatch(step_id=1, cached=(row,))), traffic.rows, np.array([0]))
+    second = builder.decode(decode_step(5), traffic.rows)
     assert second is first
     assert (second.token_ids.tolist(), second.positions.tolist()) == ([80], [5])
+
+
+def test_a_row_that_does_not_go_on_where_it_was_is_filled_anew() -> None:
+    rows, builder = Traffic(1).rows, make_builder()
+    for table in rows.block_tables:
+        table[:2, :3] = [[3, 7, 9], [4, 8, 6]]
+    for row, position in ((0, 4), (0, 5), (0, 9), (1, 10), (1, 3)):
+        model_input = builder.decode(decode_step(position, row=row), rows)
+        blocks = rows.block_tables[0][row, : position // BLOCK_SIZE + 1].tolist()
+        assert model_input.seq_lens.tolist() == [position + 1]
+        assert model_input.groups[0].block_table.tolist() == [blocks]
+        assert model_input.groups[0].slot_mapping.tolist() == [blocks[-1] * BLOCK_SIZE + position % BLOCK_SIZE]
+
+
+def test_another_step_in_between_leaves_nothing_behind() -> None:
+    rows, builder = Traffic(1).rows, make_builder()
+    rows.token_ids[0, :8] = range(8)
+    for table in rows.block_tables:
+        table[:2, :2] = [[3, 7], [4, 8]]
+    builder.decode(decode_step(4), rows)
+    other = ScheduledBatch(step_id=0, cached=(CachedRow(1, 2, 3, False, ()),))  # five tokens then, as row 0 has
+    builder.build(StepRows.of(other), rows, np.empty(0, np.int64))
+    model_input = builder.decode(decode_step(5), rows)
+    assert (model_input.token_ids.tolist(), model_input.positions.tolist()) == ([5], [5])
+    assert (model_input.query_start_loc.tolist(), model_input.seq_lens.tolist()) == ([0, 1], [6])
+    assert model_input.groups[0].block_table.tolist() == [[3, 7]]
+    assert model_input.groups[0].slot_mapping.tolist() == [7 * BLOCK_SIZE + 1]

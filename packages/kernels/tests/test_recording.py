@@ -49,6 +49,24 @@ def test_a_program_gives_the_bits_of_the_eager_calls_for_every_number_of_tokens(
         assert (residual[num_tokens:] == 7.0).all()
 
 
+def test_one_program_after_another_is_one_program(recorded):
+    program, x, residual, weights, (result, _) = recorded
+    stored = ok.pack_weight(torch.randn(50, HIDDEN), ok.WeightFormat.F32, in_features=HIDDEN)
+    with Recording(5) as recording:
+        ids, best = ok.packed_argmax(result[:5], stored)
+    both = program.then(recording.program)
+    assert (both.max_num_tokens, both.num_ops) == (5, program.num_ops + 1)
+    for num_tokens in (5, 1, 3):
+        inputs = torch.randn(2, num_tokens, HIDDEN)
+        x[:num_tokens], residual[:num_tokens] = inputs
+        both.run(num_tokens, 0)
+        expected = ok.packed_argmax(layers(inputs[0], inputs[1].clone(), weights)[0], stored)
+        assert torch.equal(ids[:num_tokens], expected[0])
+        assert torch.equal(best[:num_tokens], expected[1])
+    with pytest.raises(ok.OptionError, match="expected at most 5"):
+        both.run(6, 0)
+
+
 def test_nothing_is_computed_while_recording(recorded):
     program, _, residual, _, results = recorded
     assert program.num_ops == 3 * NUM_LAYERS + 1

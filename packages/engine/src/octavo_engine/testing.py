@@ -17,7 +17,7 @@ from octavo_engine.models.llama import Llama
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.base import QuantMethod
 from octavo_engine.quant.choose import choose_method
-from octavo_engine.runner.forward import Forward
+from octavo_engine.runner.forward import OpByOp
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.types import Pooling, SamplingParams, Task
@@ -96,11 +96,13 @@ def make_runner(
         max_model_len=max_model_len,
     )
     if watch is not None:
-        runner.forward = _watched(runner.forward, watch)
+        runner.forward = OpByOp(_watched(runner.forward, watch), model.greedy)
     return runner
 
 
-def _watched(forward: Forward, watch: Callable[[ModelInput, Tensor], None]) -> Forward:
+def _watched(
+    forward: Callable[[ModelInput], Tensor], watch: Callable[[ModelInput, Tensor], None]
+) -> Callable[[ModelInput], Tensor]:
     def watched(model_input: ModelInput) -> Tensor:
         hidden = forward(model_input)
         watch(model_input, hidden)

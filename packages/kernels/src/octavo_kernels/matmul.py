@@ -148,8 +148,8 @@ def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = F
     op = "packed_argmax"
     device = _check.same_device(op, x=x, weight=weight.data)
     _check_product(op, x, weight, int8_activations)
-    ids = torch.empty(len(x), dtype=torch.int64, device=device)
-    best = torch.empty(len(x), dtype=torch.float32, device=device)
+    ids = empty_result((len(x),), torch.int64, device)
+    best = empty_result((len(x),), torch.float32, device)
     if len(x):
         implementation(op, device)(x, weight, int8_activations, ids, best)
     return ids, best

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo_kernels.cpu import abi
-from octavo_kernels.cpu.run import run_ops
+from octavo_kernels.cpu.run import prepare_ops
 from octavo_kernels.errors import NotRecordable, OptionError
 
 _ALIGNMENT = 64
@@ -43,6 +43,7 @@ class Program:
         self.num_bytes = num_bytes
         self._ops = (abi.Op * len(ops))(*ops)
         self._step = abi.Step()
+        self._run = prepare_ops(self._ops, self.num_ops, self._step)
         self._keep = keep  # tensors and structs that the ops point to
 
     def run(self, num_tokens: int, num_seqs: int) -> None:
@@ -61,7 +62,19 @@ class Program:
                 "record with more tokens"
             )
         self._step.num_tokens, self._step.num_seqs = num_tokens, num_seqs
-        run_ops(self._ops, self.num_ops, self._step)
+        self._run()
+
+    def then(self, after: Program) -> Program:
+        """Return a program that runs this one and another after it, in one call.
+
+        It runs on as many tokens as both do, and shares their memory.
+        """
+        return Program(
+            [*self._ops, *after._ops],
+            max_num_tokens=min(self.max_num_tokens, after.max_num_tokens),
+            num_bytes=self.num_bytes + after.num_bytes,
+            keep=(self, after),
+        )
 
 
 class Recording:

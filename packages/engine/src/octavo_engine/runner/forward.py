@@ -1,11 +1,14 @@
-"""Forward passes: a model as it is, op by op, or recorded as one native program."""
+"""Forward: how a model is run in a step, op by op or as one native program recorded beforehand."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.models.registry import Model
@@ -16,19 +19,65 @@ from octavo_kernels import NotRecordable, Recording
 
 _log = logging.getLogger(__name__)
 
-Forward = Callable[[ModelInput], Tensor]
-"""From a step's input to its hidden states [num_tokens, hidden_size], which hold until the next step."""
+
+class Likeliest(NamedTuple):
+    """The arg-max of each token's logits on the host, which holds until the next step.
+
+    Attributes:
+        token_ids: [num_tokens] int64, the lowest of equals.
+        logits: [num_tokens] fp32; NaN if any logit of the row is.
+    """
+
+    token_ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+class Forward(Protocol):
+    """Runs a model on the inputs that an InputBuilder has just made."""
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the hidden states [num_tokens, hidden_size], which hold until the next step."""
+        ...
+
+    def greedy(self, model_input: ModelInput) -> Likeliest:
+        """Return what follows each token of a step in which every sequence computes one."""
+        ...
 
 
 def make_forward(model: Model, inputs: InputBuilder, device: torch.device) -> Forward:
-    """Return the fastest way to run a model: recorded where its ops run in native CPU code, else the model itself."""
-    if device.type != "cpu" or native_isa() is None:
-        return model
-    try:
-        return RecordedForward(model, inputs)
-    except NotRecordable as error:
-        _log.info("the model runs op by op: %s", error)
-        return model
+    """Return the fastest way to run a model: recorded where its ops run in native CPU code, else op by op."""
+    if device.type == "cpu" and native_isa() is not None:
+        try:
+            return RecordedForward(model, inputs)
+        except NotRecordable as error:
+            _log.info("the model runs op by op: %s", error)
+    return OpByOp(model, model.greedy)
+
+
+class OpByOp:
+    """Runs a model as it is.
+
+    Args:
+        hidden: the model: from a step's input to its hidden states.
+        greedy: from hidden states to the arg-max of their logits, and these logits.
+    """
+
+    def __init__(
+        self, hidden: Callable[[ModelInput], Tensor], greedy: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
+        self._hidden = hidden
+        self._greedy = greedy
+
+    @torch.inference_mode()
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Run a step."""
+        return self._hidden(model_input)
+
+    @torch.inference_mode()
+    def greedy(self, model_input: ModelInput) -> Likeliest:
+        """Run a step up to its arg-max."""
+        token_ids, logits = self._greedy(self._hidden(model_input))
+        return Likeliest(token_ids.cpu().numpy(), logits.cpu().numpy())
 
 
 class RecordedForward:
@@ -40,12 +89,25 @@ class RecordedForward:
 
     def __init__(self, model: Model, inputs: InputBuilder) -> None:
         largest = inputs.largest()
-        with torch.inference_mode(), Recording(len(largest.token_ids)) as recording:
-            self._hidden = model(largest)
-        self._program = recording.program
+        with torch.inference_mode():
+            with Recording(len(largest.token_ids)) as body:
+                self._hidden = model(largest)
+            rows = self._hidden[: len(largest.seq_lens)]
+            with Recording(len(rows)) as head:
+                token_ids, logits = model.greedy(rows)
+        self._program = body.program
+        self._greedy_program = body.program.then(head.program)
+        self._likeliest = Likeliest(token_ids.numpy(), logits.numpy())
 
     def __call__(self, model_input: ModelInput) -> Tensor:
-        """Run a step whose input the builder has just made."""
+        """Run a step."""
         num_tokens = len(model_input.token_ids)
         self._program.run(num_tokens, len(model_input.seq_lens))
         return self._hidden[:num_tokens]
+
+    def greedy(self, model_input: ModelInput) -> Likeliest:
+        """Run a step up to its arg-max."""
+        num_seqs = len(model_input.seq_lens)
+        self._greedy_program.run(num_seqs, num_seqs)
+        token_ids, logits = self._likeliest
+        return Likeliest(token_ids[:num_seqs], logits[:num_seqs])

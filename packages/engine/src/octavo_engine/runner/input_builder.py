@@ -7,17 +7,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo_engine.runner.decode_inputs import DecodeInputs
+from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.model_input import GroupInput, KVLayer, ModelInput
 from octavo_engine.runner.rows import Rows
 from octavo_engine.runner.step_buffers import StepBuffers
-from octavo_engine.runner.step_rows import StepRows, count_up
+from octavo_engine.runner.step_rows import StepRows
 
 _Shape = tuple[int, int, int, int, int]
 """num_tokens, num_seqs, blocks of the longest sequence, max_query_len, num_logits_rows."""
 
 
 class InputBuilder:
-    """Fills the buffers, without a Python object per token and, for a step that decodes, with a dozen numpy calls.
+    """Fills the buffers, without a Python object per token, and cuts a step out of them.
 
     On a CPU the tensors of a ModelInput are the buffers' own memory: they hold until the next step is built, and a step
     of the same shape as the one before gets the same ModelInput. On another device they are copies.
@@ -27,6 +29,10 @@ class InputBuilder:
         kv_layers: passed on.
         block_size: tokens in a block.
         device: where the model is.
+
+    Attributes:
+        buffers: where the tensors lie on the host.
+        decoding: fills the buffers for decode steps, and knows the rows of the last one.
     """
 
     def __init__(
@@ -36,7 +42,7 @@ class InputBuilder:
         self._kv_layers = kv_layers
         self._block_size = block_size
         self._device = device
-        self._num_counted = 0  # the leading entries of query_start_loc and logits_indices that count up
+        self.decoding = DecodeInputs(buffers, block_size=block_size)
         self._last: tuple[_Shape, ModelInput] | None = None
 
     def build(self, step: StepRows, rows: Rows, logits_indices: NDArray[np.int64]) -> ModelInput:
@@ -45,15 +51,16 @@ class InputBuilder:
         Args:
             step: the rows of the step.
             rows: the runner's rows, up to date with the batch; not modified.
-            logits_indices: [num_logits_rows], the tokens whose logits are wanted; all of them if the step decodes.
+            logits_indices: [num_logits_rows], the tokens whose logits are wanted.
         """
-        shape = self._decode(step, rows) if step.decodes else self._ragged(step, rows, logits_indices)
-        if self._last is not None and self._last[0] == shape:
-            return self._last[1]
-        model_input = self._view(*shape)
-        if self._device.type == "cpu":
-            self._last = shape, model_input
-        return model_input
+        self.decoding.forget()
+        return self._cut(self._ragged(step, rows, logits_indices))
+
+    def decode(self, step: DecodeStep, rows: Rows) -> ModelInput:
+        """Make the tensors of a decode step; every token's logits are wanted."""
+        self.decoding.fill(step, rows)
+        num_seqs, num_blocks = len(step.row_ids), max(step.positions) // self._block_size + 1
+        return self._cut((num_seqs, num_seqs, num_blocks, 1, num_seqs))
 
     def largest(self) -> ModelInput:
         """Return the input that fills the buffers, whatever they hold."""
@@ -62,26 +69,12 @@ class InputBuilder:
         num_tokens, num_seqs = len(buffers.token_ids.array), len(buffers.seq_lens.array)
         return self._view(num_tokens, num_seqs, max_num_blocks, num_tokens, num_seqs)
 
-    def _decode(self, step: StepRows, rows: Rows) -> _Shape:
-        buffers, num_seqs, positions = self.buffers, len(step.rows), step.num_computed_tokens
-        buffers.positions.array[:num_seqs] = positions
-        buffers.token_ids.array[:num_seqs] = rows.token_ids[step.rows, positions]
-        np.add(positions, 1, out=buffers.seq_lens.array[:num_seqs], casting="same_kind")
-        if num_seqs > self._num_counted:  # else they stand there since an earlier step
-            buffers.query_start_loc.array[: num_seqs + 1] = count_up(num_seqs + 1)
-            buffers.logits_indices.array[:num_seqs] = count_up(num_seqs)
-            self._num_counted = num_seqs
-        num_blocks = int(positions.max()) // self._block_size + 1
-        self._set_blocks(rows, step.rows, step.rows, positions, num_blocks)
-        return num_seqs, num_seqs, num_blocks, 1, num_seqs
-
     def _ragged(self, step: StepRows, rows: Rows, logits_indices: NDArray[np.int64]) -> _Shape:
         buffers = self.buffers
         computing = step.num_scheduled_tokens > 0
         row_ids, first_positions = step.rows[computing], step.num_computed_tokens[computing]
         query_lens = step.num_scheduled_tokens[computing]
         num_seqs, num_logits_rows = len(row_ids), len(logits_indices)
-        self._num_counted = 0
         starts = buffers.query_start_loc.array[: num_seqs + 1]
         starts[0] = 0
         np.cumsum(query_lens, out=starts[1:])
@@ -114,6 +107,15 @@ class InputBuilder:
             np.multiply(table[token_rows, block_indices], self._block_size, out=slots, dtype=np.int64)
             np.add(slots, offsets, out=slots)
             group.block_table.array[: len(row_ids), :num_blocks] = table[row_ids, :num_blocks]
+
+    def _cut(self, shape: _Shape) -> ModelInput:
+        """Return the ModelInput of the shape: the last one if it can serve again."""
+        if self._last is not None and self._last[0] == shape:
+            return self._last[1]
+        model_input = self._view(*shape)
+        if self._device.type == "cpu":
+            self._last = shape, model_input
+        return model_input
 
     def _view(
         self, num_tokens: int, num_seqs: int, num_blocks: int, max_query_len: int, num_logits_rows: int

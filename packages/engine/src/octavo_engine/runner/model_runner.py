@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from torch import Tensor
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.answer import Answer
+from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.forward import Forward, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import KVLayer
@@ -35,7 +38,7 @@ class ModelRunner:
         device: where the model and the storage are.
 
     Attributes:
-        forward: what computes the hidden states of a step.
+        forward: what runs the model.
     """
 
     def __init__(
@@ -72,7 +75,6 @@ class ModelRunner:
         self._sampling = SamplingRows(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
         """Run one step: update the rows, compute, draw, append.
 
@@ -81,18 +83,29 @@ class ModelRunner:
         self._update(batch)
         if not batch.num_rows:
             return ModelOutput(token_ids=())
-        step = StepRows.of(batch)
-        if self._rows.num_embedding:
-            return self._run_ragged(step._replace(decodes=False))
-        return self._decode(step) if step.decodes else self._run_ragged(step)
+        step = DecodeStep.of(batch)
+        if step is None or self._rows.num_embedding:
+            return self._run_ragged(StepRows.of(batch))
+        return self._decode(step)
 
-    def _decode(self, step: StepRows) -> ModelOutput:
-        """Run a step in which every row computes one token and draws one: token, row and draw have the same place."""
-        answer = Answer(len(step.rows))
-        hidden = self.forward(self._inputs.build(step, self._rows, step.sources))
-        answer.add_drawn(step.sources, self._draw(hidden, step.rows, step.ends))
+    def _decode(self, step: DecodeStep) -> ModelOutput:
+        """Run a step in which every row computes one token and draws the next."""
+        model_input = self._inputs.decode(step, self._rows)
+        rows, ends = self._inputs.decoding.rows, self._inputs.decoding.ends
+        if self._sampling.takes_best(step.row_ids):
+            token_ids, logits = self.forward.greedy(model_input)
+            if all(map(isfinite, logits.tolist())):
+                self._rows.append(rows, ends, token_ids)
+                return ModelOutput(token_ids=tuple(zip(token_ids.tolist())))  # a tuple of one for each row
+            drawn = Drawn(token_ids, np.isfinite(logits))
+            self._append(rows, ends, drawn)
+        else:
+            drawn = self._draw(self.forward(model_input), rows, ends.astype(np.int64))
+        answer = Answer(len(rows))
+        answer.add_drawn(np.arange(len(rows)), drawn)
         return answer.output()
 
+    @torch.inference_mode()
     def _run_ragged(self, step: StepRows) -> ModelOutput:
         """Run a step with prompts, chunks, forks or embeddings."""
         answer = Answer(len(step.rows))
@@ -122,6 +135,7 @@ class ModelRunner:
             self._sampling.add(new)
         self._rows.update(batch.cached)
 
+    @torch.inference_mode()
     def _draw(
         self,
         hidden: Tensor,
@@ -146,7 +160,7 @@ class ModelRunner:
         self._append(rows, positions, drawn)
         return drawn
 
-    def _append(self, rows: NDArray[np.int64], positions: NDArray[np.int64], drawn: Drawn) -> None:
+    def _append(self, rows: NDArray[np.int64], positions: NDArray[np.int64] | NDArray[np.int32], drawn: Drawn) -> None:
         token_ids = drawn.token_ids
         if not drawn.all_sound:
             rows, positions, token_ids = rows[drawn.sound], positions[drawn.sound], token_ids[drawn.sound]

@@ -52,7 +52,9 @@ class Rows:
                 for table, (first, block_ids) in zip(self.block_tables, block_updates, strict=True):
                     table[row, first : first + len(block_ids)] = block_ids
 
-    def append(self, rows: NDArray[np.int64], positions: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+    def append(
+        self, rows: NDArray[np.int64], positions: NDArray[np.int64] | NDArray[np.int32], token_ids: NDArray[np.int64]
+    ) -> None:
         """Set the token at one position of each of some different rows, behind those known."""
         self.token_ids[rows, positions] = token_ids
 

@@ -87,6 +87,10 @@ class SamplingRows:
         """Forget what rows whose sequences have left wanted."""
         self._special.difference_update(rows)
 
+    def takes_best(self, rows: Iterable[int]) -> bool:
+        """Return whether all of some rows take the plain arg-max of their logits."""
+        return not self._special or self._special.isdisjoint(rows)
+
     def batch(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingBatch | None:
         """Collect what the next draw of some rows needs; None if all of them take the plain arg-max.
 
@@ -94,7 +98,7 @@ class SamplingRows:
             rows: [num_rows], the rows that draw.
             positions: [num_rows], the position of the token that each draws.
         """
-        if not self._special or self._special.isdisjoint(rows.tolist()):
+        if self.takes_best(rows.tolist()):
             return None
         return SamplingBatch(
             temperature=self._temperature[rows],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo_engine.batch import ScheduledBatch
+from octavo_engine.batch import CachedRow, NewRow, ScheduledBatch
 
 
 class StepRows(NamedTuple):
@@ -21,7 +20,6 @@ class StepRows(NamedTuple):
         token_starts: int64, where the row's tokens begin among the step's.
         samples: bool, whether the row reaches the end of its known tokens.
         sources: int64, the place whose last hidden state the row goes by: its own, or its parent's for a fork.
-        decodes: whether every row computes one token and reaches its end, so that tokens, rows and draws are the same.
         forks: whether any row is a fork.
     """
 
@@ -31,41 +29,18 @@ class StepRows(NamedTuple):
     token_starts: NDArray[np.int64]
     samples: NDArray[np.bool_]
     sources: NDArray[np.int64]
-    decodes: bool = False
     forks: bool = False
 
     @classmethod
     def of(cls, batch: ScheduledBatch) -> StepRows:
         """Collect the rows of a batch that has some."""
-        scheduled: list[Any] = [*batch.cached]
-        if batch.new:
-            scheduled = [
-                (new.row, new.num_computed_tokens, new.num_scheduled_tokens, new.samples, ()) for new in batch.new
-            ] + scheduled
-        columns = zip(*scheduled, strict=True)
-        rows, num_computed_tokens, num_scheduled_tokens, samples, _ = columns
-        if all(samples) and num_scheduled_tokens.count(1) == len(rows):
-            counting = count_up(len(rows))
-            return cls(
-                rows=np.array(rows),
-                num_computed_tokens=np.array(num_computed_tokens),
-                num_scheduled_tokens=_ones(len(rows)),
-                token_starts=counting,
-                samples=_trues(len(rows)),
-                sources=counting,
-                decodes=True,
-            )
-        return cls._ragged(batch, rows, num_computed_tokens, num_scheduled_tokens, samples)
-
-    @classmethod
-    def _ragged(cls, batch: ScheduledBatch, *columns: tuple[Any, ...]) -> StepRows:
+        every: tuple[NewRow | CachedRow, ...] = (*batch.new, *batch.cached)
+        columns = zip(*((r.row, r.num_computed_tokens, r.num_scheduled_tokens, r.samples) for r in every), strict=True)
         rows, num_computed_tokens, num_scheduled_tokens, samples = map(np.array, columns)
-        sources = count_up(len(rows))
+        sources = np.arange(len(rows))
         forks = {place: new.fork_of for place, new in enumerate(batch.new) if new.fork_of is not None}
-        if forks:
-            sources = sources.copy()
-            for place, parent_row in forks.items():
-                sources[place] = np.flatnonzero(rows == parent_row)[0]
+        for place, parent_row in forks.items():
+            sources[place] = np.flatnonzero(rows == parent_row)[0]
         return cls(
             rows=rows,
             num_computed_tokens=num_computed_tokens,
@@ -85,24 +60,3 @@ class StepRows(NamedTuple):
         """Return the index among the step's tokens of the last token of some places."""
         last: NDArray[np.int64] = self.token_starts[places] + self.num_scheduled_tokens[places] - 1
         return last
-
-
-@lru_cache(maxsize=16)
-def count_up(length: int) -> NDArray[np.int64]:
-    """Return 0 to length - 1, not writable: decode steps ask for the same again and again."""
-    return _constant(np.arange(length))
-
-
-@lru_cache(maxsize=16)
-def _ones(length: int) -> NDArray[np.int64]:
-    return _constant(np.ones(length, np.int64))
-
-
-@lru_cache(maxsize=16)
-def _trues(length: int) -> NDArray[np.bool_]:
-    return _constant(np.ones(length, np.bool_))
-
-
-def _constant(array: NDArray[Any]) -> NDArray[Any]:
-    array.flags.writeable = False
-    return array

@@ -23,8 +23,17 @@ _clock = _Clock()
 
 def run_ops(ops: Any, num_ops: int, step: abi.Step | None) -> None:
     """Run an array of ops natively on as many threads as torch uses; the interpreter lock is released meanwhile."""
-    pointer = None if step is None else ctypes.byref(step)
-    _clock.num_nanoseconds += _entry()(ctypes.byref(ops), num_ops, pointer, torch.get_num_threads())
+    prepare_ops(ops, num_ops, step)()
+
+
+def prepare_ops(ops: Any, num_ops: int, step: abi.Step | None) -> Callable[[], None]:
+    """Return what runs an array of ops each time it is called, with what `step` holds then; it keeps both alive."""
+    call = functools.partial(_entry(), ctypes.byref(ops), num_ops, None if step is None else ctypes.byref(step))
+
+    def run() -> None:
+        _clock.num_nanoseconds += call(torch.get_num_threads())
+
+    return run
 
 
 def kernel_seconds() -> float:
