@@ -1,6 +1,9 @@
 """Philox against the published vectors and against plain integers; the Gumbel noise against its formula."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,6 +91,29 @@ def test_gumbel_noise_equals_its_formula(device):
         assert value == pytest.approx(-math.log(-math.log(uniform)), rel=1e-6, abs=1e-6)
 
 
+def exact_noise(words):
+    """The formula in fp64, the tail near u = 1 from the distance to it."""
+    words = words.double()
+    tail = (WORD - words + 0.5) / 2**32
+    inner = torch.where(tail < 0.5, -torch.log1p(-tail), -torch.log((words + 0.5) / 2**32))
+    return -inner.log()
+
+
+def test_noise_is_accurate_to_fp32_on_many_words(device):
+    seeds = torch.arange(64, device=device)
+    words = ok.philox(seeds, seeds, seeds, 20_000).cpu()
+    noise = ok.gumbel_noise(seeds, seeds, seeds, 20_000).cpu().double()
+    torch.testing.assert_close(noise, exact_noise(words), rtol=4e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize(("seed", "column", "word"), [(15975, 3081, 51), (15669, 3536, WORD - 41)])
+def test_noise_is_accurate_at_the_ends(device, seed, column, word):
+    one, zero = torch.tensor([seed], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    assert ok.philox(one, zero, zero, column + 1)[0, column] == word
+    expected = exact_noise(torch.tensor(word)).item()
+    assert ok.gumbel_noise(one, zero, zero, column + 1)[0, column].item() == pytest.approx(expected, rel=4e-7)
+
+
 @pytest.mark.parametrize("folder", ["reference", "cpu.fallback"])
 @pytest.mark.parametrize("word", [0, 1, 2**31, WORD - 1, WORD])
 def test_gumbel_noise_is_finite_and_accurate_at_the_ends(monkeypatch, folder, word):
@@ -113,6 +139,22 @@ def test_no_rows_and_no_columns_give_empty_tensors(device):
     none, one = (torch.zeros(rows, dtype=torch.int64, device=device) for rows in (0, 1))
     assert ok.philox(none, none, none, 4).shape == (0, 4)
     assert ok.gumbel_noise(one, one, one, 0).shape == (1, 0)
+
+
+def test_instruction_sets_make_the_same_noise():
+    code = (
+        "import hashlib, torch, octavo_kernels as ok\n"
+        "seeds = torch.arange(8)\n"
+        "print(hashlib.sha256(ok.gumbel_noise(seeds, seeds, seeds, 50_003).numpy().tobytes()).hexdigest())\n"
+    )
+    from octavo_kernels.cpu import load
+
+    digests = set()
+    for isa in load.supported():
+        environment = {**os.environ, "OCTAVO_CPU_ISA": isa, "OCTAVO_BACKEND": ""}
+        run = [sys.executable, "-c", code]
+        digests.add(subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(digests) <= 1
 
 
 def test_single_values_are_those_of_whole_rows_bit_for_bit(device):

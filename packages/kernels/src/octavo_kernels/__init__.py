@@ -23,6 +23,7 @@ from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write
+from octavo_kernels.sampling import sample_tokens
 
 __all__ = [
     "Backend",
@@ -62,6 +63,7 @@ __all__ = [
     "philox",
     "rms_norm",
     "rope_kv_write",
+    "sample_tokens",
     "silu_and_mul",
     "unpack_weight",
     "varlen_attention",

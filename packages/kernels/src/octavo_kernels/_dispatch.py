@@ -66,6 +66,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "philox": "noise",
         "gumbel_noise": "noise",
         "gumbel_noise_at": "noise",
+        "sample_tokens": "sampling",
     }
 )
 

@@ -19,6 +19,9 @@ class OpKind(IntEnum):
     GATED = 5
     ROPE_KV_WRITE = 6
     PAGED_ATTENTION = 7
+    NOISE = 8
+    NOISE_AT = 9
+    SAMPLE_TOKENS = 10
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -106,4 +109,25 @@ class PagedAttentionArgs(ctypes.Structure):
         "k_block_stride k_head_stride k_slot_stride v_block_stride v_head_stride v_slot_stride block_table_stride "
         "num_seqs num_heads num_kv_heads head_dim block_size cache_dtype causal window",
         "scale soft_cap",
+    )
+
+
+class NoiseArgs(ctypes.Structure):
+    """Arguments of NOISE."""
+
+    _fields_ = _fields("seeds sequence_index positions out", "num_columns words")
+
+
+class NoiseAtArgs(ctypes.Structure):
+    """Arguments of NOISE_AT."""
+
+    _fields_ = _fields("seeds sequence_index positions columns out")
+
+
+class SampleTokensArgs(ctypes.Structure):
+    """Arguments of SAMPLE_TOKENS."""
+
+    _fields_ = _fields(
+        "logits source_rows temperature top_k top_p min_p seeds sequence_index positions token_ids best",
+        "logits_stride vocab_size",
     )

@@ -148,6 +148,41 @@ struct PagedAttentionArgs {  // rows: tokens; in a program the number of sequenc
   float soft_cap;  // 0: none
 };
 
+// ---- sampling -------------------------------------------------------------------------------------------------------
+
+struct NoiseArgs {  // rows: of seeds, sequence_index, positions and out
+  const int64_t* seeds;
+  const int64_t* sequence_index;
+  const int64_t* positions;
+  void* out;            // [rows, num_columns] contiguous, fp32; or int64 for the words that noise is made from
+  int64_t num_columns;
+  int64_t words;        // 1: out is int64
+};
+
+struct NoiseAtArgs {  // rows: single values, each of its own row of noise
+  const int64_t* seeds;
+  const int64_t* sequence_index;
+  const int64_t* positions;
+  const int64_t* columns;
+  float* out;
+};
+
+struct SampleTokensArgs {  // rows: draws
+  const float* logits;     // [sources, vocab_size]
+  const int64_t* source_rows;  // [draws], the row of logits that each goes by; null: its own
+  const float* temperature;    // [draws], 0 takes the arg-max
+  const int64_t* top_k;        // [draws] or null, 0 keeps all
+  const float* top_p;          // [draws] or null, 1 keeps all
+  const float* min_p;          // [draws] or null, 0 keeps all
+  const int64_t* seeds;
+  const int64_t* sequence_index;
+  const int64_t* positions;
+  int64_t* token_ids;  // [draws]
+  float* best;         // [draws], the largest logit
+  int64_t logits_stride;
+  int64_t vocab_size;
+};
+
 // ---- the table of ops: the number of each is part of the ABI --------------------------------------------------------
 
 enum class OpKind : int32_t {
@@ -159,6 +194,9 @@ enum class OpKind : int32_t {
   kGated = 5,
   kRopeKvWrite = 6,
   kPagedAttention = 7,
+  kNoise = 8,
+  kNoiseAt = 9,
+  kSampleTokens = 10,
 };
 
 struct Op {
@@ -176,5 +214,8 @@ void rms_norm(const RmsNormArgs&, int64_t num_rows, Team&);
 void gated(const GatedArgs&, int64_t num_rows, Team&);
 void rope_kv_write(const RopeKvWriteArgs&, int64_t num_rows, Team&);
 void paged_attention(const PagedAttentionArgs&, int64_t num_rows, int64_t num_seqs, Team&);
+void noise(const NoiseArgs&, int64_t num_rows, Team&);
+void noise_at(const NoiseAtArgs&, int64_t num_values, Team&);
+void sample_tokens(const SampleTokensArgs&, int64_t num_rows, Team&);
 
 }  // namespace octavo

@@ -39,6 +39,12 @@ void run_op(const Op& op, const Step* step, Team& team) {
       const auto& args = *static_cast<const PagedAttentionArgs*>(op.args);
       return paged_attention(args, num_rows, step != nullptr && op.per_token ? step->num_seqs : args.num_seqs, team);
     }
+    case OpKind::kNoise:
+      return noise(*static_cast<const NoiseArgs*>(op.args), num_rows, team);
+    case OpKind::kNoiseAt:
+      return noise_at(*static_cast<const NoiseAtArgs*>(op.args), num_rows, team);
+    case OpKind::kSampleTokens:
+      return sample_tokens(*static_cast<const SampleTokensArgs*>(op.args), num_rows, team);
   }
 }
 

@@ -1,4 +1,4 @@
-// Functions of vectors: selection, exp, tanh, logistic and normal distribution, and maximum and sum of a vector's lanes.
+// Functions of vectors: selection, exp, log, tanh, logistic and normal distribution.
 
 #pragma once
 
@@ -35,6 +35,21 @@ OCTAVO_INLINE vf vexp(vf x) {
   p = vfma(p, r, vset(5.0000001201e-1f));
   p = vadd(vfma(vmul(r, r), p, r), vset(1.0f));
   return vselect_less(x, lowest, vzero(), vmul(p, vpow2(n)));
+}
+
+// log(2^e * (1 + f)) for whole numbers e in -126 .. 127 and f in [sqrt(1/2) - 1, sqrt(2) - 1], a unit in the last place
+// off, near 0 too where f is exact. A polynomial of degree 7 for what follows f - f^2 / 2. There are no fused products
+// in it, so that all instruction sets give the same bits.
+OCTAVO_INLINE vf vlog_of_parts(vf e, vf f) {
+  constexpr float kSeries[] = {1.276157796e-1f,  -1.316018254e-1f, 1.420175731e-1f, -1.662335694e-1f,
+                               2.000122666e-1f, -2.500081956e-1f, 3.333333135e-1f};
+  vf p = vset(-7.634499669e-2f);
+  for (const float term : kSeries) p = vadd(vmul(p, f), vset(term));
+  const vf square = vmul(f, f);
+  vf rest = vmul(vmul(f, square), p);
+  rest = vadd(rest, vmul(e, vset(-2.12194440e-4f)));  // ln 2 in two parts, the first of few bits
+  rest = vsub(rest, vmul(vset(0.5f), square));
+  return vadd(vadd(f, rest), vmul(e, vset(0.693359375f)));
 }
 
 // 1 / (1 + exp(-x)), and 0 for x below -87.3: exp is taken of -|x| alone, so that nothing overflows.
