@@ -103,7 +103,7 @@ def still_runner(max_num_seqs: int, num_blocks: int, budget: int) -> Executor:
         def __call__(self, model_input):
             return self._hidden[: model_input.token_ids.shape[0]]
 
-        def logits(self, hidden):
+        def logits(self, hidden, *, out=None):  # noqa: ARG002
             return self._logits[: hidden.shape[0]]
 
         def greedy(self, hidden):

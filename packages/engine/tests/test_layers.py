@@ -60,7 +60,7 @@ def test_linear_leaves_the_product_to_its_method() -> None:
         def slots(self, parameters: Tensor, shards: Sequence[Shard], prefix: str) -> Iterator[WeightSlot]:
             yield WeightSlot.into(f"{prefix}{shards[0].name}.halves", parameters)
 
-        def apply(self, parameters: Tensor, x: Tensor) -> Tensor:
+        def apply(self, parameters: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
             return F.linear(x, parameters.float() / 2)
 
     linear = Linear(2, [Shard("w", 1)], bias=False, options=LayerOptions(quant=Halves()))

@@ -1,4 +1,4 @@
-"""The sampler: supports against Transformers' processors, the distribution by chi-square, and that rows stand alone."""
+"""The sampler: the distribution by chi-square, that rows stand alone, penalties, bans, and log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.batch import NewRow
-from octavo_engine.runner import sampler
-from octavo_engine.runner.sampler import Drawn, filtered, sample
+from octavo_engine.runner.sampler import Drawn, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.types import SamplingParams
 
@@ -56,24 +55,12 @@ def draw(logits: Tensor, *rows: NewRow) -> Drawn:
     """Draw once for each of some rows, whose row numbers are 0, 1, ..."""
     state = sampling_rows(*rows, vocab_size=logits.shape[1])
     positions = np.array([len(row.token_ids) for row in rows], np.int64)
-    return sample(logits.clone(), state.batch(np.arange(len(rows)), positions))
+    batch = state.batch(np.arange(len(rows)), positions)
+    return greedy(logits.argmax(-1), logits.amax(-1)) if batch is None else sample(logits.clone(), batch)
 
 
 def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def support(scores: Tensor, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Filter every row alike; returns which tokens are left."""
-    num_rows = len(scores)
-    kept = filtered(
-        scores,
-        min_p=np.full(num_rows, min_p, np.float32),
-        top_k=np.full(num_rows, top_k, np.int64),
-        top_p=np.full(num_rows, top_p, np.float32),
-    )
-    assert torch.equal(kept[kept.isfinite()], scores[kept.isfinite()])
-    return kept.isfinite()
 
 
 def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int) -> Tensor:
@@ -85,9 +72,18 @@ def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int) -> Tens
         state.add(new_row(row, sampling, seed=row))
     for round_number in range(num_draws // rows):
         positions = np.full(rows, 3 + round_number, np.int64)
-        drawn = sample(logits.repeat(rows, 1), state.batch(np.arange(rows), positions))
+        batch = state.batch(np.arange(rows), positions)
+        assert batch is not None
+        drawn = sample(logits.repeat(rows, 1), batch)
         counts += torch.bincount(torch.from_numpy(drawn.token_ids), minlength=len(logits))
     return counts
+
+
+def likeliest(scores: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return which tokens top_k and top_p leave, where no scores are equal."""
+    probabilities, order = scores.double().softmax(0).sort(descending=True)
+    num_left = sampling.top_k or int((probabilities.cumsum(0) < sampling.top_p).sum()) + 1
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, order[:num_left], True)
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, int]:
@@ -95,70 +91,6 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, int]:
     possible = probabilities > 0
     expected = probabilities[possible] * counts.sum()
     return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
-
-
-# -- which tokens are left ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 7, 49, 50, 1000])
-def test_top_k_keeps_what_transformers_keeps(top_k: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    scores = random_logits(16)
-    expected = transformers.TopKLogitsWarper(top_k)(None, scores).isfinite()
-    assert torch.equal(support(scores, top_k=top_k), expected)
-
-
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_keeps_what_transformers_keeps(top_p: float) -> None:
-    transformers = pytest.importorskip("transformers")
-    scores = random_logits(16)
-    expected = transformers.TopPLogitsWarper(top_p)(None, scores).isfinite()
-    assert torch.equal(support(scores, top_p=top_p), expected)
-
-
-@pytest.mark.parametrize("min_p", [0.001, 0.05, 0.3, 1.0])
-def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
-    transformers = pytest.importorskip("transformers")
-    scores = random_logits(16)
-    expected = transformers.MinPLogitsWarper(min_p)(None, scores).isfinite()
-    assert torch.equal(support(scores, min_p=min_p), expected)
-
-
-def test_filters_together_apply_in_the_stated_order() -> None:
-    transformers = pytest.importorskip("transformers")
-    scores = random_logits(64)
-    expected = scores
-    for warper in (
-        transformers.MinPLogitsWarper(0.01),
-        transformers.TopKLogitsWarper(12),
-        transformers.TopPLogitsWarper(0.8),
-    ):
-        expected = warper(None, expected)
-    assert torch.equal(support(scores, min_p=0.01, top_k=12, top_p=0.8), expected.isfinite())
-
-
-def test_each_row_has_its_own_filters() -> None:
-    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).repeat(5, 1)
-    kept = filtered(
-        scores,
-        min_p=np.array([0, 0, 0, 0.2, 0], np.float32),
-        top_k=np.array([0, 1, 3, 0, 0]),
-        top_p=np.array([1, 1, 1, 1, 0.7], np.float32),
-    ).isfinite()
-    assert kept.int().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1]]
-
-
-def test_ties_at_the_boundary_are_all_kept() -> None:
-    scores = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]])
-    assert support(scores, top_k=2).tolist() == [[True, True, True, False, True]]
-    assert support(scores, top_p=0.5).tolist() == [[True, True, True, False, True]]
-
-
-def test_top_p_of_a_flat_distribution_looks_beyond_the_short_prefix() -> None:
-    scores = torch.linspace(0, 0.001, 5000)[None].repeat(2, 1)
-    kept = support(scores, top_p=0.9)[0]
-    assert 4495 <= int(kept.sum()) <= 4505
-    assert kept.tolist() == sorted(kept.tolist())  # the scores rise, so what is kept is the end
 
 
 # -- the distribution --------------------------------------------------------------------------------------------
@@ -178,7 +110,7 @@ def test_draws_follow_the_softmax(sampling: SamplingParams, keeps: int | None) -
     logits = random_logits(1, 12, seed=5)[0] / 2
     counts = many_draws(logits, sampling, 100_000)
     scores = logits / sampling.temperature
-    left = support(scores[None], top_k=sampling.top_k, top_p=sampling.top_p)[0]
+    left = likeliest(scores, sampling)
     assert keeps in (None, int(left.sum()))
     probabilities = scores.masked_fill(~left, float("-inf")).double().softmax(0)
     assert counts[~left].sum() == 0
@@ -224,6 +156,26 @@ def test_same_seed_gives_the_same_token_whatever_the_batch() -> None:
         assert alone.logprobs is not None
         assert together.logprobs is not None
         assert alone.logprobs[0] == together.logprobs[i]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"logprobs": 2}, {"presence_penalty": 1.5}, {"min_tokens": 3, "logprobs": 1}],
+    ids=["plain", "logprobs", "penalties", "bans"],
+)
+def test_rows_that_share_logits_draw_as_from_copies(changes: dict[str, Any]) -> None:
+    logits = random_logits(3)
+    shared = np.array([2, 0, 0, 1, 0])
+    sampling = SamplingParams(temperature=0.9, top_p=0.95, **changes)
+    rows = [
+        new_row(i, sampling, (1, 2, 3, 20 + i), num_prompt_tokens=3, seed=i, stop_token_ids=frozenset({i, 40}))
+        for i in range(5)
+    ]
+    batch = sampling_rows(*rows).batch(np.arange(5), np.full(5, 4))
+    assert batch is not None
+    drawn, copied = sample(logits.clone(), batch, shared), sample(logits[torch.from_numpy(shared)], batch)
+    assert drawn.token_ids.tolist() == copied.token_ids.tolist()
+    assert drawn.logprobs == copied.logprobs
 
 
 def test_seed_sequence_index_and_position_each_change_the_draw() -> None:
@@ -378,27 +330,3 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 def test_plain_greedy_batch_collects_nothing() -> None:
     rows = [new_row(i, SamplingParams(temperature=0)) for i in range(3)]
     assert sampling_rows(*rows).batch(np.arange(3), np.full(3, 3)) is None
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"top_k": 4},
-        {"top_p": 0.4},
-        {"min_p": 0.3},
-        {"top_k": 9, "top_p": 0.7, "min_p": 0.05},
-    ],
-    ids=["top_k", "top_p", "min_p", "all"],
-)
-def test_noise_for_the_few_tokens_left_draws_what_noise_for_all_does(monkeypatch, sampling: dict[str, Any]) -> None:
-    logits = random_logits(40, vocab_size=400)
-    rows = [new_row(row, SamplingParams(temperature=0.9, **sampling), seed=row) for row in range(len(logits))]
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_FEW", 1 << 62)  # no tokens are few
-        patch.setattr(sampler, "gumbel_noise_at", None)
-        expected = draw(logits, *rows)
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler, "gumbel_noise", None)
-        drawn = draw(logits, *rows)
-    assert drawn.token_ids.tolist() == expected.token_ids.tolist()
-    assert len(set(drawn.token_ids.tolist())) > 10

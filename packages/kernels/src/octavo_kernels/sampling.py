@@ -31,8 +31,8 @@ def sample_tokens(
     - top_p keeps the shortest prefix, by falling probability, that holds at least top_p of what is left
       (arXiv 1904.09751).
 
-    Every token whose score equals that of the last one kept is kept as well, so the result does not depend on the order of
-    token ids.
+    Every token whose score equals that of the last one kept is kept as well, so what is kept does not depend on the
+    order of token ids.
 
     Args:
         logits: [rows, vocab_size] fp32, vocab_size at least 1; the stride of rows is free. Not modified.
@@ -47,7 +47,7 @@ def sample_tokens(
 
     Returns:
         token_ids: [draws] int64.
-        best: [draws] fp32, the largest logit; NaN if the row holds NaN. Where it is not finite, the token id is some id.
+        best: [draws] fp32, the largest logit, NaN if the row holds NaN. Where it is not finite, the token id means nothing.
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit.

@@ -46,9 +46,9 @@ class LMHead:
         self._quant: QuantMethod[Any] = options.quant
         self.parameters = embedding.parameters if tied else options.matrix(embedding.vocab_size, embedding.hidden_size)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
-        return self._quant.apply(self.parameters, hidden).float()
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32, possibly in `out`."""
+        return self._quant.apply(self.parameters, hidden, out).float()
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most likely token of hidden [rows, hidden_size], the lowest id of equals, and its logit.

@@ -75,9 +75,9 @@ class Llama:
             yield layer.attention_norm
         yield self.norm
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32."""
-        return self.head(hidden)
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32; see `Model.logits`."""
+        return self.head(hidden, out)
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""

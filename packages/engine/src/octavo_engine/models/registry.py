@@ -28,8 +28,11 @@ class Model(Protocol):
         """Return the last hidden states, after the final norm: [num_tokens, hidden_size]."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of some hidden states: [rows, hidden_size] -> [rows, vocab_size] fp32."""
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the logits of some hidden states: [rows, hidden_size] -> [rows, vocab_size] fp32.
+
+        `out`, [rows, vocab_size] fp32, is memory that the result may lie in.
+        """
         ...
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

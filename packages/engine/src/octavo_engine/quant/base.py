@@ -72,8 +72,11 @@ class QuantMethod(Protocol[P]):
         """Bring filled parameters into a form that `embed` reads, and that `finish` takes as it takes filled ones."""
         ...
 
-    def apply(self, parameters: P, x: Tensor) -> Tensor:
-        """Return the product: x [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype."""
+    def apply(self, parameters: P, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the product: x [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype.
+
+        `out`, [num_tokens, out_features] fp32, is memory that the result may lie in.
+        """
         ...
 
     def embed(self, parameters: P, token_ids: Tensor) -> Tensor:

@@ -107,12 +107,13 @@ class Packed(QuantMethod[PackedParameters]):
         """Pack as for products: lookups read the same bytes."""
         return self.finish(parameters)
 
-    def apply(self, parameters: PackedParameters, x: Tensor) -> Tensor:
-        """Multiply natively; each part writes its columns."""
+    def apply(self, parameters: PackedParameters, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply natively, into `out` if given; each part writes its columns."""
         if len(parameters.parts) == 1:
             ((weight, _, int8),) = parameters.parts
-            return packed_linear(x, weight, parameters.bias, int8_activations=int8)
-        out = empty_result((len(x), parameters.out_features), x.dtype, x.device)
+            return packed_linear(x, weight, parameters.bias, int8_activations=int8, out=out)
+        if out is None:
+            out = empty_result((len(x), parameters.out_features), x.dtype, x.device)
         for weight, columns, int8 in parameters.parts:
             bias = None if parameters.bias is None else parameters.bias[columns]
             packed_linear(x, weight, bias, int8_activations=int8, out=out[:, columns])

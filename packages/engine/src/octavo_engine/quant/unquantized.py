@@ -48,8 +48,8 @@ class Unquantized(QuantMethod[DenseParameters]):
         """Leave the weight as it is, since a lookup reads plain rows."""
         return parameters
 
-    def apply(self, parameters: DenseParameters, x: Tensor) -> Tensor:
-        """Multiply with torch's own product; see `onednn.linear` for what its last bits depend on."""
+    def apply(self, parameters: DenseParameters, x: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Multiply with torch's own product, in new memory; see `onednn.linear` for what its last bits depend on."""
         return linear(x, parameters.weight, parameters.bias)
 
     def embed(self, parameters: DenseParameters, token_ids: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from octavo_engine.runner.answer import Answer
 from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.forward import Forward, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
+from octavo_engine.runner.logits_buffer import LogitsBuffer
 from octavo_engine.runner.model_input import KVLayer
 from octavo_engine.runner.pooling import Pooler
 from octavo_engine.runner.rows import Rows
@@ -73,6 +74,7 @@ class ModelRunner:
         )
         self.forward: Forward = make_forward(model, self._inputs, self.device)
         self._sampling = SamplingRows(max_num_seqs, model.config.vocab_size, self.device)
+        self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
@@ -155,8 +157,7 @@ class ModelRunner:
         if sampling is None:
             drawn = greedy(*self.model.greedy(hidden), shared)
         else:
-            logits = self.model.logits(hidden)
-            drawn = sample(logits if shared is None else logits[torch.from_numpy(shared).to(self.device)], sampling)
+            drawn = sample(self.model.logits(hidden, out=self._logits.rows(len(hidden))), sampling, shared)
         self._append(rows, positions, drawn)
         return drawn
 

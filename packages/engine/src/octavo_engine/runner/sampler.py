@@ -12,11 +12,9 @@ from torch import Tensor
 
 from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
-from octavo_kernels import gumbel_noise, gumbel_noise_at
+from octavo_kernels import sample_tokens
 
 _NEGATIVE_INFINITY = float("-inf")
-_FEW = 8  # noise is made one by one for at most this part of the scores: by itself a value costs up to four times more
-_SHORT_PREFIX = 1024  # the likeliest tokens that mostly hold top_p; the rest is sorted only where they do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,126 +49,48 @@ def greedy(token_ids: Tensor, best: Tensor, shared: NDArray[np.int64] | None = N
     return Drawn(ids, sound) if shared is None else Drawn(ids[shared], sound[shared])
 
 
-def sample(logits: Tensor, batch: SamplingBatch | None) -> Drawn:
+def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None = None) -> Drawn:
     """Draw one token per row.
 
-    The order: log-probabilities are taken from the logits as they are; banned tokens are removed; penalties; greedy
-    rows take the arg-max here (the lowest token id of a tie); then temperature, min_p, top_k, top_p, and the arg-max of
-    the remaining scores plus Gumbel noise, which is a draw from their softmax. The noise is a function of seed,
-    sequence index and position, and each row is reduced by itself, so that a token depends on its own logits alone.
+    The order: log-probabilities are taken from the logits as they are; banned tokens are removed; penalties; then
+    `sample_tokens`, which takes the arg-max or applies temperature, min_p, top_k and top_p and draws. Its noise is a
+    function of seed, sequence index and position, so that a token depends on its own logits alone.
 
     Args:
-        logits: [rows, vocab_size] fp32; modified.
-        batch: how to draw, one entry per row; None takes the arg-max of every row.
+        logits: [sources, vocab_size] fp32; modified.
+        batch: how to draw, one entry per row.
+        shared: [rows], which of the sources each row goes by; None if each has its own.
     """
-    best, token_ids = logits.max(dim=-1)
-    if batch is None:
-        return greedy(token_ids, best)
-    sound = best.isfinite().cpu().numpy()
-    raw = _raw_logprobs(logits, batch)
+    if shared is not None and batch.changes_logits:  # rows of one source may be changed in different ways
+        logits, shared = logits[_to(shared, logits)], None
+    raw = _raw_logprobs(logits, batch, shared)
+    given_best = logits.amax(dim=-1) if batch.changes_logits else None
     if batch.banned is not None:
         banned_rows, banned_ids = batch.banned
         logits[_to(banned_rows, logits), _to(banned_ids, logits)] = _NEGATIVE_INFINITY
     if batch.penalties is not None:
         batch.penalties.apply(logits)
-    if batch.banned is not None or batch.penalties is not None:
-        token_ids = logits.argmax(dim=-1)
-    random = np.flatnonzero(batch.temperature > 0)
-    if len(random):
-        token_ids[_to(random, logits)] = _draw(logits, batch, random)
+    token_ids, best = sample_tokens(
+        logits,
+        _to(batch.temperature, logits),
+        seeds=_to(batch.seeds, logits),
+        sequence_index=_to(batch.sequence_index, logits),
+        positions=_to(batch.positions, logits),
+        top_k=_to(batch.top_k, logits),
+        top_p=_to(batch.top_p, logits),
+        min_p=_to(batch.min_p, logits),
+        source_rows=None if shared is None else _to(shared, logits),
+    )
+    sound = np.isfinite((best if given_best is None else given_best).cpu().numpy())
     logprobs = None if raw is None else _logprobs(raw, token_ids, batch)
     return Drawn(token_ids.cpu().numpy(), sound, logprobs)
 
 
-def _draw(logits: Tensor, batch: SamplingBatch, rows: NDArray[np.int64]) -> Tensor:
-    """Draw a token for each of some rows; returns [rows] int64."""
-    scores = logits if len(rows) == len(logits) else logits[_to(rows, logits)]
-    best = scores.amax(dim=-1, keepdim=True)
-    scores = (scores - best) / _to(batch.temperature[rows, None], logits)  # at most 0, so that nothing overflows
-    scores = filtered(scores, min_p=batch.min_p[rows], top_k=batch.top_k[rows], top_p=batch.top_p[rows])
-    seeds, sequence_index, positions = (
-        _to(key[rows], logits) for key in (batch.seeds, batch.sequence_index, batch.positions)
-    )
-    place, column = scores.isfinite().nonzero(as_tuple=True)
-    if len(place) <= scores.numel() // _FEW:
-        scores[place, column] += gumbel_noise_at(seeds[place], sequence_index[place], positions[place], column)
-        return scores.argmax(dim=-1)
-    return gumbel_noise(seeds, sequence_index, positions, scores.shape[1]).add_(scores).argmax(dim=-1)
-
-
-def filtered(
-    scores: Tensor, *, min_p: NDArray[np.float32], top_k: NDArray[np.int64], top_p: NDArray[np.float32]
-) -> Tensor:
-    """Return scores with the tokens that min_p, top_k and top_p take out, in this order, at -inf.
-
-    - min_p keeps the tokens at least min_p times as probable as the likeliest (arXiv 2407.01082).
-    - top_k keeps the k largest scores.
-    - top_p keeps the shortest prefix, by falling probability, that holds at least top_p (arXiv 1904.09751).
-
-    Every token that equals the last one kept is kept as well, so the result does not depend on the order of token ids.
-
-    Args:
-        scores: [rows, vocab_size] fp32, after temperature; not modified.
-        min_p: [rows]; 0 keeps all.
-        top_k: [rows]; 0 keeps all.
-        top_p: [rows]; 1 keeps all.
-    """
-    if (min_p > 0).any():
-        with np.errstate(divide="ignore"):
-            margin = _to(np.log(min_p)[:, None], scores)
-        scores = _keep_from(scores, scores.amax(dim=-1, keepdim=True) + margin)
-    if (top_k > 0).any():
-        scores = _keep_from(scores, _top_k_threshold(scores, top_k))
-    if (top_p < 1).any():
-        scores = _keep_top_p(scores, top_p)
-    return scores
-
-
-def _keep_from(scores: Tensor, threshold: Tensor) -> Tensor:
-    return scores.masked_fill(scores < threshold, _NEGATIVE_INFINITY)
-
-
-def _top_k_threshold(scores: Tensor, top_k: NDArray[np.int64]) -> Tensor:
-    """Return the k-th largest score of each row, [rows, 1]; -inf where top_k is 0."""
-    vocab_size = scores.shape[1]
-    k = np.minimum(top_k, vocab_size)
-    largest = scores.topk(int(k.max()), dim=-1).values
-    threshold = largest.gather(1, _to(np.maximum(k, 1)[:, None] - 1, scores))
-    return threshold.masked_fill(_to(k[:, None] == 0, scores), _NEGATIVE_INFINITY)
-
-
-def _keep_top_p(scores: Tensor, top_p: NDArray[np.float32]) -> Tensor:
-    rows = np.flatnonzero(top_p < 1)
-    indices = _to(rows, scores)
-    probabilities = scores[indices].softmax(dim=-1)
-    wanted = _to(top_p[rows, None].astype(np.float64), scores)
-    threshold, enough = _top_p_threshold(probabilities, wanted, _SHORT_PREFIX)
-    if not enough.all():
-        lacking = ~enough
-        threshold[lacking] = _top_p_threshold(probabilities[lacking], wanted[lacking], scores.shape[1])[0]
-    removed = torch.zeros_like(scores, dtype=torch.bool)
-    removed[indices] = probabilities < threshold
-    return scores.masked_fill(removed, _NEGATIVE_INFINITY)
-
-
-def _top_p_threshold(probabilities: Tensor, wanted: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Find the last probability that top_p keeps among the `prefix` largest.
-
-    Returns:
-        The probability [rows, 1], and whether the prefix holds what is wanted [rows] bool (always so if it is all).
-    """
-    prefix = min(prefix, probabilities.shape[1])
-    largest = probabilities.topk(prefix, dim=-1).values
-    held = largest.double().cumsum(dim=-1)
-    num_kept = (held < wanted).sum(dim=-1, keepdim=True) + 1
-    enough = (num_kept <= prefix).squeeze(1) | (prefix == probabilities.shape[1])
-    return largest.gather(1, (num_kept - 1).clamp(max=prefix - 1)), enough
-
-
-def _raw_logprobs(logits: Tensor, batch: SamplingBatch) -> Tensor | None:
+def _raw_logprobs(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None) -> Tensor | None:
     """Return the log-softmax of the rows that want log-probabilities, [wanting rows, vocab_size]."""
     wanting = np.flatnonzero(batch.wants_logprobs)
-    return logits[_to(wanting, logits)].log_softmax(dim=-1) if len(wanting) else None
+    sources = wanting if shared is None else shared[wanting]
+    return logits[_to(sources, logits)].log_softmax(dim=-1) if len(wanting) else None
 
 
 def _logprobs(raw: Tensor, token_ids: Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:

@@ -46,6 +46,11 @@ class SamplingBatch:
     banned: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     penalties: Penalties | None = None
 
+    @property
+    def changes_logits(self) -> bool:
+        """True if some row's logits are changed before the draw."""
+        return self.banned is not None or self.penalties is not None
+
 
 class SamplingRows:
     """The sampling parameters of the running sequences, and their token counts where there are penalties.
@@ -58,8 +63,8 @@ class SamplingRows:
             return np.zeros(max_num_rows, dtype)
 
         self._special: set[int] = set()  # rows that want more than the arg-max of the logits as they are
-        self._temperature, self._top_p, self._min_p = column(np.float32), column(np.float32), column(np.float32)
-        self._top_k, self._seeds, self._sequence_index = column(np.int64), column(np.int64), column(np.int64)
+        self._fractions = np.zeros((3, max_num_rows), np.float32)  # temperature, top_p, min_p
+        self._integers = np.zeros((3, max_num_rows), np.int64)  # top_k, seed, sequence index
         self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
         self._first_free_position = column(np.int64)  # from here on, stop tokens may be drawn
         self._stop_token_ids: dict[int, NDArray[np.int64]] = {}  # of rows with min_tokens
@@ -68,9 +73,9 @@ class SamplingRows:
     def add(self, new: NewRow) -> None:
         """Fill a row, whatever it held before."""
         row, sampling = new.row, new.sampling
-        self._temperature[row] = 0.0 if sampling.greedy else max(sampling.temperature, _MIN_TEMPERATURE)
-        self._top_k[row], self._top_p[row], self._min_p[row] = sampling.top_k, sampling.top_p, sampling.min_p
-        self._seeds[row], self._sequence_index[row] = new.seed, new.sequence_index
+        temperature = 0.0 if sampling.greedy else max(sampling.temperature, _MIN_TEMPERATURE)
+        self._fractions[:, row] = temperature, sampling.top_p, sampling.min_p
+        self._integers[:, row] = sampling.top_k, new.seed, new.sequence_index
         self._wants_logprobs[row] = sampling.logprobs is not None
         self._num_top_logprobs[row] = sampling.logprobs or 0
         self._first_free_position[row] = new.num_prompt_tokens + sampling.min_tokens
@@ -100,13 +105,15 @@ class SamplingRows:
         """
         if self.takes_best(rows.tolist()):
             return None
+        temperature, top_p, min_p = self._fractions.take(rows, axis=1)
+        top_k, seeds, sequence_index = self._integers.take(rows, axis=1)
         return SamplingBatch(
-            temperature=self._temperature[rows],
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            min_p=self._min_p[rows],
-            seeds=self._seeds[rows],
-            sequence_index=self._sequence_index[rows],
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            sequence_index=sequence_index,
             positions=positions,
             wants_logprobs=self._wants_logprobs[rows],
             num_top_logprobs=self._num_top_logprobs[rows],
