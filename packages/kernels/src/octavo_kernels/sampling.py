@@ -47,7 +47,7 @@ def sample_tokens(
 
     Returns:
         token_ids: [draws] int64.
-        best: [draws] fp32, the largest logit, NaN if the row holds NaN. Where it is not finite, the token id means nothing.
+        best: [draws] fp32, the largest logit, NaN if the row holds NaN. Where it is not finite, the id means nothing.
 
     Raises:
         ShapeError, DtypeError, DeviceError: a tensor does not fit.
