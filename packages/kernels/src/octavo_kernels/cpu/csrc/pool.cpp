@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -29,8 +30,12 @@ namespace octavo {
 namespace {
 
 constexpr int kMaxThreads = 255;
-constexpr int kSpinsAtBarrier = 2000;  // some 30 us: a barrier opens soon, unless a thread has lost its core to others
-constexpr int kSpinsWhenIdle = 2000;   // the next job mostly comes after Python has worked for longer
+constexpr int kSpins = 2000;  // some 30 us: a barrier opens soon, unless a thread has lost its core to others
+
+// For so long a worker waits for the next job before it sleeps, since waking it takes 40 us and more. The next step of a
+// model mostly comes within that time, and whoever else wants the core meanwhile gets it.
+constexpr std::chrono::microseconds kIdleTime(300);
+constexpr int kSpinsPerOffer = 50;
 
 void relax() {
 #if defined(__x86_64__)
@@ -57,12 +62,25 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-// Waits until `word` differs from `value`: spins for a while, then sleeps. `num_sleepers` tells who changes the word
-// whether anybody must be woken.
-void wait_for_change(std::atomic<uint32_t>& word, uint32_t value, int num_spins, std::atomic<int>& num_sleepers) {
+bool spin(const std::atomic<uint32_t>& word, uint32_t value, int num_spins) {
   for (int i = 0; i < num_spins; ++i) {
-    if (word.load(std::memory_order_acquire) != value) return;
+    if (word.load(std::memory_order_acquire) != value) return true;
     relax();
+  }
+  return false;
+}
+
+// Waits until `word` differs from `value`: spins for a while, offers its core to others for `patience`, then sleeps.
+// `num_sleepers` tells who changes the word whether anybody must be woken.
+void wait_for_change(std::atomic<uint32_t>& word, uint32_t value, std::chrono::microseconds patience,
+                     std::atomic<int>& num_sleepers) {
+  if (spin(word, value, kSpins)) return;
+  if (patience.count() > 0) {
+    const auto end = std::chrono::steady_clock::now() + patience;
+    do {
+      sched_yield();
+      if (spin(word, value, kSpinsPerOffer)) return;
+    } while (std::chrono::steady_clock::now() < end);
   }
   num_sleepers.fetch_add(1);
   while (word.load() == value) sleep_while(word, value);
@@ -116,7 +134,7 @@ class Pool {
     Pool& pool = *own.pool;
     uint32_t seen = own.epoch;
     for (;;) {
-      wait_for_change(pool.epoch_, seen, kSpinsWhenIdle, pool.num_idle_);
+      wait_for_change(pool.epoch_, seen, kIdleTime, pool.num_idle_);
       seen = pool.epoch_.load(std::memory_order_acquire);
       if (own.index >= static_cast<int>(seen & 0xFF)) continue;
       Team team(pool, own.index);
@@ -189,7 +207,7 @@ void Team::barrier() {
     pool_.next_task_.store(0, std::memory_order_relaxed);
     change(pool_.barrier_, pool_.num_sleeping_);
   } else {
-    wait_for_change(pool_.barrier_, round, kSpinsAtBarrier, pool_.num_sleeping_);
+    wait_for_change(pool_.barrier_, round, {}, pool_.num_sleeping_);
   }
 }
 
