@@ -43,15 +43,16 @@ def full(num_draws, temperature=1.0, first_seed=0, device="cpu", **filters):
 def mixed(num_draws, generator):
     """Make the arguments of draws with settings of every kind side by side."""
 
-    def one_of(*values):
-        return torch.tensor(values)[torch.randint(len(values), (num_draws,), generator=generator)]
+    def one_of(usual, *values):
+        chosen = torch.tensor(values)[torch.randint(len(values), (num_draws,), generator=generator)]
+        return torch.where(torch.rand(num_draws, generator=generator) < 0.6, usual, chosen)
 
     return {
         **full(num_draws, first_seed=int(torch.randint(1 << 40, (), generator=generator))),
-        "temperature": one_of(0.0, 0.3, 0.7, 1.0, 1.0, 2.5),
-        "top_k": one_of(0, 0, 1, 2, 10, 40, 100_000),
-        "top_p": one_of(1.0, 1.0, 0.0, 0.1, 0.5, 0.9, 0.999),
-        "min_p": one_of(0.0, 0.0, 0.001, 0.05, 0.3, 1.0),
+        "temperature": one_of(1.0, 0.0, 0.3, 0.7, 2.5),
+        "top_k": one_of(0, 1, 2, 10, 40, 100_000),
+        "top_p": one_of(1.0, 0.0, 0.1, 0.5, 0.9, 0.999),
+        "min_p": one_of(0.0, 0.001, 0.05, 0.3, 1.0),
     }
 
 
@@ -100,6 +101,28 @@ def test_the_noise_is_that_of_gumbel_noise(device):
     token_ids, best = ok.sample_tokens(logits, **arguments)
     assert token_ids.tolist() == (scores + noise).argmax(dim=-1).tolist()
     assert torch.equal(best, logits.amax(dim=-1))
+
+
+def test_equal_sums_of_score_and_noise_take_the_lowest_token_id(device):
+    arguments = full(400, device=device)
+    noise = ok.gumbel_noise(arguments["seeds"], arguments["sequence_index"], arguments["positions"], 300)
+    logits = torch.full((400, 300), -INFINITY, device=device)
+    first, second = noise[:, 20], noise[:, 290]
+    logits[:, 20], logits[:, 290] = (second - first).clamp(max=0), (first - second).clamp(max=0)
+    equal = logits[:, 20] + first == logits[:, 290] + second
+    assert equal.sum() > 100
+    token_ids, _ = ok.sample_tokens(logits, **arguments)
+    assert set(token_ids[equal].tolist()) == {20}
+
+
+def test_rare_noise_lifts_a_token_from_far_below(device):
+    keys = torch.tensor([[15669], [0], [0]], device=device)  # in column 3536 it is 18.5
+    logits = torch.full((1, 4096), -50.0, device=device)
+    logits[0, 3], logits[0, 3536] = 0.0, -17.0
+    expected = (logits + ok.gumbel_noise(*keys, 4096)).argmax(dim=-1).tolist()
+    names = ("seeds", "sequence_index", "positions")
+    token_ids, _ = ok.sample_tokens(logits, torch.ones(1, device=device), **dict(zip(names, keys, strict=True)))
+    assert token_ids.tolist() == expected == [3536]
 
 
 # -- which tokens are left -----------------------------------------------------------------------------------------
