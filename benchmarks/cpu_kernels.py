@@ -80,6 +80,9 @@ def seconds(call: Call, at_least: float = 0.05) -> float:
     return (time.perf_counter() - started) / num_calls
 
 
+_REST = 0.02  # seconds: torch's threads go on spinning after a call, and would take a core from the next one
+
+
 def alternate(calls: dict[str, Call], rates: dict[str, Rate], num_rounds: int) -> dict[str, float]:
     """Time each call and measure each rate in turn, round after round; return medians, of seconds and of rates."""
     for call in calls.values():
@@ -87,8 +90,12 @@ def alternate(calls: dict[str, Call], rates: dict[str, Rate], num_rounds: int) -
     measured: dict[str, list[float]] = {name: [] for name in (*calls, *rates)}
     for _ in range(num_rounds):
         for name, call in calls.items():
+            time.sleep(_REST)
+            call()  # wakes the threads, as the step before does in an engine
             measured[name].append(seconds(call))
         for name, rate in rates.items():
+            time.sleep(_REST)
+            rate()
             measured[name].append(rate())
     return {name: statistics.median(values) for name, values in measured.items()}
 

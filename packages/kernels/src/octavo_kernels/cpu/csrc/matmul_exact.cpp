@@ -11,7 +11,9 @@ namespace {
 constexpr int kColumns = 2 * W;     // outputs that a tile has
 constexpr int kMaxTileRows = W == 16 ? 8 : (W == 8 ? 6 : 4);
 constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded in registers
-constexpr int kPrefetchBytes = 2560;  // how far ahead of its use memory is asked for
+
+template <Format F>
+constexpr int kGroupsAhead = 4096 / bytes_of_group(F);  // how far ahead of its use memory is asked for
 constexpr int kChunk = 96;         // inputs that are decoded at once: 24 KiB
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
@@ -169,12 +171,15 @@ void few_rows(const Product& product, const Part& part, int64_t panel) {
           add(p, k, load_dense<F>(values), load_dense<F>(values + W * bytes_of_value(F)));
         }
     } else {
-      for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
+      const int64_t num_groups = product.in_features / kGroup;
+      for (int64_t g = 0; g < num_groups; ++g) {
         const uint8_t* group = weights + g * bytes_of_group(F);
+        const int64_t ahead = g + kGroupsAhead<F>;
+        const uint8_t* next = weights + ahead * bytes_of_group(F) + (ahead < num_groups ? 0 : (P - 1) * panel_bytes);
         Scale<F> scales[P][2];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-          prefetch(group + p * panel_bytes + kPrefetchBytes, bytes_of_group(F));
+          prefetch(next + p * panel_bytes, bytes_of_group(F));
           scales[p][0].load(group + p * panel_bytes, column);
           scales[p][1].load(group + p * panel_bytes, column + W);
         }
