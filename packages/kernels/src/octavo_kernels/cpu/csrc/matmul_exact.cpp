@@ -13,7 +13,7 @@ constexpr int kMaxTileRows = W == 16 ? 8 : (W == 8 ? 6 : 4);
 constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded in registers
 
 template <Format F>
-constexpr int kGroupsAhead = 4096 / bytes_of_group(F);  // how far ahead of its use memory is asked for
+constexpr int kGroupsAhead = 5120 / bytes_of_group(F);  // how far ahead of its use memory is asked for
 constexpr int kChunk = 96;         // inputs that are decoded at once: 24 KiB
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel) {
         Scale<F> scales[P][2];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-          prefetch(next + p * panel_bytes, bytes_of_group(F));
+          prefetch(next + p * panel_bytes, bytes_of_scales(F));
           scales[p][0].load(group + p * panel_bytes, column);
           scales[p][1].load(group + p * panel_bytes, column + W);
         }
@@ -189,6 +189,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel) {
 #pragma GCC unroll 4
           for (int p = 0; p < P; ++p) {
             const uint8_t* at = group + p * panel_bytes + bytes_of_scales(F) + 4 * (row * kPanel + column);
+            prefetch(next + p * panel_bytes + bytes_of_scales(F) + 4 * row * kPanel, 4 * kPanel);
             words[p][0] = load_words(at);
             words[p][1] = load_words(at + 4 * W);
           }
