@@ -69,27 +69,30 @@ void find(const PagedAttentionArgs& a, int64_t sequence, int64_t kv_head, int64_
   tile.begin = static_cast<int>(std::max(seen.begin, start) - start);
   tile.end = static_cast<int>(std::min(seen.end, start + kTile) - start);
   const int32_t* table = a.block_table + sequence * a.block_table_stride;
-  for (int64_t position = start + tile.begin; position < start + tile.end;) {
-    const int64_t block = table[position / a.block_size], offset = position % a.block_size;
-    const int64_t end = std::min(start + tile.end, position + a.block_size - offset);
+  int64_t index = (start + tile.begin) / a.block_size, offset = (start + tile.begin) % a.block_size;
+  for (int j = tile.begin; j < tile.end; ++index, offset = 0) {
+    const int64_t block = table[index];
+    const int end = static_cast<int>(std::min<int64_t>(tile.end, j + a.block_size - offset));
     const T* k = static_cast<const T*>(a.k_cache) + block * a.k_block_stride + kv_head * a.k_head_stride;
     const T* v = static_cast<const T*>(a.v_cache) + block * a.v_block_stride + kv_head * a.v_head_stride;
-    const int64_t scale = (block * a.num_kv_heads + kv_head) * a.block_size + offset;
-    for (int64_t i = 0; position < end; ++position, ++i) {
-      const int64_t j = position - start;
-      tile.k[j] = k + (offset + i) * a.k_slot_stride;
-      tile.v[j] = v + (offset + i) * a.v_slot_stride;
-      if (a.k_scale == nullptr) continue;
-      tile.k_scale[j] = a.k_scale[scale + i];
-      tile.v_scale[j] = a.v_scale[scale + i];
+    if (a.k_scale != nullptr) {
+      const int64_t scale = (block * a.num_kv_heads + kv_head) * a.block_size + offset;
+      std::copy_n(a.k_scale + scale, end - j, tile.k_scale + j);
+      std::copy_n(a.v_scale + scale, end - j, tile.v_scale + j);
+    }
+    for (; j < end; ++j, ++offset) {
+      tile.k[j] = k + offset * a.k_slot_stride;
+      tile.v[j] = v + offset * a.v_slot_stride;
     }
   }
-  for (int j = 0; j < kTile; ++j) {
-    if (j >= tile.begin && j < tile.end) continue;
-    tile.k[j] = tile.k[tile.begin];
-    tile.v[j] = tile.v[tile.begin];
-    tile.k_scale[j] = tile.v_scale[j] = 0.0f;
-  }
+  const auto fill = [&](int first, int end) {
+    std::fill(tile.k + first, tile.k + end, tile.k[tile.begin]);
+    std::fill(tile.v + first, tile.v + end, tile.v[tile.begin]);
+    std::fill(tile.k_scale + first, tile.k_scale + end, 0.0f);
+    std::fill(tile.v_scale + first, tile.v_scale + end, 0.0f);
+  };
+  fill(0, tile.begin);
+  fill(tile.end, kTile);
 }
 
 // One task: its rows, and the tiles of the cache that it walks.
@@ -135,13 +138,15 @@ class Walk {
       const bool last = tile + 1 == task_.end_tile;
       if (!last) find(a_, item_.sequence, task_.kv_head, tile + 1, seen(), buffers[(tile + 1) % 2]);
       const KvTile<T>* next = last ? upcoming : &buffers[(tile + 1) % 2];
-      Ahead<T> values(now.v, kTile, head_dim_);
+      const bool few = num_rows_ <= kMaxRows;
+      Ahead<T> values(now.v + now.begin, now.end - now.begin, head_dim_);
       Ahead<T> keys = next == nullptr ? Ahead<T>() : Ahead<T>(next->k, kTile, head_dim_);
-      transpose_keys(now, head_dim_, memory_.keys, values);
+      if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
       const Partial partial = partials == nullptr ? Partial{} : partial_of(tile, partials);
       for (int64_t row = 0; row < num_rows_; row += kMaxRows) {
-        attend(now, values, keys, tile, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
+        attend(Step{now, values, keys, tile, few}, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
       }
+      keys.fetch(kTile);
     }
   }
 
@@ -152,7 +157,8 @@ class Walk {
       for (int64_t i = 0; i < num_rows_; ++i) {
         Row& row = memory_.rows[i];
         if (row.begin_in(tile) >= row.end_in(tile)) continue;
-        join(row.softmax, partial.maximum[i], partial.sum[i], partial.value + i * head_dim_, head_dim_);
+        Softmax* softmax = &row.softmax;
+        join(&softmax, 1, partial.maximum + i, partial.sum + i, partial.value + i * head_dim_, head_dim_, head_dim_);
       }
     }
   }
@@ -174,35 +180,41 @@ class Walk {
     return Partial{memory, memory + num_rows_, memory + 2 * num_rows_};
   }
 
-  void attend(const KvTile<T>& now, Ahead<T>& values, Ahead<T>& keys, int64_t tile, int64_t row, int64_t count,
-              const Partial& partial) {
+  struct Step {
+    const KvTile<T>& tile;
+    Ahead<T>& values;
+    Ahead<T>& keys;  // of the next tile
+    int64_t number;         // of the tile
+    bool few;               // keys are read from the cache, not from memory_.keys
+  };
+
+  void attend(const Step& step, int64_t row, int64_t count, const Partial& partial) {
     switch (count) {
       case 1:
-        return attend_rows<1>(now, values, keys, tile, row, partial);
+        return attend_rows<1>(step, row, partial);
       case 2:
-        return attend_rows<2>(now, values, keys, tile, row, partial);
+        return attend_rows<2>(step, row, partial);
       case 3:
-        return attend_rows<3>(now, values, keys, tile, row, partial);
+        return attend_rows<3>(step, row, partial);
       case 4:
-        return attend_rows<4>(now, values, keys, tile, row, partial);
+        return attend_rows<4>(step, row, partial);
       case 5:
-        return attend_rows<5>(now, values, keys, tile, row, partial);
+        return attend_rows<5>(step, row, partial);
       default:
-        return attend_rows<kMaxRows>(now, values, keys, tile, row, partial);
+        return attend_rows<kMaxRows>(step, row, partial);
     }
   }
 
   template <int R>
-  void attend_rows(const KvTile<T>& now, Ahead<T>& values, Ahead<T>& keys, int64_t tile, int64_t first_row,
-                   const Partial& partial) {
+  void attend_rows(const Step& step, int64_t first_row, const Partial& partial) {
     Row* rows = memory_.rows + first_row;
     const float* q[R];
     int begin[R], end[R];
     int first = kTile, last = 0;  // what any row sees
     for (int r = 0; r < R; ++r) {
       q[r] = rows[r].q;
-      begin[r] = rows[r].begin_in(tile);
-      end[r] = rows[r].end_in(tile);
+      begin[r] = rows[r].begin_in(step.number);
+      end[r] = rows[r].end_in(step.number);
       first = std::min(first, begin[r]);
       last = std::max(last, end[r]);
     }
@@ -210,50 +222,64 @@ class Walk {
     alignas(64) float weights[R * kTile];
     alignas(64) float sums[R * kMaxHeadDim];
     float maximum[R] = {}, sum[R] = {};
-    scores<T, R>(q, memory_.keys, head_dim_, weights, values);
+    if (step.few) {
+      scores_of_few<T, R>(q, step.tile, head_dim_, weights, step.values);
+    } else {
+      scores<R>(q, memory_.keys, head_dim_, weights);
+    }
     const bool scaled = a_.k_scale != nullptr;
     for (int r = 0; r < R; ++r) {
       const Scoring how{a_,
-                        scaled ? now.k_scale : nullptr,
-                        scaled ? now.v_scale : nullptr,
+                        scaled ? step.tile.k_scale : nullptr,
+                        scaled ? step.tile.v_scale : nullptr,
                         rows[r].slope,
-                        static_cast<float>(rows[r].position - tile * kTile),
+                        static_cast<float>(rows[r].position - step.number * kTile),
                         begin[r],
                         end[r]};
-      keys.fetch(4);
+      step.keys.fetch(16 / R);
       soften(how, weights + r * kTile, &maximum[r], &sum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
-    weigh_rows<R>(now, weights, begin, end, sums, keys);
+    weigh_rows<R>(step, weights, begin, end, sums);
+    step.keys.fetch(8);
+    if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);
     for (int r = 0; r < R; ++r) {
-      keys.fetch(kTile / (2 * R));
       if (begin[r] >= end[r]) continue;
-      const float* value = sums + r * kMaxHeadDim;
-      if (partial.maximum == nullptr) {
-        join(rows[r].softmax, maximum[r], sum[r], value, head_dim_);
-        continue;
-      }
       partial.maximum[first_row + r] = maximum[r];
       partial.sum[first_row + r] = sum[r];
-      std::copy_n(value, head_dim_, partial.value + (first_row + r) * head_dim_);
+      std::copy_n(sums + r * kMaxHeadDim, head_dim_, partial.value + (first_row + r) * head_dim_);
     }
   }
 
   // Values are multiplied for the rows that see them alone: 0 * NaN would not be 0. Positions that all rows see are
   // taken together, those before and behind row by row.
   template <int R>
-  void weigh_rows(const KvTile<T>& now, const float* weights, const int* begin, const int* end, float* sums,
-                  Ahead<T>& keys) {
+  void weigh_rows(const Step& step, const float* weights, const int* begin, const int* end, float* sums) {
     Ahead<T> none;
+    const T* const* v = step.tile.v;
     const int all_begin = *std::max_element(begin, begin + R);
     const int all_end = std::max(all_begin, *std::min_element(end, end + R));
     for (int r = 0; r < R; ++r)
-      weigh<T, 1>(now.v, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_,
-                  sums + r * kMaxHeadDim, none);
-    weigh<T, R>(now.v, weights, all_begin, all_end, head_dim_, sums, keys);
-    for (int r = 0; r < R; ++r)
-      weigh<T, 1>(now.v, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_, sums + r * kMaxHeadDim,
+      weigh<T, 1>(v, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_, sums + r * kMaxHeadDim,
                   none);
+    weigh<T, R>(v, weights, all_begin, all_end, head_dim_, sums, step.keys);
+    for (int r = 0; r < R; ++r)
+      weigh<T, 1>(v, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_, sums + r * kMaxHeadDim,
+                  none);
+  }
+
+  // Rows that see nothing of the tile are left as they are.
+  template <int R>
+  void join_rows(Row* rows, const int* begin, const int* end, const float* maximum, const float* sum,
+                 const float* sums) {
+    Softmax* all[R];
+    for (int r = 0; r < R; ++r) all[r] = &rows[r].softmax;
+    for (int r = 0; r < R;) {
+      int count = 0;
+      while (r + count < R && begin[r + count] < end[r + count]) ++count;
+      if (count > 0) join(all + r, count, maximum + r, sum + r, sums + r * kMaxHeadDim, kMaxHeadDim, head_dim_);
+      r += count + 1;
+    }
   }
 
   const PagedAttentionArgs& a_;

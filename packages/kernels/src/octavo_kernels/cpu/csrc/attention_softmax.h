@@ -33,14 +33,29 @@ struct Joined {
   }
 };
 
-// Joins the softmax of a later tile to that of the tiles before it.
-OCTAVO_OUTLINE void join(Softmax& all, float maximum, float sum, const float* value, int head_dim) {
-  const Joined both(all.maximum, maximum);
-  all.maximum = both.maximum;
-  all.sum = all.sum * both.factor_a + sum * both.factor_b;
-  const vf a = vset(both.factor_a), b = vset(both.factor_b);
-  for (int d = 0; d < head_dim; d += W)
-    vstore(all.value + d, vfma(vload(value + d), b, vmul(vload(all.value + d), a)));
+// Joins the softmaxes of `count` rows in a later tile to those of the tiles before it. `values` is [count, stride].
+OCTAVO_OUTLINE void join(Softmax* const* rows, int count, const float* maximum, const float* sum, const float* values,
+                         int64_t stride, int head_dim) {
+  constexpr int kHalf = 8;
+  static_assert(kMaxRows <= kHalf && 2 * kHalf % W == 0, "factors of all rows fit");
+  alignas(64) float factors[2 * kHalf] = {};
+  for (int r = 0; r < count; ++r) {
+    Softmax& all = *rows[r];
+    const float before = all.maximum;
+    all.maximum = maximum[r] > before ? maximum[r] : before;
+    const float base = all.maximum == kNothing ? 0.0f : all.maximum;
+    factors[r] = before - base;
+    factors[kHalf + r] = maximum[r] - base;
+  }
+  for (int i = 0; i < 2 * kHalf; i += W) vstore(factors + i, vexp(vload(factors + i)));
+  for (int r = 0; r < count; ++r) {
+    Softmax& all = *rows[r];
+    const float* value = values + r * stride;
+    all.sum = all.sum * factors[r] + sum[r] * factors[kHalf + r];
+    const vf a = vset(factors[r]), b = vset(factors[kHalf + r]);
+    for (int d = 0; d < head_dim; d += W)
+      vstore(all.value + d, vfma(vload(value + d), b, vmul(vload(all.value + d), a)));
+  }
 }
 
 // Writes the attention of a row, and the logarithm of its denominator. A sink is a score without a value.

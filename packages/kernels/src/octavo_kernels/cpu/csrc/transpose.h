@@ -1,0 +1,114 @@
+// The transpose of W vectors in registers, and the two halves of vectors of pairs of bfloat16.
+
+#pragma once
+
+#include "vec.h"
+
+namespace octavo {
+
+#if defined(__AVX512F__)
+
+OCTAVO_INLINE vf vpairs(vf a, vf b, bool high) {  // two floats of a, two of b, in each quarter
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+}
+
+OCTAVO_INLINE void transpose(vf* r) {
+  vf t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = vpairs(t[i], t[i + 2], false);
+    r[i + 1] = vpairs(t[i], t[i + 2], true);
+    r[i + 2] = vpairs(t[i + 1], t[i + 3], false);
+    r[i + 3] = vpairs(t[i + 1], t[i + 3], true);
+  }
+  // Quarter c of r[4 i + j] now holds column 4 c + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const vf even = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xDD);
+    const vf even2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    const vf odd2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xDD);
+    t[j] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(even, even2, 0xDD);
+    t[4 + j] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    t[12 + j] = _mm512_shuffle_f32x4(odd, odd2, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// The even and the odd elements of a vector of pairs of bfloat16, as floats.
+OCTAVO_INLINE vf even_bf16(vf pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+OCTAVO_INLINE vf odd_bf16(vf pairs) {
+  return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
+}
+
+#elif defined(__AVX2__)
+
+OCTAVO_INLINE vf vpairs(vf a, vf b, bool high) {
+  const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+  return _mm256_castpd_ps(high ? _mm256_unpackhi_pd(x, y) : _mm256_unpacklo_pd(x, y));
+}
+
+OCTAVO_INLINE void transpose(vf* r) {
+  vf t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = vpairs(t[i], t[i + 2], false);
+    r[i + 1] = vpairs(t[i], t[i + 2], true);
+    r[i + 2] = vpairs(t[i + 1], t[i + 3], false);
+    r[i + 3] = vpairs(t[i + 1], t[i + 3], true);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+    t[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
+OCTAVO_INLINE vf even_bf16(vf pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
+OCTAVO_INLINE vf odd_bf16(vf pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(-65536)));
+}
+
+#else
+
+OCTAVO_INLINE void transpose(vf* r) {
+  for (int j = 0; j < W; ++j)
+    for (int i = 0; i < j; ++i) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+}
+
+OCTAVO_INLINE vf even_bf16(vf pairs) {
+  uint32_t bits[W];
+  std::memcpy(bits, &pairs, sizeof bits);
+  for (uint32_t& lane : bits) lane <<= 16;
+  std::memcpy(&pairs, bits, sizeof bits);
+  return pairs;
+}
+OCTAVO_INLINE vf odd_bf16(vf pairs) {
+  uint32_t bits[W];
+  std::memcpy(bits, &pairs, sizeof bits);
+  for (uint32_t& lane : bits) lane &= 0xFFFF0000u;
+  std::memcpy(&pairs, bits, sizeof bits);
+  return pairs;
+}
+
+#endif
+
+}  // namespace octavo
