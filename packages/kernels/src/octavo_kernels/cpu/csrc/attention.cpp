@@ -144,7 +144,7 @@ class Walk {
       if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
       const Partial partial = partials == nullptr ? Partial{} : partial_of(tile, partials);
       for (int64_t row = 0; row < num_rows_; row += kMaxRows) {
-        attend(Step{now, values, keys, tile, few}, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
+        attend(Visit{now, values, keys, tile, few}, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
       }
       keys.fetch(kTile);
     }
@@ -180,7 +180,8 @@ class Walk {
     return Partial{memory, memory + num_rows_, memory + 2 * num_rows_};
   }
 
-  struct Step {
+  // One tile, as all rows use it.
+  struct Visit {
     const KvTile<T>& tile;
     Ahead<T>& values;
     Ahead<T>& keys;  // of the next tile
@@ -188,33 +189,33 @@ class Walk {
     bool few;               // keys are read from the cache, not from memory_.keys
   };
 
-  void attend(const Step& step, int64_t row, int64_t count, const Partial& partial) {
+  void attend(const Visit& visit, int64_t row, int64_t count, const Partial& partial) {
     switch (count) {
       case 1:
-        return attend_rows<1>(step, row, partial);
+        return attend_rows<1>(visit, row, partial);
       case 2:
-        return attend_rows<2>(step, row, partial);
+        return attend_rows<2>(visit, row, partial);
       case 3:
-        return attend_rows<3>(step, row, partial);
+        return attend_rows<3>(visit, row, partial);
       case 4:
-        return attend_rows<4>(step, row, partial);
+        return attend_rows<4>(visit, row, partial);
       case 5:
-        return attend_rows<5>(step, row, partial);
+        return attend_rows<5>(visit, row, partial);
       default:
-        return attend_rows<kMaxRows>(step, row, partial);
+        return attend_rows<kMaxRows>(visit, row, partial);
     }
   }
 
   template <int R>
-  void attend_rows(const Step& step, int64_t first_row, const Partial& partial) {
+  void attend_rows(const Visit& visit, int64_t first_row, const Partial& partial) {
     Row* rows = memory_.rows + first_row;
     const float* q[R];
     int begin[R], end[R];
     int first = kTile, last = 0;  // what any row sees
     for (int r = 0; r < R; ++r) {
       q[r] = rows[r].q;
-      begin[r] = rows[r].begin_in(step.number);
-      end[r] = rows[r].end_in(step.number);
+      begin[r] = rows[r].begin_in(visit.number);
+      end[r] = rows[r].end_in(visit.number);
       first = std::min(first, begin[r]);
       last = std::max(last, end[r]);
     }
@@ -222,26 +223,26 @@ class Walk {
     alignas(64) float weights[R * kTile];
     alignas(64) float sums[R * kMaxHeadDim];
     float maximum[R] = {}, sum[R] = {};
-    if (step.few) {
-      scores_of_few<T, R>(q, step.tile, head_dim_, weights, step.values);
+    if (visit.few) {
+      scores_of_few<T, R>(q, visit.tile, head_dim_, weights, visit.values);
     } else {
       scores<R>(q, memory_.keys, head_dim_, weights);
     }
     const bool scaled = a_.k_scale != nullptr;
     for (int r = 0; r < R; ++r) {
       const Scoring how{a_,
-                        scaled ? step.tile.k_scale : nullptr,
-                        scaled ? step.tile.v_scale : nullptr,
+                        scaled ? visit.tile.k_scale : nullptr,
+                        scaled ? visit.tile.v_scale : nullptr,
                         rows[r].slope,
-                        static_cast<float>(rows[r].position - step.number * kTile),
+                        static_cast<float>(rows[r].position - visit.number * kTile),
                         begin[r],
                         end[r]};
-      step.keys.fetch(16 / R);
+      visit.keys.fetch(16 / R);
       soften(how, weights + r * kTile, &maximum[r], &sum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
-    weigh_rows<R>(step, weights, begin, end, sums);
-    step.keys.fetch(8);
+    weigh_rows<R>(visit, weights, begin, end, sums);
+    visit.keys.fetch(8);
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);
     for (int r = 0; r < R; ++r) {
       if (begin[r] >= end[r]) continue;
@@ -254,15 +255,15 @@ class Walk {
   // Values are multiplied for the rows that see them alone: 0 * NaN would not be 0. Positions that all rows see are
   // taken together, those before and behind row by row.
   template <int R>
-  void weigh_rows(const Step& step, const float* weights, const int* begin, const int* end, float* sums) {
+  void weigh_rows(const Visit& visit, const float* weights, const int* begin, const int* end, float* sums) {
     Ahead<T> none;
-    const T* const* v = step.tile.v;
+    const T* const* v = visit.tile.v;
     const int all_begin = *std::max_element(begin, begin + R);
     const int all_end = std::max(all_begin, *std::min_element(end, end + R));
     for (int r = 0; r < R; ++r)
       weigh<T, 1>(v, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_, sums + r * kMaxHeadDim,
                   none);
-    weigh<T, R>(v, weights, all_begin, all_end, head_dim_, sums, step.keys);
+    weigh<T, R>(v, weights, all_begin, all_end, head_dim_, sums, visit.keys);
     for (int r = 0; r < R; ++r)
       weigh<T, 1>(v, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_, sums + r * kMaxHeadDim,
                   none);

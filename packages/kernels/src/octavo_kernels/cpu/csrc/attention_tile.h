@@ -3,8 +3,8 @@
 // A row is one query head of one token. Rows that read the same keys are taken several at a time, so that a key or value
 // is loaded once for all of them; the bits of a row's result do not depend on which rows are beside it.
 //
-// Hardware does not look ahead from block to block of the cache. So each step asks for the memory of the one after it,
-// line by line as it reads its own: the keys' for values, the values' for the keys of the next tile.
+// Hardware does not look ahead from block to block of the cache. So work on the keys asks for the tile's values, and work
+// on the values for the keys of the next tile.
 
 #pragma once
 
@@ -51,7 +51,8 @@ class Ahead {
   OCTAVO_INLINE void fetch(int count) {
     for (; count > 0 && next_ != end_; --count, ++next_) {
       const char* at = reinterpret_cast<const char*>(*next_);
-      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i);
+      // Read once: a line that goes past the outer caches need not be moved out of them again (locality 0).
+      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 0);
     }
   }
 
