@@ -53,6 +53,9 @@ _regions = _Regions()
 
 def _map(num_bytes: int) -> memoryview:
     """Return a new memory map that begins at a large page."""
+    # Shared memory, which Linux gives large pages where transparent_hugepage/shmem_enabled says so: by default nowhere.
+    # Private memory gets them nearly everywhere, but in a virtual machine its first writes took twice as long, and
+    # serving was then no faster.
     region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         region.madvise(mmap.MADV_HUGEPAGE)
