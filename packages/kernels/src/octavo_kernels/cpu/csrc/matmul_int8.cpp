@@ -284,8 +284,10 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
       unpack<F>(weights + first * bytes_of_group(F), count, chunk);
-      prefetch(weights + (first + count) * bytes_of_group(F), kChunkGroups * bytes_of_group(F));
+      const uint8_t* next = weights + (first + count) * bytes_of_group(F);
+      const int64_t next_bytes = (count * bytes_of_group(F) / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
+        prefetch(next + t * next_bytes, next_bytes);
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
         kTiles<F>[stop - row](product, chunk, first, count, part.first_row + row,
                               part.out + row * part.out_stride + panel * kPanel, part.out_stride);
@@ -312,40 +314,74 @@ PartFunction int8_part(int64_t format) {
   }
 }
 
-// Rounds a group of finite values times `inverse` to whole numbers, half to even; returns their sum.
-static int32_t round_group(const float* values, float inverse, int8_t* codes) {
-  float rounded[kGroup];
-  for (int i = 0; i < kGroup; i += W) vstore(rounded + i, vround(vmul(vload(values + i), vset(inverse))));
-  int32_t sum = 0;
-  for (int i = 0; i < kGroup; ++i) {
-    const int32_t code = static_cast<int32_t>(rounded[i]);
-    codes[i] = static_cast<int8_t>(code);
-    sum += code;
+// A group of inputs that is to be rounded.
+#if defined(__AVX512F__)
+struct Inputs {
+  __m512 first, second;
+
+  OCTAVO_INLINE explicit Inputs(const float* values) : first(vload(values)), second(vload(values + W)) {}
+
+  // The largest magnitude; infinite or NaN if any is. Magnitudes are in the order of their bits, NaN last.
+  OCTAVO_INLINE float largest() const {
+    const __m512i of_both = _mm512_max_epu32(_mm512_castps_si512(vabs(first)), _mm512_castps_si512(vabs(second)));
+    const uint32_t bits = _mm512_reduce_max_epu32(of_both);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
   }
-  return sum;
-}
+  // Finite values times `inverse` as whole numbers, half to even; returns their sum.
+  OCTAVO_INLINE int32_t round(float inverse, int8_t* codes) const {
+    const __m512i a = _mm512_cvtps_epi32(vmul(first, vset(inverse)));
+    const __m512i b = _mm512_cvtps_epi32(vmul(second, vset(inverse)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + W), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+};
+#else
+struct Inputs {
+  const float* values;
+
+  OCTAVO_INLINE explicit Inputs(const float* group) : values(group) {}
+
+  OCTAVO_INLINE float largest() const {
+    vf magnitudes = vzero(), not_finite = vzero();
+    for (int i = 0; i < kGroup; i += W) {
+      const vf v = vload(values + i);
+      magnitudes = vmax(vabs(v), magnitudes);
+      not_finite = vadd(not_finite, vsub(v, v));  // 0, or NaN for NaN and infinity
+    }
+    return vsum(not_finite) == 0.0f ? vmax_of(magnitudes) : NAN;
+  }
+  OCTAVO_INLINE int32_t round(float inverse, int8_t* codes) const {
+    float rounded[kGroup];
+    for (int i = 0; i < kGroup; i += W) vstore(rounded + i, vround(vmul(vload(values + i), vset(inverse))));
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      const int32_t code = static_cast<int32_t>(rounded[i]);
+      codes[i] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    return sum;
+  }
+};
+#endif
 
 void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows,
                 int8_t* codes, float* scales, float* offsets) {
   const int64_t num_groups = in_features / kGroup;
   for (int64_t row = first_row; row < first_row + num_rows; ++row) {
-    const float* values = x + row * x_stride;
-    for (int64_t g = 0; g < num_groups; ++g, values += kGroup) {
-      vf largest = vzero(), not_finite = vzero();
-      for (int i = 0; i < kGroup; i += W) {
-        const vf v = vload(values + i);
-        largest = vmax(vabs(v), largest);
-        not_finite = vadd(not_finite, vsub(v, v));  // 0, or NaN for NaN and infinity
-      }
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const Inputs inputs(x + row * x_stride + g * kGroup);
       int8_t* out = codes + row * in_features + g * kGroup;
-      float scale = vmax_of(largest) / 127.0f;
+      float scale = inputs.largest() / 127.0f;
       int32_t sum = 0;
-      if (vsum(not_finite) != 0.0f) {  // what is not a number has no code; the scale makes every output of the row NaN
+      if (scale < INFINITY) {
+        const float inverse = 1.0f / scale;
+        sum = inputs.round(scale > 0.0f && inverse < INFINITY ? inverse : 0.0f, out);
+      } else {  // what is not a number has no code; the scale makes every output of the row NaN
         scale = NAN;
         std::memset(out, 0, kGroup);
-      } else {
-        const float inverse = 1.0f / scale;
-        sum = round_group(values, scale > 0.0f && inverse < INFINITY ? inverse : 0.0f, out);
       }
       scales[row * num_groups + g] = scale;
       offsets[row * num_groups + g] = scale * static_cast<float>(sum);
