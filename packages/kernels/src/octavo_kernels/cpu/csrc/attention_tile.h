@@ -62,7 +62,11 @@ class Ahead {
   int num_bytes_ = 0;
 };
 
-// Calls use(dimension, vector) in the order of dimensions d .. d + W - 1 of W keys, with a vector of W keys for each.
+// A score is the sum of two chains: the products of even dimensions, and those of odd ones, each from dimension 0 upwards.
+// One chain would leave the few rows of a decode step waiting for their own sums.
+
+// Calls use(dimension, dimension % 2, vector) in the order of dimensions d .. d + W - 1 of W keys, with a vector of W keys
+// for each. d is even.
 template <class T, class Use>
 OCTAVO_INLINE void by_dimension(const T* const* keys, int d, Use use) {
   vf r[W];
@@ -70,7 +74,7 @@ OCTAVO_INLINE void by_dimension(const T* const* keys, int d, Use use) {
   for (int i = 0; i < W; ++i) r[i] = load(keys[i] + d);
   transpose(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) use(d + i, r[i]);
+  for (int i = 0; i < W; ++i) use(d + i, i % 2, r[i]);
 }
 
 // Likewise 2 W dimensions of bfloat16 keys, which are transposed in pairs and widened afterwards: half the shuffles.
@@ -82,8 +86,8 @@ OCTAVO_INLINE void by_pairs(const BF16* const* keys, int d, Use use) {
   transpose(r);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
-    use(d + 2 * i, even_bf16(r[i]));
-    use(d + 2 * i + 1, odd_bf16(r[i]));
+    use(d + 2 * i, 0, even_bf16(r[i]));
+    use(d + 2 * i + 1, 1, odd_bf16(r[i]));
   }
 }
 template <class T, class Use>
@@ -107,19 +111,20 @@ void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& v
     values.fetch(W);
     for (int d = 0; d < head_dim; d += kDimsAtOnce<T>)
       by_dimensions(tile.k + i, d, head_dim,
-                    [&](int dim, vf key) OCTAVO_INLINE_LAMBDA { vstore(out + dim * kTile + i, key); });
+                    [&](int dim, int, vf key) OCTAVO_INLINE_LAMBDA { vstore(out + dim * kTile + i, key); });
   }
 }
 
-// out [R][kTile] = q · k, each sum from dimension 0 upwards.
+// out [R][kTile] = q · k.
 template <int R>
 void scores(const float* const* q, const float* keys, int head_dim, float* out) {
   constexpr int N = vectors_per_row<R>() * W > kTile ? kTile / W : vectors_per_row<R>();
-  for (int first = 0; first < kTile; first += N * W) {
+  for (int part = 0; part < 2 * kTile / (N * W); ++part) {
+    const int first = part / 2 * N * W, odd = part % 2;
     vf sum[R][N];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = vzero();
-    for (int d = 0; d < head_dim; ++d) {
+    for (int d = odd; d < head_dim; d += 2) {
       vf k[N];
       for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
 #pragma GCC unroll 6
@@ -129,7 +134,10 @@ void scores(const float* const* q, const float* keys, int head_dim, float* out) 
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < N; ++i) vstore(out + r * kTile + first + i * W, sum[r][i]);
+      for (int i = 0; i < N; ++i) {
+        float* at = out + r * kTile + first + i * W;
+        vstore(at, odd ? vadd(vload(at), sum[r][i]) : sum[r][i]);
+      }
   }
 }
 
@@ -138,18 +146,18 @@ template <class T, int R>
 void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& values) {
   const int per_step = (kDimsAtOnce<T> * W + head_dim - 1) / head_dim;
   for (int i = 0; i < kTile; i += W) {
-    vf sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = vzero();
+    vf sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = vzero();
     if (i < tile.end && i + W > tile.begin) {
       for (int d = 0; d < head_dim; d += kDimsAtOnce<T>) {
         values.fetch(per_step);
-        by_dimensions(tile.k + i, d, head_dim, [&](int dim, vf key) OCTAVO_INLINE_LAMBDA {
+        by_dimensions(tile.k + i, d, head_dim, [&](int dim, int odd, vf key) OCTAVO_INLINE_LAMBDA {
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) sum[r] = vfma(vset(q[r][dim]), key, sum[r]);
+          for (int r = 0; r < R; ++r) sum[r][odd] = vfma(vset(q[r][dim]), key, sum[r][odd]);
         });
       }
     }
-    for (int r = 0; r < R; ++r) vstore(out + r * kTile + i, sum[r]);
+    for (int r = 0; r < R; ++r) vstore(out + r * kTile + i, vadd(sum[r][0], sum[r][1]));
   }
 }
 
