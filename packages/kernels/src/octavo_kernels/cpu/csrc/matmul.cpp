@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
 constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a barrier
-constexpr int64_t kRowsWorthATask = 16;
 constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kNumSlices = 64;      // parts that an arg-max is cut into, whatever the number of threads
 
@@ -50,30 +49,36 @@ Int8Rows round_all(const float* x, int64_t x_stride, int64_t in_features, int64_
   return {memory.codes, memory.scales, memory.offsets};
 }
 
-// A product cut into tasks. With few rows most panels are dealt out to the threads beforehand, since asking for work takes
-// a thread as long as some panels, and the rest in small tasks, so that a thread that was held up does not hold up the
-// others. With more rows every task is worth asking for.
+// A product cut into tasks. One row is done so quickly that asking for work takes a thread as long as some panels: most of
+// them are dealt out beforehand, in pairs, since two at once are multiplied by one row; the rest is small tasks, so that a
+// thread that was held up does not hold up the others. With more rows every task is worth asking for, and there are so
+// many that every thread gets as many panels, if that can be.
 struct Cut {
   int64_t num_panels, num_dealt, step, num_tasks;  // tasks of one block of rows
 
-  Cut(int64_t panels, int64_t num_rows, int num_threads) : num_panels(panels), num_dealt(0), step(panels), num_tasks(1) {
-    if (num_threads == 1) return;
-    if (num_rows < kRowsWorthATask) num_dealt = num_panels * 3 / 4 / num_threads / 2 * 2;
-    threads = num_threads;
-    const int64_t rest = num_panels - num_dealt * threads;
-    step = ceil_div(rest, num_dealt > 0 ? 2 * threads : kTasksOfThread * threads);
-    step = num_rows < kRowsWorthATask ? (step + 1) / 2 * 2 : step;  // one row is multiplied by two panels at once
-    num_tasks = (num_dealt > 0 ? threads : 0) + ceil_div(rest, step);
+  Cut(int64_t panels, int64_t num_rows, int64_t num_threads)
+      : num_panels(panels), num_dealt(0), step(panels), num_tasks(1), threads(num_threads) {
+    if (threads == 1) return;
+    if (num_rows == 1) {
+      num_dealt = num_panels * 3 / 4 / threads / 2 * 2;
+      const int64_t rest = num_panels - num_dealt * threads;
+      step = round_up(ceil_div(rest, 2 * threads), 2);
+      num_tasks = (num_dealt > 0 ? threads : 0) + ceil_div(rest, step);
+    } else {
+      int64_t tasks_of_thread = kTasksOfThread;
+      while (tasks_of_thread > 1 && num_panels % (tasks_of_thread * threads) != 0) --tasks_of_thread;
+      step = ceil_div(num_panels, threads * (tasks_of_thread > 1 ? tasks_of_thread : kTasksOfThread));
+      num_tasks = ceil_div(num_panels, step);
+    }
   }
   void place(int64_t task, Part& part) const {
     const bool dealt = num_dealt > 0 && task < threads;
     part.first_panel = dealt ? task * num_dealt : num_dealt * threads + (task - (num_dealt > 0 ? threads : 0)) * step;
-    const int64_t rest = num_panels - part.first_panel, wanted = dealt ? num_dealt : step;
-    part.num_panels = min(wanted, rest);
+    part.num_panels = min(dealt ? num_dealt : step, num_panels - part.first_panel);
   }
 
  private:
-  int64_t threads = 1;
+  int64_t threads;
 };
 
 struct Memory {  // what a thread needs for a product

@@ -11,10 +11,10 @@ namespace {
 constexpr int kColumns = 2 * W;     // outputs that a tile has
 constexpr int kMaxTileRows = W == 16 ? 8 : (W == 8 ? 6 : 4);
 constexpr int kMaxFewRows = W == 16 ? 8 : 4;  // up to here weights are decoded in registers
+constexpr int kChunk = 192;  // inputs that are decoded at once, in whole groups: 24 KiB
 
 template <Format F>
 constexpr int kGroupsAhead = 5120 / bytes_of_group(F);  // how far ahead of its use memory is asked for
-constexpr int kChunk = 96;         // inputs that are decoded at once: 24 KiB
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ void many_rows(const Product& product, const Part& part, float* chunk) {
 
 template <Format F>
 void exact(const Product& product, const Part& part, void* scratch) {
-  static_assert(kChunk * kPanel * sizeof(float) <= kScratchBytes);
+  static_assert(kChunk % kGroup == 0 && kChunk * kPanel * sizeof(float) <= kScratchBytes);
   if (part.num_rows > kMaxFewRows) return many_rows<F>(product, part, static_cast<float*>(scratch));
   int64_t panel = 0;
   if (part.num_rows == 1)
