@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -53,10 +54,10 @@ _regions = _Regions()
 
 def _map(num_bytes: int) -> memoryview:
     """Return a new memory map that begins at a large page."""
-    # Shared memory, which Linux gives large pages where transparent_hugepage/shmem_enabled says so: by default nowhere.
-    # Private memory gets them nearly everywhere, but in a virtual machine its first writes took twice as long, and
-    # serving was then no faster.
-    region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
+    if sys.platform == "win32":
+        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
+    else:  # Linux gives large pages to private memory, to shared memory only where shmem_enabled says so
+        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         region.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(region)
