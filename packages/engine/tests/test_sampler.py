@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.batch import NewRow
+from octavo_engine.runner.rules.penalties import Penalties
 from octavo_engine.runner.sampler import Drawn, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.types import SamplingParams
@@ -209,12 +210,17 @@ def test_unsound_row_is_marked_and_the_others_are_drawn() -> None:
 
 def penalised_logits(logits: Tensor, row: NewRow) -> Tensor:
     state = sampling_rows(row)
-    batch = state.batch(np.array([0]), np.array([len(row.token_ids)]))
-    assert batch is not None
-    assert batch.penalties is not None
     changed = logits.clone()
-    batch.penalties.apply(changed)
+    penalties_of(state, len(row.token_ids)).apply(changed)
     return changed
+
+
+def penalties_of(state: SamplingRows, position: int) -> Penalties:
+    batch = state.batch(np.array([0]), np.array([position]))
+    assert batch is not None
+    (change,) = batch.changes
+    assert isinstance(change, Penalties)
+    return change
 
 
 def test_repetition_penalty_equals_transformers_on_prompt_and_output() -> None:
@@ -239,11 +245,9 @@ def test_drawn_tokens_are_counted() -> None:
     state = sampling_rows(row)
     for _ in range(3):
         state.append(np.array([0]), np.array([4]))
-    batch = state.batch(np.array([0]), np.array([6]))
-    assert batch is not None
-    assert batch.penalties is not None
-    assert batch.penalties.output_counts[0].nonzero().tolist() == [[4]]
-    assert batch.penalties.output_counts[0, 4] == 3
+    penalties = penalties_of(state, 6)
+    assert penalties.output_counts[0].nonzero().tolist() == [[4]]
+    assert penalties.output_counts[0, 4] == 3
 
 
 def test_row_that_is_taken_again_forgets_its_counts() -> None:
@@ -251,11 +255,9 @@ def test_row_that_is_taken_again_forgets_its_counts() -> None:
     state = sampling_rows(new_row(0, sampling, (1, 2, 3), num_prompt_tokens=1))
     state.append(np.array([0]), np.array([4]))
     state.add(new_row(0, sampling, (7, 8), num_prompt_tokens=1))
-    batch = state.batch(np.array([0]), np.array([2]))
-    assert batch is not None
-    assert batch.penalties is not None
-    assert batch.penalties.output_counts[0].nonzero().tolist() == [[8]]
-    assert batch.penalties.prompt_seen[0].nonzero().tolist() == [[7]]
+    penalties = penalties_of(state, 2)
+    assert penalties.output_counts[0].nonzero().tolist() == [[8]]
+    assert penalties.prompt_seen[0].nonzero().tolist() == [[7]]
 
 
 def test_penalties_leave_other_rows_alone() -> None:

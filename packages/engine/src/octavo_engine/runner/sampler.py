@@ -14,8 +14,6 @@ from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
 from octavo_kernels import sample_tokens
 
-_NEGATIVE_INFINITY = float("-inf")
-
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -52,7 +50,7 @@ def greedy(token_ids: Tensor, best: Tensor, shared: NDArray[np.int64] | None = N
 def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None = None) -> Drawn:
     """Draw one token per row.
 
-    The order: log-probabilities are taken from the logits as they are; banned tokens are removed; penalties; then
+    The order: log-probabilities are taken from the logits as they are; then come the rules' changes; then
     `sample_tokens`, which takes the arg-max or applies temperature, min_p, top_k and top_p and draws. Its noise is a
     function of seed, sequence index and position, so that a token depends on its own logits alone.
 
@@ -61,15 +59,12 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         batch: how to draw, one entry per row.
         shared: [rows], which of the sources each row goes by; None if each has its own.
     """
-    if shared is not None and batch.changes_logits:  # rows of one source may be changed in different ways
+    if shared is not None and batch.changes:  # rows of one source may be changed in different ways
         logits, shared = logits[_to(shared, logits)], None
     raw = _raw_logprobs(logits, batch, shared)
-    given_best = logits.amax(dim=-1) if batch.changes_logits else None
-    if batch.banned is not None:
-        banned_rows, banned_ids = batch.banned
-        logits[_to(banned_rows, logits), _to(banned_ids, logits)] = _NEGATIVE_INFINITY
-    if batch.penalties is not None:
-        batch.penalties.apply(logits)
+    given_best = logits.amax(dim=-1) if batch.changes else None
+    for change in batch.changes:
+        change.apply(logits)
     token_ids, best = sample_tokens(
         logits,
         _to(batch.temperature, logits),

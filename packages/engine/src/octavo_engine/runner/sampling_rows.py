@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from octavo_engine.batch import NewRow
-from octavo_engine.runner.penalties import Penalties, PenaltyRows
+from octavo_engine.runner.rules.base import LogitChange
+from octavo_engine.runner.rules.rules import make_rules
 
 _MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
 
@@ -30,8 +31,7 @@ class SamplingBatch:
         positions: int64, position of the token that is drawn.
         wants_logprobs: bool.
         num_top_logprobs: int64, how many of the likeliest tokens are reported where logprobs are wanted.
-        banned: rows and token ids, int64 arrays of one length, of tokens that may not be drawn; None if none.
-        penalties: of the rows that have any; None if none has.
+        changes: what is done to the logits before the draw, in order.
     """
 
     temperature: NDArray[np.float32]
@@ -43,17 +43,11 @@ class SamplingBatch:
     positions: NDArray[np.int64]
     wants_logprobs: NDArray[np.bool_]
     num_top_logprobs: NDArray[np.int64]
-    banned: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-    penalties: Penalties | None = None
-
-    @property
-    def changes_logits(self) -> bool:
-        """True if some row's logits are changed before the draw."""
-        return self.banned is not None or self.penalties is not None
+    changes: tuple[LogitChange, ...] = ()
 
 
 class SamplingRows:
-    """The sampling parameters of the running sequences, and their token counts where there are penalties.
+    """The sampling parameters of the running sequences, and the rules that change their logits.
 
     Only the ModelRunner writes it.
     """
@@ -66,9 +60,7 @@ class SamplingRows:
         self._fractions = np.zeros((3, max_num_rows), np.float32)  # temperature, top_p, min_p
         self._integers = np.zeros((3, max_num_rows), np.int64)  # top_k, seed, sequence index
         self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
-        self._first_free_position = column(np.int64)  # from here on, stop tokens may be drawn
-        self._stop_token_ids: dict[int, NDArray[np.int64]] = {}  # of rows with min_tokens
-        self._penalties = PenaltyRows(max_num_rows, vocab_size, device)
+        self._rules = make_rules(max_num_rows, vocab_size, device)
 
     def add(self, new: NewRow) -> None:
         """Fill a row, whatever it held before."""
@@ -78,19 +70,17 @@ class SamplingRows:
         self._integers[:, row] = sampling.top_k, new.seed, new.sequence_index
         self._wants_logprobs[row] = sampling.logprobs is not None
         self._num_top_logprobs[row] = sampling.logprobs or 0
-        self._first_free_position[row] = new.num_prompt_tokens + sampling.min_tokens
-        self._stop_token_ids.pop(row, None)
-        if sampling.min_tokens and new.stop_token_ids:
-            self._stop_token_ids[row] = np.array(sorted(new.stop_token_ids), np.int64)
-        penalised = self._penalties.add(new)
-        if sampling.greedy and sampling.logprobs is None and not sampling.min_tokens and not penalised:
+        ruled = self._rules.add(new)
+        if sampling.greedy and sampling.logprobs is None and not ruled:
             self._special.discard(row)
         else:
             self._special.add(row)
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget what rows whose sequences have left wanted."""
-        self._special.difference_update(rows)
+        left = self._special.intersection(rows)
+        self._special -= left
+        self._rules.release(left)
 
     def takes_best(self, rows: Iterable[int]) -> bool:
         """Return whether all of some rows take the plain arg-max of their logits."""
@@ -117,22 +107,10 @@ class SamplingRows:
             positions=positions,
             wants_logprobs=self._wants_logprobs[rows],
             num_top_logprobs=self._num_top_logprobs[rows],
-            banned=self._banned(rows, positions),
-            penalties=self._penalties.of(rows),
+            changes=self._rules.of(rows, positions),
         )
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Count one drawn token in each of some different rows."""
+        """Take in one drawn token for each of some different rows."""
         if self._special:
-            self._penalties.append(rows, token_ids)
-
-    def _banned(
-        self, rows: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        if not self._stop_token_ids:
-            return None
-        early = np.flatnonzero(positions < self._first_free_position[rows])
-        ids = [self._stop_token_ids.get(row, np.empty(0, np.int64)) for row in rows[early].tolist()]
-        if not ids:
-            return None
-        return np.repeat(early, [len(i) for i in ids]), np.concatenate(ids)
+            self._rules.append(rows, token_ids)

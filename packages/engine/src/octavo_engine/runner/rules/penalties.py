@@ -1,4 +1,4 @@
-"""PenaltyRows: which tokens each running sequence has seen and drawn; Penalties: what that does to logits."""
+"""PenaltyRule: which tokens each running sequence has seen and drawn; Penalties: what that does to logits."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Penalties:
         logits[self.places] = scores
 
 
-class PenaltyRows:
-    """The penalties of the running sequences and what they are counted from. Only the ModelRunner writes it.
+class PenaltyRule:
+    """The penalties of the running sequences and what they are counted from.
 
     The counts, [max_num_rows, vocab_size], are allocated with the first row that needs them.
     """
@@ -55,7 +55,6 @@ class PenaltyRows:
     def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._shape = (max_num_rows, vocab_size)
         self._device = device
-        self._active = np.zeros(max_num_rows, np.bool_)
         self._values = np.zeros((3, max_num_rows), np.float32)  # repetition, frequency, presence
         self._counts: Tensor | None = None
         self._prompt_seen: Tensor | None = None
@@ -64,27 +63,22 @@ class PenaltyRows:
         """Fill a row, whatever it held before; True if it has penalties."""
         sampling = new.sampling
         values = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        active = values != (1.0, 0.0, 0.0)
-        self._active[new.row] = active
+        if values == (1.0, 0.0, 0.0):
+            return False
         self._values[:, new.row] = values
-        if active:
-            counts, prompt_seen = self._tables()
-            token_ids = torch.tensor(new.token_ids, dtype=torch.int64, device=self._device)
-            prompt, output = token_ids[: new.num_prompt_tokens], token_ids[new.num_prompt_tokens :]
-            prompt_seen[new.row] = False
-            prompt_seen[new.row, prompt] = True
-            counts[new.row] = torch.bincount(output, minlength=self._shape[1])
-        return active
-
-    def of(self, rows: NDArray[np.int64]) -> Penalties | None:
-        """Collect the penalties of some rows; None if none of them has any."""
-        places = np.flatnonzero(self._active[rows])
-        if not len(places):
-            return None
         counts, prompt_seen = self._tables()
-        penalised = rows[places]
-        repetition, frequency, presence = torch.from_numpy(self._values[:, penalised, None]).to(self._device)
-        indices = torch.from_numpy(penalised).to(self._device)
+        token_ids = torch.tensor(new.token_ids, dtype=torch.int64, device=self._device)
+        prompt, output = token_ids[: new.num_prompt_tokens], token_ids[new.num_prompt_tokens :]
+        prompt_seen[new.row] = False
+        prompt_seen[new.row, prompt] = True
+        counts[new.row] = torch.bincount(output, minlength=self._shape[1])
+        return True
+
+    def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Penalties:  # noqa: ARG002
+        """Collect the penalties of some rows."""
+        counts, prompt_seen = self._tables()
+        repetition, frequency, presence = torch.from_numpy(self._values[:, rows, None]).to(self._device)
+        indices = torch.from_numpy(rows).to(self._device)
         return Penalties(
             places=torch.from_numpy(places).to(self._device),
             repetition=repetition,
@@ -96,11 +90,8 @@ class PenaltyRows:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Count one drawn token in each of some different rows."""
-        active = self._active[rows]
-        if active.any():
-            counts, _ = self._tables()
-            indices = torch.from_numpy(rows[active]).to(self._device)
-            counts[indices, torch.from_numpy(token_ids[active]).to(self._device)] += 1
+        counts, _ = self._tables()
+        counts[torch.from_numpy(rows).to(self._device), torch.from_numpy(token_ids).to(self._device)] += 1
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         if self._counts is None or self._prompt_seen is None:

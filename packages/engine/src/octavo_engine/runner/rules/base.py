@@ -1,0 +1,50 @@
+"""The interface of what changes logits before a token is drawn: a rule, its state by row, and its change to a step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.batch import NewRow
+
+
+class LogitChange(Protocol):
+    """What one rule does to some rows of a step's logits."""
+
+    def apply(self, logits: Tensor) -> None:
+        """Change logits [draws, vocab_size] fp32 in place, each row as a function of that row alone."""
+        ...
+
+
+class LogitRule(Protocol):
+    """One kind of change to logits, and what it keeps of the running sequences. Only `LogitRules` calls it.
+
+    Everything that a row's change depends on must follow from its NewRow: a preempted sequence enters again by one, and
+    draws the same tokens.
+    """
+
+    def add(self, new: NewRow) -> bool:
+        """Fill a row, whatever it held before; True if the rule has anything to do for it."""
+        ...
+
+    def of(
+        self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> LogitChange | None:
+        """Prepare the next draw of some rows, for each of which `add` was True.
+
+        Args:
+            places: [num_rows], where the rows stand among the step's logits.
+            rows: [num_rows].
+            positions: [num_rows], of the tokens that are drawn.
+
+        Returns:
+            The change; None if there is none in this step.
+        """
+        ...
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Take in one drawn token for each of some different rows, for each of which `add` was True."""
+        ...

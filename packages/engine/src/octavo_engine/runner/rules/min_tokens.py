@@ -1,0 +1,57 @@
+"""MinTokensRule: no stop token is drawn before a sequence has its least number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.batch import NewRow
+
+_NEGATIVE_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """Single tokens that may not be drawn: places and token_ids, int64 of one length."""
+
+    places: Tensor
+    token_ids: Tensor
+
+    def apply(self, logits: Tensor) -> None:
+        """Remove the tokens from logits [draws, vocab_size]."""
+        logits[self.places, self.token_ids] = _NEGATIVE_INFINITY
+
+
+class MinTokensRule:
+    """The stop tokens of rows with `min_tokens`, and from which position on they may be drawn."""
+
+    def __init__(self, max_num_rows: int, device: torch.device) -> None:
+        self._device = device
+        self._first_free_position = np.zeros(max_num_rows, np.int64)
+        self._stop_token_ids: dict[int, NDArray[np.int64]] = {}
+
+    def add(self, new: NewRow) -> bool:
+        """Fill a row; True if it has a least number of tokens and could stop before."""
+        if not (new.sampling.min_tokens and new.stop_token_ids):
+            return False
+        self._first_free_position[new.row] = new.num_prompt_tokens + new.sampling.min_tokens
+        self._stop_token_ids[new.row] = np.array(sorted(new.stop_token_ids), np.int64)
+        return True
+
+    def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> Ban | None:
+        """Ban the stop tokens of rows that draw too early a token to stop."""
+        early = positions < self._first_free_position[rows]
+        if not early.any():
+            return None
+        banned = [self._stop_token_ids[row] for row in rows[early].tolist()]
+        banned_places = np.repeat(places[early], [len(ids) for ids in banned])
+        return Ban(
+            torch.from_numpy(banned_places).to(self._device), torch.from_numpy(np.concatenate(banned)).to(self._device)
+        )
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Nothing to count: the position says how many tokens there are."""

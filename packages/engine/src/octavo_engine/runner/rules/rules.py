@@ -1,0 +1,78 @@
+"""LogitRules: the rules in the order in which they change logits, and which rows use which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from octavo_engine.batch import NewRow
+from octavo_engine.runner.rules.base import LogitChange, LogitRule
+from octavo_engine.runner.rules.min_tokens import MinTokensRule
+from octavo_engine.runner.rules.penalties import PenaltyRule
+
+
+def make_rules(max_num_rows: int, vocab_size: int, device: torch.device) -> LogitRules:
+    """Return every rule there is, in order."""
+    return LogitRules(
+        max_num_rows,
+        (
+            MinTokensRule(max_num_rows, device),
+            PenaltyRule(max_num_rows, vocab_size, device),
+        ),
+    )
+
+
+class LogitRules:
+    """Hands rows to the rules that they use; a batch whose rows use none pays nothing.
+
+    Args:
+        max_num_rows: rows there can be.
+        rules: in the order in which they change logits.
+    """
+
+    def __init__(self, max_num_rows: int, rules: Sequence[LogitRule]) -> None:
+        self._rules = rules
+        self._uses = np.zeros((len(rules), max_num_rows), np.bool_)
+        self._used: list[tuple[LogitRule, NDArray[np.bool_]]] = []  # with the rows that use each
+
+    def add(self, new: NewRow) -> bool:
+        """Fill a row, whatever it held before; True if it uses any rule."""
+        return self._set([rule.add(new) for rule in self._rules], new.row)
+
+    def release(self, rows: Iterable[int]) -> None:
+        """Forget rows whose sequences have left."""
+        for row in rows:
+            self._set([False] * len(self._rules), row)
+
+    def of(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[LogitChange, ...]:
+        """Collect the changes to the next draw of some rows, in order; empty if there are none.
+
+        Args:
+            rows: [num_rows], in the order of the logits.
+            positions: [num_rows], of the tokens that are drawn.
+        """
+        changes = []
+        for rule, uses in self._used:
+            places = np.flatnonzero(uses[rows])
+            if len(places):
+                change = rule.of(places, rows[places], positions[places])
+                if change is not None:
+                    changes.append(change)
+        return tuple(changes)
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Take in one drawn token for each of some different rows."""
+        for rule, uses in self._used:
+            using = uses[rows]
+            if using.any():
+                rule.append(rows[using], token_ids[using])
+
+    def _set(self, uses: list[bool], row: int) -> bool:
+        any_use = any(uses)
+        if any_use or self._uses[:, row].any():
+            self._uses[:, row] = uses
+            self._used = [(rule, used) for rule, used in zip(self._rules, self._uses, strict=True) if used.any()]
+        return any_use
