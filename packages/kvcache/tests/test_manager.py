@@ -138,6 +138,51 @@ def test_fork_at_a_block_boundary_copies_nothing():
     assert cache.stats().num_copies == 0
 
 
+def test_fork_in_the_middle_shares_the_blocks_before_it_and_copies_the_one_it_cuts():
+    cache = CacheManager(16, 4)
+    cache.match("a", list(range(12)))
+    cache.allocate("a", 0, 12)
+    cache.commit("a", list(range(12)), 12)
+    cache.fork("a", "b", num_tokens=6)
+    assert cache.block_ids("b") == ([1, 2],)
+    assert cache.allocate("b", 6, 1) == Allocation((BlockCopy(2, 4),), (TableUpdate(1, (4,)),))
+    assert cache.block_ids("a") == ([1, 2, 3],)
+    cache.commit("b", [0, 1, 2, 3, 4, 5, 99, 98], 7)
+    cache.allocate("b", 7, 1)
+    cache.commit("b", [0, 1, 2, 3, 4, 5, 99, 98], 8)
+    cache.free("b")
+    assert cache.match("c", [0, 1, 2, 3, 4, 5, 99, 98, 97]) == 8  # what the branch computed can be hit
+
+
+def test_fork_after_more_tokens_than_there_are_is_refused():
+    cache = CacheManager(16, 4)
+    cache.match("a", [1, 2, 3])
+    cache.allocate("a", 0, 3)
+    with pytest.raises(InvalidArgument, match="3 tokens"):
+        cache.fork("a", "b", num_tokens=4)
+    assert "b" not in cache
+    cache.free("a")
+    assert cache.stats().num_used == 0
+
+
+def test_allocate_together_counts_the_last_writer_of_a_shared_block_once():
+    cache = CacheManager(5, 4)  # 4 usable: 1 shared, 2 copies, and one that a stranger has
+    cache.add("stranger")
+    cache.allocate("stranger", 0, 1)
+    cache.add("a")
+    cache.allocate("a", 0, 2)
+    cache.fork("a", "b")
+    cache.fork("a", "c")
+    assert [len(a.copies) for a in cache.allocate_together(["a", "b", "c"], 2)] == [1, 1, 0]
+    assert cache.num_free == 0
+    cache.free("c")
+    cache.fork("b", "c")
+    cache.fork("b", "d")
+    with pytest.raises(CacheFull):
+        cache.allocate_together(["a", "b", "c", "d"], 3)
+    assert [cache.block_ids(s) for s in "bd"] == [cache.block_ids("c")] * 2
+
+
 def test_fork_of_a_fork_shares_too():
     cache = CacheManager(num_blocks=10, block_size=4)
     cache.add("a")

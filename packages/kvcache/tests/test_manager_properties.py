@@ -118,6 +118,55 @@ class CacheMachine(RuleBasedStateMachine):
         self.sequences[child_id] = deepcopy(self.sequences[parent_id])
 
     @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def branch(self, data: st.DataObject) -> None:
+        """Fork from a token in the middle and go another way; with a window, from what it has not left behind."""
+        parent_id, child_id = data.draw(st.sampled_from(sorted(self.sequences))), next(self.ids)
+        parent = self.sequences[parent_id]
+        num_null = max((row.index(next(filter(None, row), None)) if any(row) else 0) for row in parent.rows)
+        low = max(num_null * self.size, parent.num_computed if self.groups != (FULL,) else 0)
+        num_tokens = data.draw(st.integers(min(low, parent.num_computed), parent.num_computed), label="num_tokens")
+        self.cache.fork(parent_id, child_id, num_tokens=num_tokens)
+        num_blocks = -(-num_tokens // self.size)
+        self.sequences[child_id] = Model(
+            tokens=parent.tokens[:num_tokens] + data.draw(st.lists(TOKENS, min_size=1, max_size=4), label="its own"),
+            salt=parent.salt,
+            rows=[row[:num_blocks] for row in parent.rows],
+            num_computed=num_tokens,
+            num_tokens=num_tokens,
+            num_prompt=num_tokens,
+        )
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def step_together(self, data: st.DataObject) -> None:
+        """Compute one token of all sequences of one length, or of none."""
+        length = data.draw(st.sampled_from(sorted({seq.num_computed for seq in self.sequences.values()})))
+        group = [seq_id for seq_id, seq in self.sequences.items() if seq.num_computed == length]
+        before = self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences]
+        num_free = self.cache.num_free
+        try:
+            allocations = self.cache.allocate_together(group, length)
+        except CacheFull as error:
+            assert error.wanted > num_free
+            assert before == (self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences])
+            return
+        for seq_id, allocation in zip(group, allocations, strict=True):
+            seq = self.sequences[seq_id]
+            if seq.num_computed == len(seq.tokens):
+                seq.tokens.append(data.draw(TOKENS, label="its next token"))
+            for row, update in zip(seq.rows, allocation.updates, strict=bool(allocation.updates)):
+                row[update.first_index : update.first_index + len(update.block_ids)] = update.block_ids
+            seq.num_tokens = length + 1
+            for copy in allocation.copies:
+                self.num_copies += 1
+                for offset in range(self.size):
+                    self.memory[copy.dst, offset] = self.memory.get((copy.src, offset))
+        for seq_id in group:
+            self.write(seq_id, length, length + 1)
+            self.accept(seq_id, length + 1, final=True)
+
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data(), late=st.sampled_from([None, 0, 1, 3]))
     def free(self, data: st.DataObject, late: int | None) -> None:
         seq_id = data.draw(st.sampled_from(sorted(self.sequences)))

@@ -1,5 +1,6 @@
 """Growth: what has to happen to the blocks of one sequence before a step may write its tokens."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,6 +114,18 @@ def plan_growth(seq: SequenceBlocks, start: int, stop: int, windows: Sequence[in
             num_behind = num_blocks_behind(window, min(start, seq.num_committed), size)
         groups.append(_plan_group(table, first, end, num_behind, pool))
     return Growth(start, stop, first, end, tuple(groups))
+
+
+def num_wanted_together(growths: Sequence[Growth], pool: BlockPool) -> int:
+    """Count the free blocks that several growths need one after the other.
+
+    The last writer of a block that nobody else holds writes in place.
+    """
+    num_writers = Counter(
+        group.table.block_ids[index] for growth in growths for group in growth.groups for index in group.shared
+    )
+    num_in_place = sum(pool.ref_count(block_id) == num for block_id, num in num_writers.items())
+    return sum(growth.num_wanted for growth in growths) - num_in_place
 
 
 def _plan_group(table: BlockTable, first: int, end: int, num_behind: int, pool: BlockPool) -> GroupGrowth:

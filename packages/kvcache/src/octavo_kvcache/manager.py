@@ -7,7 +7,7 @@ from octavo_kvcache.allocation import UNCHANGED, Allocation
 from octavo_kvcache.block import NULL_BLOCK, BlockHash
 from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
-from octavo_kvcache.growth import Growth, plan_growth
+from octavo_kvcache.growth import Growth, num_wanted_together, plan_growth
 from octavo_kvcache.parked import ParkedBlocks
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix import BlockHasher, PrefixCache, group_hash, num_blocks_behind
@@ -158,21 +158,28 @@ class CacheManager:
         seq.num_hit_tokens = seq.num_tokens
         return seq.num_tokens
 
-    def fork(self, parent_id: SeqId, child_id: SeqId) -> None:
-        """Start a sequence that shares all blocks of another, the partial last one too.
+    def fork(self, parent_id: SeqId, child_id: SeqId, *, num_tokens: int | None = None) -> None:
+        """Start a sequence that shares the blocks of another, the partial last one too.
 
         Whoever writes to a shared block first gets a copy of it from `allocate`; the last one left writes in place.
+
+        Args:
+            parent_id: whose blocks are shared.
+            child_id: a new id.
+            num_tokens: share the blocks of the parent's first tokens alone, where the child goes another way; None
+                shares them all.
 
         Raises:
             UnknownSequence: there is no parent.
             DuplicateSequence: the child's id is in use.
+            InvalidArgument: the parent has fewer tokens, or they lie behind its window.
 
         """
         parent = self._get(parent_id)
         if child_id in self._sequences:
             raise DuplicateSequence(f"sequence {child_id!r} exists already; free it first or take another id")
+        child = parent.fork(num_tokens)
         self._empty_slots.leave(parent)
-        child = parent.fork()
         for table in child.tables:
             self._pool.retain(table.held)
         self._empty_slots.enter(parent)
@@ -235,6 +242,27 @@ class CacheManager:
                 table.num_tokens = stop
             return UNCHANGED
         return self._grow(seq, plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool))
+
+    def allocate_together(self, seq_ids: Sequence[SeqId], num_computed_tokens: int) -> list[Allocation]:
+        """Make the slot of one token writable in each of several sequences of one length: in all of them, or in none.
+
+        Each allocation is what `allocate` would return, in this order.
+
+        Args:
+            seq_ids: the sequences.
+            num_computed_tokens: tokens before the one that is written, in every sequence.
+
+        Raises:
+            CacheFull: too few blocks are free; nothing was changed.
+            UnknownSequence, InvalidArgument: as `allocate` does.
+
+        """
+        if self._pool.num_free < len(seq_ids) * len(self._windows):  # a token takes one block at most
+            stop = num_computed_tokens + 1
+            sequences = (self._get(seq_id) for seq_id in seq_ids)
+            growths = [plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool) for seq in sequences]
+            self._pool.require(num_wanted_together(growths, self._pool))
+        return [self.allocate(seq_id, num_computed_tokens, 1) for seq_id in seq_ids]
 
     def can_allocate(self, seq_id: SeqId, num_computed_tokens: int, num_new_tokens: int) -> bool:
         """Say whether `allocate` with the same arguments would succeed. Changes nothing.

@@ -76,11 +76,13 @@ class SequenceBlocks:
             if self.next_commit != NEVER:
                 self.next_commit = (len(self.hashes) + 1) * self.block_size
 
-    def fork(self) -> "SequenceBlocks":
-        """Copy the state; neither side may write any block before it has looked whether it is alone."""
-        child = SequenceBlocks(tuple(table.fork() for table in self.tables), self.root_hash, self.extra_keys)
+    def fork(self, num_tokens: int | None = None) -> "SequenceBlocks":
+        """Copy the state, cut after `num_tokens`; neither side may write a block before it has looked if it is alone."""
+        child = SequenceBlocks(tuple(table.fork(num_tokens) for table in self.tables), self.root_hash, self.extra_keys)
         child.hashes = self.hashes.copy()
         child.next_commit = self.next_commit
         child.num_committed = self.num_committed
+        if num_tokens is not None:
+            child.rewind(num_tokens)
         self.writable_stop = child.writable_stop = 0
         return child

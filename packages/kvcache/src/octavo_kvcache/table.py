@@ -63,10 +63,24 @@ class BlockTable:
         size, block_ids = self.block_size, self.block_ids
         return [block_ids[token // size] * size + token % size for token in range(start, stop)]
 
-    def fork(self) -> "BlockTable":
-        """Make a second table with the same blocks; the caller retains them."""
+    def fork(self, num_tokens: int | None = None) -> "BlockTable":
+        """Make a second table with the blocks of the first `num_tokens` tokens, None: with all; the caller retains them.
+
+        Raises:
+            InvalidArgument: more tokens than there are, or an end behind the window.
+
+        """
         child = BlockTable(self.block_size)
-        child.block_ids = self.block_ids.copy()
-        child.num_tokens = self.num_tokens
+        if num_tokens is None:
+            child.block_ids = self.block_ids.copy()
+            child.num_tokens = self.num_tokens
+        else:
+            if not self.num_null * self.block_size <= num_tokens <= self.num_tokens:
+                raise InvalidArgument(
+                    f"a table of {self.num_tokens} tokens, of which the first {self.num_null * self.block_size} are "
+                    f"behind the window, can not be forked after {num_tokens}"
+                )
+            child.block_ids = self.block_ids[: -(-num_tokens // self.block_size)]
+            child.num_tokens = num_tokens
         child.num_null = self.num_null
         return child
