@@ -8,17 +8,13 @@ thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
-from octavo_engine.counters import SchedulerCounters
-from octavo_engine.row_pool import RowPool
+from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
-from octavo_engine.types import FinishReason, Request, RequestTimes, SequenceUpdate, TokenLogprobs
-from octavo_engine.waiting import WaitingQueue
+from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from octavo_kvcache import Allocation, CacheFull, CacheManager
 
 
@@ -49,18 +45,17 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
-        self.counters = SchedulerCounters()
+        self._residents = residents = Residents(cache, max_num_seqs=max_num_seqs, clock=clock)
+        self.counters = residents.counters
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
-        self._waiting = WaitingQueue()
-        self._running: list[Sequence] = []
-        self._by_request: dict[str, list[Sequence]] = {}
-        self._rows = RowPool(max_num_seqs)
-        self._in_flight: deque[tuple[int, list[ScheduledSequence]]] = deque()
+        self._waiting = residents.waiting
+        self._running = residents.running
+        self._rows = residents.rows
+        self._in_flight = residents.in_flight
         self._next_step_id = 0
-        self._next_seq_id = 0
 
     @property
     def num_running(self) -> int:
@@ -79,7 +74,7 @@ class Scheduler:
 
     def sequences(self, request_id: str) -> list[Sequence]:
         """Return the live sequences of a request in index order; empty if it is unknown or has ended."""
-        return list(self._by_request.get(request_id, ()))
+        return list(self._residents.by_request.get(request_id, ()))
 
     # -- what callers ask for ------------------------------------------------------------------------------------
 
@@ -91,7 +86,7 @@ class Scheduler:
         limit = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
         stop_token_ids = frozenset(sampling.stop_token_ids)
         sequence = Sequence(
-            seq_id=self._take_seq_id(),
+            seq_id=self._residents.take_seq_id(),
             request=request,
             index=0,
             token_ids=prompt,
@@ -100,14 +95,14 @@ class Scheduler:
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             num_forks_wanted=sampling.n - 1,
         )
-        self._by_request[request.request_id] = [sequence]
+        self._residents.by_request[request.request_id] = [sequence]
         self.counters.num_prompt_tokens += len(prompt)
         self._waiting.push(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, wherever it stands; unknown ids are ignored."""
         sequences = [s for s in self.sequences(request_id) if index is None or s.index == index]
-        return [self._finish(s, FinishReason.ABORT) for s in sequences]
+        return [self._residents.finish(s, FinishReason.ABORT) for s in sequences]
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
@@ -137,7 +132,7 @@ class Scheduler:
         """Take in that the oldest step in flight could not be run: its sequences end with an error."""
         rows = self._end_step(batch)
         live = [r.sequence for r in rows if r.sequence.status is not SequenceStatus.FINISHED]
-        return [self._finish(sequence, FinishReason.ERROR, error=reason) for sequence in live]
+        return [self._residents.finish(sequence, FinishReason.ERROR, error=reason) for sequence in live]
 
     # -- choosing a step -----------------------------------------------------------------------------------------
 
@@ -175,7 +170,7 @@ class Scheduler:
             if victim is sequence and step:  # those that go ahead will make room
                 return None
             assert victim is not sequence or len(self._running) > 1, "a sequence alone always fits"
-            self._preempt(victim)
+            self._residents.preempt(victim)
             if victim is sequence:
                 return None
 
@@ -214,15 +209,7 @@ class Scheduler:
             return None
 
     def _enter(self, step: StepBuilder, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
-        sequence.status = SequenceStatus.RUNNING
-        sequence.row = self._rows.take()
-        self._rows.reserve(sequence.num_forks_wanted)
-        sequence.num_computed_tokens = start
-        if sequence.scheduled_time is None:
-            sequence.scheduled_time = self._clock()
-            sequence.num_cached_tokens = start
-            self.counters.num_cached_prompt_tokens += start
-        insort(self._running, sequence)
+        self._residents.enter(sequence, start)
         samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
         if samples and sequence.num_forks_wanted:
             self._fork(step, sequence)
@@ -233,24 +220,8 @@ class Scheduler:
         num_forks, parent.num_forks_wanted = parent.num_forks_wanted, 0
         self._rows.unreserve(num_forks)
         for index in range(1, num_forks + 1):
-            child = Sequence(
-                seq_id=self._take_seq_id(),
-                request=parent.request,
-                index=index,
-                token_ids=list(parent.token_ids),
-                num_prompt_tokens=parent.num_prompt_tokens,
-                max_num_output_tokens=parent.max_num_output_tokens,
-                stop_token_ids=parent.stop_token_ids,
-                status=SequenceStatus.RUNNING,
-                row=self._rows.take(),
-                num_computed_tokens=parent.num_computed_tokens,
-                num_placeholders=1,
-                num_cached_tokens=parent.num_cached_tokens,
-                scheduled_time=parent.scheduled_time,
-            )
-            self.cache.fork(parent.seq_id, child.seq_id)
-            self._by_request[parent.request.request_id].append(child)
-            insort(self._running, child)
+            child = self._residents.add_fork(parent, index)
+            child.num_placeholders = 1
             step.add_fork(child, parent.row, self.cache.block_ids(child.seq_id))
 
     # -- taking in a step ----------------------------------------------------------------------------------------
@@ -268,7 +239,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
             return None
         if output.errors and place in output.errors:
-            return self._finish(sequence, FinishReason.ERROR, error=output.errors[place])
+            return self._residents.finish(sequence, FinishReason.ERROR, error=output.errors[place])
         sequence.num_placeholders -= samples
         sequence.token_ids += token_ids
         if epoch == sequence.epoch:
@@ -277,7 +248,7 @@ class Scheduler:
             return None
         if sequence.request.task == "embed":
             assert output.pooled is not None
-            return self._finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
+            return self._residents.finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
         return self._report(sequence, token_ids, output.logprobs[place] if output.logprobs is not None else None)
 
     def _report(
@@ -314,79 +285,12 @@ class Scheduler:
         del sequence.token_ids[num_tokens:]
         token_ids = token_ids[: len(token_ids) - num_dropped]
         self.counters.num_generation_tokens += len(token_ids)
-        return self._finish(
+        return self._residents.finish(
             sequence,
             reason,
             token_ids=token_ids,
             logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
             stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
-        )
-
-    # -- moving a sequence from state to state -------------------------------------------------------------------
-
-    def _take_seq_id(self) -> int:
-        self._next_seq_id += 1
-        return self._next_seq_id
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks; it will be computed again from its tokens."""
-        self._leave(sequence)
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        sequence.epoch += 1
-        self.counters.num_preemptions += 1
-        self._waiting.push(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
-        self._running.remove(sequence)
-        self._rows.unreserve(sequence.num_forks_wanted)
-        self._rows.release(sequence.row)
-        sequence.row = None
-        last_step = self._in_flight[-1][0] if self._in_flight else None
-        self.cache.free(sequence.seq_id, after=last_step)
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] | None = None,
-        pooled: tuple[float, ...] | None = None,
-        stop_token_id: int | None = None,
-        error: str | None = None,
-    ) -> SequenceUpdate:
-        if sequence.status is SequenceStatus.RUNNING:
-            self._leave(sequence)
-        else:
-            self._waiting.discard()
-        sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason = reason
-        self.counters.finished[reason.value] += 1
-        request_id = sequence.request.request_id
-        siblings = self._by_request[request_id]
-        siblings.remove(sequence)
-        if not siblings:
-            del self._by_request[request_id]
-        times = RequestTimes(
-            arrival=sequence.request.arrival_time,
-            scheduled=sequence.scheduled_time,
-            first_token=sequence.first_token_time,
-            finished=self._clock(),
-            num_preemptions=sequence.num_preemptions,
-        )
-        return SequenceUpdate(
-            request_id=request_id,
-            index=sequence.index,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            pooled=pooled,
-            finish_reason=reason,
-            stop_token_id=stop_token_id,
-            error=error,
-            num_cached_tokens=sequence.num_cached_tokens,
-            times=times,
         )
 
 

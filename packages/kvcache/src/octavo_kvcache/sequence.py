@@ -77,7 +77,7 @@ class SequenceBlocks:
                 self.next_commit = (len(self.hashes) + 1) * self.block_size
 
     def fork(self, num_tokens: int | None = None) -> "SequenceBlocks":
-        """Copy the state, cut after `num_tokens`; neither side may write a block before it has looked if it is alone."""
+        """Copy the state, cut after `num_tokens`; neither side writes a block before it has looked if it is alone."""
         child = SequenceBlocks(tuple(table.fork(num_tokens) for table in self.tables), self.root_hash, self.extra_keys)
         child.hashes = self.hashes.copy()
         child.next_commit = self.next_commit

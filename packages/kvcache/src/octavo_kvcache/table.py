@@ -64,7 +64,7 @@ class BlockTable:
         return [block_ids[token // size] * size + token % size for token in range(start, stop)]
 
     def fork(self, num_tokens: int | None = None) -> "BlockTable":
-        """Make a second table with the blocks of the first `num_tokens` tokens, None: with all; the caller retains them.
+        """Make a second table with the blocks of the first `num_tokens` tokens (None: all); the caller retains them.
 
         Raises:
             InvalidArgument: more tokens than there are, or an end behind the window.

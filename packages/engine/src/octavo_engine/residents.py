@@ -1,0 +1,150 @@
+"""Residents: the sequences that run or wait, and how one goes from state to state with its row and its blocks."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+
+from octavo_engine.counters import SchedulerCounters
+from octavo_engine.row_pool import RowPool
+from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.step import ScheduledSequence
+from octavo_engine.types import FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
+from octavo_engine.waiting import WaitingQueue
+from octavo_kvcache import CacheManager
+
+
+class Residents:
+    """What the parts of the scheduler share; only they write it.
+
+    Args:
+        cache: the block manager.
+        max_num_seqs: rows in the runner.
+        clock: seconds, monotonic.
+
+    Attributes:
+        running: sequences that hold a row, in order.
+        waiting: sequences that wait for a row or for blocks.
+        by_request: the live sequences of each request, in index order.
+        in_flight: the steps whose answers have not been read, oldest first.
+        rows: the runner's rows.
+    """
+
+    def __init__(self, cache: CacheManager, *, max_num_seqs: int, clock: Callable[[], float]) -> None:
+        self.cache = cache
+        self.clock = clock
+        self.counters = SchedulerCounters()
+        self.rows = RowPool(max_num_seqs)
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self.by_request: dict[str, list[Sequence]] = {}
+        self.in_flight: deque[tuple[int, list[ScheduledSequence]]] = deque()
+        self._next_seq_id = 0
+
+    def take_seq_id(self) -> int:
+        """Return an id that no sequence has had."""
+        self._next_seq_id += 1
+        return self._next_seq_id
+
+    def enter(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        """Give a sequence that waited, and has blocks now, a row; rows for its forks are set aside."""
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = self.rows.take()
+        self.rows.reserve(sequence.num_forks_wanted)
+        sequence.num_computed_tokens = num_computed_tokens
+        if sequence.scheduled_time is None:
+            sequence.scheduled_time = self.clock()
+            sequence.num_cached_tokens = num_computed_tokens
+            self.counters.num_cached_prompt_tokens += num_computed_tokens
+        insort(self.running, sequence)
+
+    def add_fork(self, parent: Sequence, index: int) -> Sequence:
+        """Make a sequence that shares all tokens and blocks of a running one, in a row of its own."""
+        child = Sequence(
+            seq_id=self.take_seq_id(),
+            request=parent.request,
+            index=index,
+            token_ids=list(parent.token_ids),
+            num_prompt_tokens=parent.num_prompt_tokens,
+            max_num_output_tokens=parent.max_num_output_tokens,
+            stop_token_ids=parent.stop_token_ids,
+            status=SequenceStatus.RUNNING,
+            row=self.rows.take(),
+            num_computed_tokens=parent.num_computed_tokens,
+            num_cached_tokens=parent.num_cached_tokens,
+            scheduled_time=parent.scheduled_time,
+        )
+        self.cache.fork(parent.seq_id, child.seq_id)
+        self.by_request[parent.request.request_id].append(child)
+        insort(self.running, child)
+        return child
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's row and blocks and let it wait; it will be computed again from its tokens."""
+        self.leave(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.epoch += 1
+        self.counters.num_preemptions += 1
+        self.waiting.push(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a running sequence's row and blocks; the blocks are free after the steps in flight."""
+        assert sequence.row is not None
+        self.running.remove(sequence)
+        self.rows.unreserve(sequence.num_forks_wanted)
+        self.rows.release(sequence.row)
+        sequence.row = None
+        last_step = self.in_flight[-1][0] if self.in_flight else None
+        self.cache.free(sequence.seq_id, after=last_step)
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        pooled: tuple[float, ...] | None = None,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+    ) -> SequenceUpdate:
+        """End a sequence wherever it stands, and report its last tokens."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.leave(sequence)
+        else:
+            self.waiting.discard()
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        self.counters.finished[reason.value] += 1
+        self.forget(sequence)
+        return SequenceUpdate(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            pooled=pooled,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            error=error,
+            num_cached_tokens=sequence.num_cached_tokens,
+            times=self.times(sequence),
+        )
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take a sequence that has ended off its request's list."""
+        siblings = self.by_request[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self.by_request[sequence.request.request_id]
+
+    def times(self, sequence: Sequence) -> RequestTimes:
+        """Return when things happened to a sequence that ends now."""
+        return RequestTimes(
+            arrival=sequence.request.arrival_time,
+            scheduled=sequence.scheduled_time,
+            first_token=sequence.first_token_time,
+            finished=self.clock(),
+            num_preemptions=sequence.num_preemptions,
+        )
