@@ -46,8 +46,10 @@ def new_row(
 
 
 def sampling_rows(*rows: NewRow, vocab_size: int = VOCAB_SIZE) -> SamplingRows:
-    state = SamplingRows(len(rows), vocab_size, CPU)
+    known = np.zeros((len(rows), 64), np.int32)
+    state = SamplingRows(known, vocab_size, CPU)
     for row in rows:
+        known[row.row, : len(row.token_ids)] = row.token_ids
         state.add(row)
     return state
 
@@ -68,7 +70,7 @@ def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int) -> Tens
     """Count the tokens of independent draws from one row of logits, by seed."""
     rows = 20_000
     counts = torch.zeros(len(logits), dtype=torch.int64)
-    state = SamplingRows(rows, len(logits), CPU)
+    state = SamplingRows(np.zeros((rows, 1), np.int32), len(logits), CPU)
     for row in range(rows):
         state.add(new_row(row, sampling, seed=row))
     for round_number in range(num_draws // rows):

@@ -20,7 +20,8 @@ class NewRow:
 
     `token_ids` are all known tokens, prompt and output; `sequence_index` and `seed` fix its noise. A row with
     `fork_of` computes nothing in this step: it samples from the logits of that row, which ends its prompt now.
-    `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn.
+    `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn. `sampler_state` is
+    the last that a ModelOutput brought for the sequence, None before.
     """
 
     row: int
@@ -37,6 +38,7 @@ class NewRow:
     fork_of: int | None = None
     task: Task = "generate"
     pooling: Pooling = "last"
+    sampler_state: float | None = None
 
 
 class CachedRow(NamedTuple):
@@ -79,10 +81,12 @@ class ModelOutput:
     """The answer to a batch, on the host, one entry per row in the batch's order.
 
     `token_ids` is ragged: empty for a row that only computed a part of its prompt. `logprobs` is None where none were
-    asked for. `pooled` maps a place in the batch to an embedding. `errors` maps a place to why that row alone failed.
+    asked for. `pooled` maps a place in the batch to an embedding. `sampler_states` maps a place to what the sequence's
+    next draw depends on beside its tokens. `errors` maps a place to why that row alone failed.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None = None
     pooled: dict[int, tuple[float, ...]] | None = None
+    sampler_states: dict[int, float] | None = None
     errors: dict[int, str] | None = None

@@ -242,6 +242,8 @@ class Scheduler:
             return self._residents.finish(sequence, FinishReason.ERROR, error=output.errors[place])
         sequence.num_placeholders -= samples
         sequence.token_ids += token_ids
+        if output.sampler_states and place in output.sampler_states:
+            sequence.sampler_state = output.sampler_states[place]
         if epoch == sequence.epoch:
             self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens)
         if not samples:

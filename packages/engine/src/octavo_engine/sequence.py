@@ -43,6 +43,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
+    sampler_state: float | None = None  # what the next draw depends on beside the tokens
     last_step_id: int | None = None  # the last step that it takes part in
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None

@@ -129,4 +129,5 @@ def _new_row(
         fork_of=fork_of,
         task=request.task,
         pooling=request.pooling,
+        sampler_state=sequence.sampler_state,
     )

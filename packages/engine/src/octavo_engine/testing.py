@@ -153,6 +153,7 @@ class Driver:
         fork_of: int | None = None,
         task: Task = "generate",
         pooling: Pooling = "last",
+        sampler_state: float | None = None,
     ) -> None:
         """Announce a sequence; it enters with the first step that names its row."""
         new = NewRow(
@@ -170,6 +171,7 @@ class Driver:
             fork_of=fork_of,
             task=task,
             pooling=pooling,
+            sampler_state=sampler_state,
         )
         self.rows[row] = DrivenRow(new, list(token_ids), [])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,6 +26,7 @@ class Answer:
         self._token_ids: list[tuple[int, ...]] = [()] * num_rows
         self._logprobs: list[tuple[TokenLogprobs, ...] | None] | None = None
         self._pooled: dict[int, tuple[float, ...]] = {}
+        self._states: dict[int, float] = {}
         self._errors: dict[int, str] = {}
 
     def add_drawn(self, places: NDArray[np.int64], drawn: Drawn) -> None:
@@ -36,12 +39,17 @@ class Answer:
             self._logprobs = [None] * len(self._token_ids)
         for index, place in enumerate(places.tolist()):
             if not drawn.sound[index]:
-                self._errors[place] = _UNSOUND
+                self._errors[place] = drawn.errors.get(index, _UNSOUND)
                 continue
             self._token_ids[place] = (token_ids[index],)
             entry = drawn.logprobs[index] if drawn.logprobs is not None else None
             if self._logprobs is not None and entry is not None:
                 self._logprobs[place] = (entry,)
+
+    def add_states(self, places: NDArray[np.int64], states: Mapping[int, float]) -> None:
+        """Put the states of some draws, by their index among the ascending `places`, where they belong."""
+        for index, state in states.items():
+            self._states[int(places[index])] = state
 
     def add_pooled(self, place: int, vector: Tensor) -> None:
         """Put an embedding in its place."""
@@ -56,5 +64,6 @@ class Answer:
             token_ids=tuple(self._token_ids),
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             pooled=self._pooled or None,
+            sampler_states=self._states or None,
             errors=self._errors or None,
         )

@@ -73,7 +73,7 @@ class ModelRunner:
             device=self.device,
         )
         self.forward: Forward = make_forward(model, self._inputs, self.device)
-        self._sampling = SamplingRows(max_num_seqs, model.config.vocab_size, self.device)
+        self._sampling = SamplingRows(self._rows.token_ids, model.config.vocab_size, self.device)
         self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
 
@@ -104,7 +104,7 @@ class ModelRunner:
         else:
             drawn = self._draw(self.forward(model_input), rows, ends.astype(np.int64))
         answer = Answer(len(rows))
-        answer.add_drawn(np.arange(len(rows)), drawn)
+        self._add_drawn(answer, np.arange(len(rows)), rows, drawn)
         return answer.output()
 
     @torch.inference_mode()
@@ -123,7 +123,7 @@ class ModelRunner:
         if len(drawing):
             ends = step.ends[drawing]
             drawn = self._draw(hidden[model_input.logits_indices], step.rows[drawing], ends, shared)
-            answer.add_drawn(drawing, drawn)
+            self._add_drawn(answer, drawing, step.rows[drawing], drawn)
         return answer.output()
 
     def _update(self, batch: ScheduledBatch) -> None:
@@ -160,6 +160,11 @@ class ModelRunner:
             drawn = sample(self.model.logits(hidden, out=self._logits.rows(len(hidden))), sampling, shared)
         self._append(rows, positions, drawn)
         return drawn
+
+    def _add_drawn(self, answer: Answer, places: NDArray[np.int64], rows: NDArray[np.int64], drawn: Drawn) -> None:
+        """Put a draw of some rows, which was appended, in its places of the answer."""
+        answer.add_drawn(places, drawn)
+        answer.add_states(places, self._sampling.states(rows))
 
     def _append(self, rows: NDArray[np.int64], positions: NDArray[np.int64] | NDArray[np.int32], drawn: Drawn) -> None:
         token_ids = drawn.token_ids

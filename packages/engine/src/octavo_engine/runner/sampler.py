@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo_engine.runner.rules.base import LogitChange, RowsFailed
 from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
 from octavo_kernels import sample_tokens
+
+_BARRED = "the request's bans, allowed tokens and processors together leave no token to draw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +25,19 @@ class Drawn:
 
     Attributes:
         token_ids: [rows] int64; meaningless where `sound` is False.
-        sound: [rows] bool, False where the logits held NaN or nothing finite.
+        sound: [rows] bool, False where no token could be drawn.
         logprobs: one entry per row, None where none were asked for; None if nobody asked.
+        errors: why no token could be drawn, by row; where it says nothing, the logits held NaN or nothing finite.
     """
 
     token_ids: NDArray[np.int64]
     sound: NDArray[np.bool_]
     logprobs: list[TokenLogprobs | None] | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def all_sound(self) -> bool:
-        """True unless some row's logits were not numbers."""
+        """True unless some row drew no token."""
         return bool(self.sound.all())
 
 
@@ -63,8 +69,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         logits, shared = logits[_to(shared, logits)], None
     raw = _raw_logprobs(logits, batch, shared)
     given_best = logits.amax(dim=-1) if batch.changes else None
-    for change in batch.changes:
-        change.apply(logits)
+    errors = _apply(batch.changes, logits)
     token_ids, best = sample_tokens(
         logits,
         _to(batch.temperature, logits),
@@ -76,9 +81,24 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         min_p=_to(batch.min_p, logits),
         source_rows=None if shared is None else _to(shared, logits),
     )
-    sound = np.isfinite((best if given_best is None else given_best).cpu().numpy())
+    sound = np.isfinite(best.cpu().numpy())
+    if given_best is not None and not sound.all():
+        barred = np.flatnonzero(~sound & np.isfinite(given_best.cpu().numpy()))
+        errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
+    sound[[*errors]] = False
     logprobs = None if raw is None else _logprobs(raw, token_ids, batch)
-    return Drawn(token_ids.cpu().numpy(), sound, logprobs)
+    return Drawn(token_ids.cpu().numpy(), sound, logprobs, errors)
+
+
+def _apply(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:
+    """Change logits [draws, vocab_size] in place; return why rows failed, by place."""
+    errors: dict[int, str] = {}
+    for change in changes:
+        try:
+            change.apply(logits)
+        except RowsFailed as failure:
+            errors = failure.errors | errors
+    return errors
 
 
 def _raw_logprobs(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None) -> Tensor | None:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from octavo_engine.batch import NewRow
 from octavo_engine.runner.rules.base import LogitChange
+from octavo_engine.runner.rules.distribution import filters_whole_rows
+from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 
 _MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
@@ -50,9 +52,16 @@ class SamplingRows:
     """The sampling parameters of the running sequences, and the rules that change their logits.
 
     Only the ModelRunner writes it.
+
+    Args:
+        token_ids: [max_num_rows, max_num_tokens + 1] int32, the known tokens of every row; not modified.
+        vocab_size: columns of the logits.
+        device: where the logits are.
     """
 
-    def __init__(self, max_num_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, token_ids: NDArray[np.int32], vocab_size: int, device: torch.device) -> None:
+        max_num_rows = len(token_ids)
+
         def column(dtype: Any) -> NDArray[Any]:
             return np.zeros(max_num_rows, dtype)
 
@@ -60,14 +69,18 @@ class SamplingRows:
         self._fractions = np.zeros((3, max_num_rows), np.float32)  # temperature, top_p, min_p
         self._integers = np.zeros((3, max_num_rows), np.int64)  # top_k, seed, sequence index
         self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
-        self._rules = make_rules(max_num_rows, vocab_size, device)
+        self._mirostat = MirostatRule()
+        self._rules = make_rules(token_ids, vocab_size, device, self._mirostat)
 
     def add(self, new: NewRow) -> None:
         """Fill a row, whatever it held before."""
         row, sampling = new.row, new.sampling
         temperature = 0.0 if sampling.greedy else max(sampling.temperature, _MIN_TEMPERATURE)
-        self._fractions[:, row] = temperature, sampling.top_p, sampling.min_p
-        self._integers[:, row] = sampling.top_k, new.seed, new.sequence_index
+        top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
+        if filters_whole_rows(sampling):  # a rule does
+            top_k, top_p, min_p = 0, 1.0, 0.0
+        self._fractions[:, row] = temperature, top_p, min_p
+        self._integers[:, row] = top_k, new.seed, new.sequence_index
         self._wants_logprobs[row] = sampling.logprobs is not None
         self._num_top_logprobs[row] = sampling.logprobs or 0
         ruled = self._rules.add(new)
@@ -81,6 +94,7 @@ class SamplingRows:
         left = self._special.intersection(rows)
         self._special -= left
         self._rules.release(left)
+        self._mirostat.release(left)
 
     def takes_best(self, rows: Iterable[int]) -> bool:
         """Return whether all of some rows take the plain arg-max of their logits."""
@@ -114,3 +128,7 @@ class SamplingRows:
         """Take in one drawn token for each of some different rows."""
         if self._special:
             self._rules.append(rows, token_ids)
+
+    def states(self, rows: NDArray[np.int64]) -> dict[int, float]:
+        """Return what the next draw of some rows depends on beside their tokens, by place; most rows have nothing."""
+        return self._mirostat.states(rows)

@@ -12,6 +12,7 @@ from typing import Any
 from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.output import TextStream
+from octavo_engine.text.sampling_tokens import SamplingTokens
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import (
     CompletionDelta,
@@ -53,6 +54,7 @@ class TextProcessor:
         self.vocab_size = vocab_size
         self.default_sampling: Mapping[str, Any] = dict(default_sampling or {})
         self._chat_template = chat_template
+        self._sampling_tokens = SamplingTokens(tokenizer, vocab_size)
 
     @property
     def has_chat_template(self) -> bool:
@@ -127,7 +129,7 @@ class TextProcessor:
 
         Raises:
             PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
-            InvalidRequest: if `n` is more than the engine runs at once.
+            InvalidRequest: if `n` is more than the engine runs at once, or a parameter does not fit the vocabulary.
         """
         num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
@@ -147,12 +149,7 @@ class TextProcessor:
             raise InvalidRequest(
                 f"n is {sampling.n}, at most {self.max_num_seqs} samples run at once; lower n", param="n"
             )
-        for token_id in sampling.stop_token_ids:
-            if token_id >= self.vocab_size:
-                raise InvalidRequest(
-                    f"stop_token_ids holds {token_id}, which is out of vocabulary (size {self.vocab_size})",
-                    param="stop_token_ids",
-                )
+        sampling = self._sampling_tokens.resolve(sampling)
         return Request(
             request_id=request_id,
             inputs=(TokenSpan(tuple(prompt_token_ids)),),

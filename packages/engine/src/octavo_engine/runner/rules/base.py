@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +12,27 @@ from torch import Tensor
 from octavo_engine.batch import NewRow
 
 
+class RowsFailed(Exception):
+    """A change could not be made to some rows, whose sequences end; it has been made to the others.
+
+    Args:
+        errors: why, by place among the logits.
+    """
+
+    def __init__(self, errors: Mapping[int, str]) -> None:
+        super().__init__(f"{len(errors)} rows failed")
+        self.errors = dict(errors)
+
+
 class LogitChange(Protocol):
     """What one rule does to some rows of a step's logits."""
 
     def apply(self, logits: Tensor) -> None:
-        """Change logits [draws, vocab_size] fp32 in place, each row as a function of that row alone."""
+        """Change logits [draws, vocab_size] fp32 in place, each row as a function of that row alone.
+
+        Raises:
+            RowsFailed: when all other rows are done.
+        """
         ...
 
 
@@ -23,7 +40,7 @@ class LogitRule(Protocol):
     """One kind of change to logits, and what it keeps of the running sequences. Only `LogitRules` calls it.
 
     Everything that a row's change depends on must follow from its NewRow: a preempted sequence enters again by one, and
-    draws the same tokens.
+    draws the same tokens. What does not follow from the tokens travels as the row's `sampler_state`.
     """
 
     def add(self, new: NewRow) -> bool:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from octavo_engine.batch import NewRow
-
-_NEGATIVE_INFINITY = float("-inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Ban:
-    """Single tokens that may not be drawn: places and token_ids, int64 of one length."""
-
-    places: Tensor
-    token_ids: Tensor
-
-    def apply(self, logits: Tensor) -> None:
-        """Remove the tokens from logits [draws, vocab_size]."""
-        logits[self.places, self.token_ids] = _NEGATIVE_INFINITY
+from octavo_engine.runner.rules.changes import Ban
 
 
 class MinTokensRule:
     """The stop tokens of rows with `min_tokens`, and from which position on they may be drawn."""
 
-    def __init__(self, max_num_rows: int, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, max_num_rows: int) -> None:
         self._first_free_position = np.zeros(max_num_rows, np.int64)
         self._stop_token_ids: dict[int, NDArray[np.int64]] = {}
 
@@ -48,10 +30,7 @@ class MinTokensRule:
         if not early.any():
             return None
         banned = [self._stop_token_ids[row] for row in rows[early].tolist()]
-        banned_places = np.repeat(places[early], [len(ids) for ids in banned])
-        return Ban(
-            torch.from_numpy(banned_places).to(self._device), torch.from_numpy(np.concatenate(banned)).to(self._device)
-        )
+        return Ban(np.repeat(places[early], [len(ids) for ids in banned]), np.concatenate(banned))
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: the position says how many tokens there are."""

@@ -31,7 +31,7 @@ class Penalties:
     prompt_seen: Tensor
 
     def apply(self, logits: Tensor) -> None:
-        """Change logits [rows, vocab_size] in place.
+        """Change logits [draws, vocab_size] in place.
 
         Repetition (arXiv 1909.05858, section 4.1): a token of the prompt or the output has its logit divided by the
         penalty if positive, else multiplied. Then, for tokens of the output alone, frequency times the count and

@@ -9,18 +9,45 @@ import torch
 from numpy.typing import NDArray
 
 from octavo_engine.batch import NewRow
+from octavo_engine.runner.rules.allowed_tokens import AllowedTokensRule
+from octavo_engine.runner.rules.bad_words import BadWordsRule
 from octavo_engine.runner.rules.base import LogitChange, LogitRule
+from octavo_engine.runner.rules.distribution import DistributionRule
+from octavo_engine.runner.rules.dry import DryRule
+from octavo_engine.runner.rules.logit_bias import LogitBiasRule
 from octavo_engine.runner.rules.min_tokens import MinTokensRule
+from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.penalties import PenaltyRule
+from octavo_engine.runner.rules.processors import ProcessorsRule
 
 
-def make_rules(max_num_rows: int, vocab_size: int, device: torch.device) -> LogitRules:
-    """Return every rule there is, in order."""
+def make_rules(
+    token_ids: NDArray[np.int32], vocab_size: int, device: torch.device, mirostat: MirostatRule
+) -> LogitRules:
+    """Return every rule there is, in order.
+
+    The order is vLLM's: what is forbidden, then what is added, then penalties. A request's own functions see the
+    result, and the filters theirs.
+
+    Args:
+        token_ids: [max_num_rows, max_num_tokens + 1] int32, the known tokens of every row; not modified.
+        vocab_size: columns of the logits.
+        device: where the logits are.
+        mirostat: the rule whose state outlives its rows.
+    """
+    max_num_rows = len(token_ids)
     return LogitRules(
         max_num_rows,
         (
-            MinTokensRule(max_num_rows, device),
+            AllowedTokensRule(vocab_size, device),
+            BadWordsRule(token_ids),
+            MinTokensRule(max_num_rows),
+            LogitBiasRule(),
             PenaltyRule(max_num_rows, vocab_size, device),
+            DryRule(),
+            ProcessorsRule(token_ids),
+            DistributionRule(device),
+            mirostat,
         ),
     )
 

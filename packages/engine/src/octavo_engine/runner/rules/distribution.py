@@ -1,0 +1,118 @@
+"""DistributionRule: filters over the whole distribution, for rows that use one which `sample_tokens` does not have.
+
+The order is vLLM's where vLLM has the filter, with typical_p and XTC where llama.cpp has them: temperature, min_p,
+top_k, typical_p, top_p, XTC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.batch import NewRow
+from octavo_engine.runner.rules import filters
+from octavo_engine.sampling_params import SamplingParams
+from octavo_kernels import gumbel_noise_at
+
+_XTC_COLUMN = 1 << 31  # of the noise: beyond every vocabulary, so that XTC's chance is independent of the draw
+
+
+def filters_whole_rows(sampling: SamplingParams) -> bool:
+    """Return whether a request's filters, all of them, are this rule's to apply."""
+    return not sampling.greedy and (sampling.typical_p < 1 or sampling.xtc_probability > 0)
+
+
+class _Row(NamedTuple):
+    sampling: SamplingParams
+    seed: int
+    sequence_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """The filters of some rows of a step's logits, and the chance in 0 .. 1 that XTC goes by."""
+
+    places: list[int]
+    samplings: list[SamplingParams]
+    chances: list[float]
+
+    def apply(self, logits: Tensor) -> None:
+        """Remove the tokens that the filters drop from logits [draws, vocab_size]."""
+        for place, sampling, chance in zip(self.places, self.samplings, self.chances, strict=True):
+            left = _left(logits[place], sampling, chance)
+            logits[place].masked_fill_(~left.isfinite(), float("-inf"))
+
+
+def _left(logits: Tensor, sampling: SamplingParams, chance: float) -> Tensor:
+    """Return the scores of a row [vocab_size] float64, minus infinity where a filter drops the token."""
+    scores = scaled(logits, sampling.temperature)
+
+    def keep(kept: Tensor) -> None:
+        scores.masked_fill_(~kept, float("-inf"))
+
+    if not bool(scores.isfinite().any()):  # nothing to choose from: the sampler reports the row
+        return scores
+    if sampling.min_p > 0:
+        keep(filters.min_p(scores, sampling.min_p))
+    if sampling.top_k > 0:
+        keep(filters.top_k(scores, sampling.top_k))
+    if sampling.typical_p < 1:
+        keep(filters.typical_p(scores, sampling.typical_p))
+    if sampling.top_p < 1:
+        keep(filters.top_p(scores, sampling.top_p))
+    if chance < sampling.xtc_probability:
+        keep(filters.xtc(scores, sampling.xtc_threshold))
+    return scores
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return (logits - largest logit) / temperature in float64."""
+    doubled = logits.double()
+    return (doubled - doubled.max()) / temperature
+
+
+class DistributionRule:
+    """The filters of each row that needs them, and what its noise depends on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+
+    def add(self, new: NewRow) -> bool:
+        """Fill a row; True if its filters are applied here."""
+        uses = filters_whole_rows(new.sampling)
+        if uses:
+            self._rows[new.row] = _Row(new.sampling, new.seed, new.sequence_index)
+        return uses
+
+    def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> _Filters:
+        """Collect the filters of some rows."""
+        known = [self._rows[row] for row in rows.tolist()]
+        samplings = [row.sampling for row in known]
+        chances = [1.0] * len(known)
+        if any(sampling.xtc_probability for sampling in samplings):
+            chances = self._chances(known, positions)
+        return _Filters(places.tolist(), samplings, chances)
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Nothing to count: a filter sees the distribution alone."""
+
+    def _chances(self, rows: list[_Row], positions: NDArray[np.int64]) -> list[float]:
+        """Return a uniform number per row, a function of seed, sequence index and position."""
+
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+        gumbel = gumbel_noise_at(
+            column([row.seed for row in rows]),
+            column([row.sequence_index for row in rows]),
+            torch.from_numpy(positions).to(self._device),
+            column([_XTC_COLUMN] * len(rows)),
+        )
+        chances: list[float] = (-(-gumbel.double()).exp()).exp().tolist()  # the distribution function of the noise
+        return chances
