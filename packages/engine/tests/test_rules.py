@@ -477,8 +477,8 @@ def test_every_kind_goes_on_after_preemption(alone: dict[str, list[int]]) -> Non
         if not engine.has_work:
             break
         if step % 4 == 3:
-            for sequence in list(scheduler._running):
-                scheduler._preempt(sequence)
+            for sequence in list(scheduler._residents.running):
+                scheduler._residents.preempt(sequence)
         for update in engine.step():
             assert update.finish_reason is not FinishReason.ERROR, update.error
             answers[update.request_id] += update.token_ids
