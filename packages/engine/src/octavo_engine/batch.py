@@ -82,11 +82,13 @@ class ModelOutput:
 
     `token_ids` is ragged: empty for a row that only computed a part of its prompt. `logprobs` is None where none were
     asked for. `pooled` maps a place in the batch to an embedding. `sampler_states` maps a place to what the sequence's
-    next draw depends on beside its tokens. `errors` maps a place to why that row alone failed.
+    next draw depends on beside its tokens. `prompt_logprobs` maps a place to those of a prompt that ended, from its
+    second token on. `errors` maps a place to why that row alone failed.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None = None
     pooled: dict[int, tuple[float, ...]] | None = None
     sampler_states: dict[int, float] | None = None
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None = None
     errors: dict[int, str] | None = None

@@ -63,6 +63,7 @@ class _Running:
     stream: RequestStream
     choices: list[_Choice]
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     def take(self, update: SequenceUpdate) -> CompletionDelta | None:
         """Take in an update; return what it adds, None if that is nothing yet.
@@ -70,6 +71,7 @@ class _Running:
         Without stop strings nobody needs text before the end, so that tokens are collected and made text at once.
         """
         choice = self.choices[update.index]
+        self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
         if update.finish_reason is None and not self.request.sampling.stop_strings:
             choice.held += update.token_ids
             choice.held_logprobs += update.logprobs or ()
@@ -91,7 +93,7 @@ class _Running:
         self.num_cached_tokens = delta.num_cached_tokens
 
     def output(self) -> RequestOutput:
-        wants_logprobs = self.request.sampling.logprobs is not None
+        sampling = self.request.sampling
         outputs = []
         for index, choice in enumerate(self.choices):
             assert choice.finish_reason is not None
@@ -100,7 +102,7 @@ class _Running:
                     index=index,
                     text="".join(choice.text),
                     token_ids=choice.token_ids,
-                    logprobs=choice.logprobs if wants_logprobs else None,
+                    logprobs=choice.logprobs if sampling.wants_logprobs else None,
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
                 )
@@ -112,6 +114,7 @@ class _Running:
             outputs=outputs,
             seed=self.request.seed,
             num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(self.prompt_logprobs or ())],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.sampling_checks import (
@@ -18,7 +18,6 @@ from octavo_engine.sampling_checks import (
 )
 
 MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 20
 MAX_LIST_ITEMS = 1024
 MAX_LOGIT_BIAS = 100.0
 DRY_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")
@@ -74,6 +73,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    logprob_token_ids: Sequence[int] = ()
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -91,6 +93,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def wants_logprobs(self) -> bool:
+        """True if log-probabilities of drawn tokens are reported."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, whichever form they were given in."""
         return tuple(self.stop)
@@ -103,7 +110,9 @@ class SamplingParams:
         check_int("seed", self.seed, _SEED_MIN, _SEED_MAX, optional=True)
         check_int("max_tokens", self.max_tokens, 1, optional=True)
         check_int("min_tokens", self.min_tokens, 0)
-        check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        check_int("logprobs", self.logprobs, -1, optional=True)
+        check_choice("logprobs_mode", self.logprobs_mode, ("raw", "processed"))
+        check_int("prompt_logprobs", self.prompt_logprobs, -1, optional=True)
 
     def _check_draw(self) -> None:
         check_float("temperature", self.temperature, 0.0, 2.0)
@@ -134,7 +143,7 @@ class SamplingParams:
             ("dry_sequence_breakers", MAX_LIST_ITEMS),
         ):
             self._set(name, checked_strings(name, getattr(self, name), most))
-        for name in ("stop_token_ids", "dry_breaker_ids"):
+        for name in ("stop_token_ids", "dry_breaker_ids", "logprob_token_ids"):
             self._set(name, checked_ids(name, getattr(self, name), _MAX_VOCABULARY))
         self._set("logit_bias", checked_bias("logit_bias", self.logit_bias, MAX_LOGIT_BIAS, MAX_LIST_ITEMS))
         if self.allowed_token_ids is not None:

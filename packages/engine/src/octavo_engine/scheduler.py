@@ -125,6 +125,8 @@ class Scheduler:
         for place, (scheduled, token_ids) in enumerate(zip(rows, output.token_ids, strict=True)):
             update = self._update_row(scheduled, token_ids, place, output)
             if update is not None:
+                if output.prompt_logprobs and place in output.prompt_logprobs:
+                    update = update._replace(prompt_logprobs=output.prompt_logprobs[place])
                 updates.append(update)
         return updates
 
@@ -188,9 +190,9 @@ class Scheduler:
             self._enter(step, sequence, start, num_new, allocation)
 
     def _match(self, sequence: Sequence) -> int:
-        """Attach cached blocks to a sequence about to enter; mean pooling needs every token computed."""
+        """Attach cached blocks to a sequence about to enter, unless each token of its prompt must be computed."""
         request = sequence.request
-        if request.task == "embed" and request.pooling == "mean":
+        if sequence.needs_whole_prompt:
             self.cache.add(sequence.seq_id, salt=request.salt)
             return 0
         return self.cache.match(sequence.seq_id, sequence.token_ids, salt=request.salt)

@@ -72,6 +72,14 @@ class Sequence:
         return num_tokens - self.num_computed_tokens if num_tokens < self.max_num_tokens else 0
 
     @property
+    def needs_whole_prompt(self) -> bool:
+        """True if cached blocks of the prompt are of no use: each token's hidden state is wanted."""
+        request = self.request
+        if request.task == "embed":
+            return request.pooling == "mean"
+        return request.sampling.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens
+
+    @property
     def num_rows(self) -> int:
         """Rows it takes in the runner, counting the forks it will have."""
         return 1 + self.num_forks_wanted

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from octavo_engine.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
 from octavo_engine.sampling_params import SamplingParams as SamplingParams
 
 
@@ -71,15 +70,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, of the raw distribution (before temperature, penalties and filters).
+    """Log-probabilities at one position.
 
-    `rank` of the chosen token is 1 for the most likely one. `top` holds (token id, logprob), most likely first.
+    They are of the model's own distribution, or, by `logprobs_mode`, of the one that was drawn from: after bans,
+    biases, penalties, temperature and filters. `rank` of the chosen token is 1 for the most likely one. `top` holds
+    (token id, logprob), most likely first; `given` those of the token ids that the request named.
     """
 
     token_id: int
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...] = ()
+    given: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ class SequenceUpdate(NamedTuple):
     """What one step brought one sequence: the engine's own output, in token ids.
 
     A named tuple, since there is one per sequence in every step. `pooled` is the embedding of a request with task
-    `embed`. `error` explains finish reason `error`. `times` comes with the last update of a sequence.
+    `embed`. `prompt_logprobs`, of the prompt's second token on, come with the first tokens of a request's first
+    sequence. `error` explains finish reason `error`. `times` comes with the last update of a sequence.
     """
 
     request_id: str
@@ -110,6 +113,7 @@ class SequenceUpdate(NamedTuple):
     error: str | None = None
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class CompletionDelta(NamedTuple):
@@ -128,6 +132,7 @@ class CompletionDelta(NamedTuple):
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +152,7 @@ class RequestOutput:
     """A finished request: its prompt and its choices in index order.
 
     `seed` is the one that was used, drawn at submission if none was given: passing it again repeats the tokens.
+    `prompt_logprobs`, if asked for, has an entry per token of the prompt, None for the first.
     """
 
     request_id: str
@@ -155,6 +161,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     seed: int
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

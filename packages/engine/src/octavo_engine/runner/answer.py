@@ -27,6 +27,7 @@ class Answer:
         self._logprobs: list[tuple[TokenLogprobs, ...] | None] | None = None
         self._pooled: dict[int, tuple[float, ...]] = {}
         self._states: dict[int, float] = {}
+        self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         self._errors: dict[int, str] = {}
 
     def add_drawn(self, places: NDArray[np.int64], drawn: Drawn) -> None:
@@ -51,6 +52,10 @@ class Answer:
         for index, state in states.items():
             self._states[int(places[index])] = state
 
+    def add_prompt_logprobs(self, prompts: Mapping[int, tuple[TokenLogprobs, ...]]) -> None:
+        """Put the log-probabilities of prompts, by place, where they belong."""
+        self._prompt_logprobs.update(prompts)
+
     def add_pooled(self, place: int, vector: Tensor) -> None:
         """Put an embedding in its place."""
         if bool(vector.isfinite().all()):
@@ -65,5 +70,6 @@ class Answer:
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
             pooled=self._pooled or None,
             sampler_states=self._states or None,
+            prompt_logprobs=self._prompt_logprobs or None,
             errors=self._errors or None,
         )

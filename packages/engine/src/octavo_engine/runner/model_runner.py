@@ -18,6 +18,7 @@ from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.logits_buffer import LogitsBuffer
 from octavo_engine.runner.model_input import KVLayer
 from octavo_engine.runner.pooling import Pooler
+from octavo_engine.runner.prompt_logprobs import PromptLogprobs
 from octavo_engine.runner.rows import Rows
 from octavo_engine.runner.sampler import Drawn, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
@@ -76,6 +77,7 @@ class ModelRunner:
         self._sampling = SamplingRows(self._rows.token_ids, model.config.vocab_size, self.device)
         self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
+        self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_logits, max_num_seqs)
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
         """Run one step: update the rows, compute, draw, append.
@@ -86,7 +88,7 @@ class ModelRunner:
         if not batch.num_rows:
             return ModelOutput(token_ids=())
         step = DecodeStep.of(batch)
-        if step is None or self._rows.num_embedding:
+        if step is None or self._rows.num_embedding or self._prompt_logprobs:
             return self._run_ragged(StepRows.of(batch))
         return self._decode(step)
 
@@ -120,6 +122,8 @@ class ModelRunner:
         if self._rows.num_embedding:
             for place, vector in self._pooler.pool(step, self._rows, hidden).items():
                 answer.add_pooled(place, vector)
+        if self._prompt_logprobs:
+            answer.add_prompt_logprobs(self._prompt_logprobs.collect(step, hidden))
         if len(drawing):
             ends = step.ends[drawing]
             drawn = self._draw(hidden[model_input.logits_indices], step.rows[drawing], ends, shared)
@@ -131,10 +135,12 @@ class ModelRunner:
             self._pooler.release(batch.finished)
             self._rows.release(batch.finished)
             self._sampling.release(batch.finished)
+            self._prompt_logprobs.release(batch.finished)
         self.storage.apply(batch.copies)
         for new in batch.new:
             self._rows.add(new)
             self._sampling.add(new)
+            self._prompt_logprobs.add(new, self.model.config.vocab_size)
         self._rows.update(batch.cached)
 
     @torch.inference_mode()
@@ -157,9 +163,12 @@ class ModelRunner:
         if sampling is None:
             drawn = greedy(*self.model.greedy(hidden), shared)
         else:
-            drawn = sample(self.model.logits(hidden, out=self._logits.rows(len(hidden))), sampling, shared)
+            drawn = sample(self._make_logits(hidden), sampling, shared)
         self._append(rows, positions, drawn)
         return drawn
+
+    def _make_logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden, out=self._logits.rows(len(hidden)))
 
     def _add_drawn(self, answer: Answer, places: NDArray[np.int64], rows: NDArray[np.int64], drawn: Drawn) -> None:
         """Put a draw of some rows, which was appended, in its places of the answer."""

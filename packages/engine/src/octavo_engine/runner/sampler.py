@@ -56,7 +56,7 @@ def greedy(token_ids: Tensor, best: Tensor, shared: NDArray[np.int64] | None = N
 def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None = None) -> Drawn:
     """Draw one token per row.
 
-    The order: log-probabilities are taken from the logits as they are; then come the rules' changes; then
+    The order: raw log-probabilities are taken; then come the rules' changes; then processed log-probabilities; then
     `sample_tokens`, which takes the arg-max or applies temperature, min_p, top_k and top_p and draws. Its noise is a
     function of seed, sequence index and position, so that a token depends on its own logits alone.
 
@@ -67,9 +67,11 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     """
     if shared is not None and batch.changes:  # rows of one source may be changed in different ways
         logits, shared = logits[_to(shared, logits)], None
-    raw = _raw_logprobs(logits, batch, shared)
+    logprobs = None if batch.logprobs is None else batch.logprobs.raw(logits, shared)
     given_best = logits.amax(dim=-1) if batch.changes else None
     errors = _apply(batch.changes, logits)
+    if batch.logprobs is not None and logprobs is not None:
+        batch.logprobs.replace_processed(logprobs, logits, shared)
     token_ids, best = sample_tokens(
         logits,
         _to(batch.temperature, logits),
@@ -86,8 +88,10 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         barred = np.flatnonzero(~sound & np.isfinite(given_best.cpu().numpy()))
         errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
     sound[[*errors]] = False
-    logprobs = None if raw is None else _logprobs(raw, token_ids, batch)
-    return Drawn(token_ids.cpu().numpy(), sound, logprobs, errors)
+    entries = None
+    if batch.logprobs is not None and logprobs is not None:
+        entries = batch.logprobs.entries(logprobs, token_ids, len(sound))
+    return Drawn(token_ids.cpu().numpy(), sound, entries, errors)
 
 
 def _apply(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:
@@ -99,31 +103,6 @@ def _apply(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:
         except RowsFailed as failure:
             errors = failure.errors | errors
     return errors
-
-
-def _raw_logprobs(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None) -> Tensor | None:
-    """Return the log-softmax of the rows that want log-probabilities, [wanting rows, vocab_size]."""
-    wanting = np.flatnonzero(batch.wants_logprobs)
-    sources = wanting if shared is None else shared[wanting]
-    return logits[_to(sources, logits)].log_softmax(dim=-1) if len(wanting) else None
-
-
-def _logprobs(raw: Tensor, token_ids: Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
-    wanting = np.flatnonzero(batch.wants_logprobs)
-    chosen_ids = token_ids[_to(wanting, token_ids)]
-    chosen = raw.gather(1, chosen_ids[:, None])
-    ranks = ((raw > chosen).sum(dim=-1) + 1).tolist()
-    num_top = batch.num_top_logprobs[wanting].tolist()
-    top = raw.topk(min(max(num_top), raw.shape[1]), dim=-1)
-    top_ids, top_values = top.indices.tolist(), top.values.tolist()
-    result: list[TokenLogprobs | None] = [None] * len(batch.wants_logprobs)
-    entries = zip(
-        wanting.tolist(), chosen_ids.tolist(), chosen[:, 0].tolist(), ranks, num_top, top_ids, top_values, strict=True
-    )
-    for row, token_id, logprob, rank, count, ids, values in entries:
-        pairs = tuple(zip(ids[:count], values[:count], strict=True))
-        result[row] = TokenLogprobs(token_id=token_id, logprob=logprob, rank=rank, top=pairs)
-    return result
 
 
 def _to(array: NDArray[Any], like: Tensor) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from octavo_engine.batch import NewRow
+from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.rules.distribution import filters_whole_rows
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
+from octavo_engine.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
 
@@ -31,8 +32,7 @@ class SamplingBatch:
         seeds: int64.
         sequence_index: int64.
         positions: int64, position of the token that is drawn.
-        wants_logprobs: bool.
-        num_top_logprobs: int64, how many of the likeliest tokens are reported where logprobs are wanted.
+        logprobs: which are wanted; None if none are.
         changes: what is done to the logits before the draw, in order.
     """
 
@@ -43,8 +43,7 @@ class SamplingBatch:
     seeds: NDArray[np.int64]
     sequence_index: NDArray[np.int64]
     positions: NDArray[np.int64]
-    wants_logprobs: NDArray[np.bool_]
-    num_top_logprobs: NDArray[np.int64]
+    logprobs: WantedLogprobs | None = None
     changes: tuple[LogitChange, ...] = ()
 
 
@@ -61,14 +60,12 @@ class SamplingRows:
 
     def __init__(self, token_ids: NDArray[np.int32], vocab_size: int, device: torch.device) -> None:
         max_num_rows = len(token_ids)
-
-        def column(dtype: Any) -> NDArray[Any]:
-            return np.zeros(max_num_rows, dtype)
-
+        self._vocab_size = vocab_size
         self._special: set[int] = set()  # rows that want more than the arg-max of the logits as they are
         self._fractions = np.zeros((3, max_num_rows), np.float32)  # temperature, top_p, min_p
         self._integers = np.zeros((3, max_num_rows), np.int64)  # top_k, seed, sequence index
-        self._wants_logprobs, self._num_top_logprobs = column(np.bool_), column(np.int64)
+        self._wants_logprobs = np.zeros(max_num_rows, np.bool_)
+        self._sampling: dict[int, SamplingParams] = {}  # of the rows that want log-probabilities
         self._mirostat = MirostatRule()
         self._rules = make_rules(token_ids, vocab_size, device, self._mirostat)
 
@@ -81,10 +78,11 @@ class SamplingRows:
             top_k, top_p, min_p = 0, 1.0, 0.0
         self._fractions[:, row] = temperature, top_p, min_p
         self._integers[:, row] = top_k, new.seed, new.sequence_index
-        self._wants_logprobs[row] = sampling.logprobs is not None
-        self._num_top_logprobs[row] = sampling.logprobs or 0
+        self._wants_logprobs[row] = sampling.wants_logprobs
+        if sampling.wants_logprobs:
+            self._sampling[row] = sampling
         ruled = self._rules.add(new)
-        if sampling.greedy and sampling.logprobs is None and not ruled:
+        if sampling.greedy and not sampling.wants_logprobs and not ruled:
             self._special.discard(row)
         else:
             self._special.add(row)
@@ -119,9 +117,21 @@ class SamplingRows:
             seeds=seeds,
             sequence_index=sequence_index,
             positions=positions,
-            wants_logprobs=self._wants_logprobs[rows],
-            num_top_logprobs=self._num_top_logprobs[rows],
+            logprobs=self._wanted_logprobs(rows),
             changes=self._rules.of(rows, positions),
+        )
+
+    def _wanted_logprobs(self, rows: NDArray[np.int64]) -> WantedLogprobs | None:
+        places = np.flatnonzero(self._wants_logprobs[rows])
+        if not len(places):
+            return None
+        wanting = [self._sampling[row] for row in rows[places].tolist()]
+        return WantedLogprobs(
+            places=places,
+            num_top=[self._vocab_size if s.logprobs == -1 else s.logprobs or 0 for s in wanting],
+            given=[tuple(s.logprob_token_ids) for s in wanting],
+            processed=np.array([s.logprobs_mode == "processed" for s in wanting]),
+            temperature=self._fractions[0, rows[places]],
         )
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:

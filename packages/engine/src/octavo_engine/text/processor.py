@@ -229,6 +229,7 @@ class RequestStream:
             stop_reason=delta.stop_reason if cut else hidden,
             num_cached_tokens=update.num_cached_tokens,
             times=update.times,
+            prompt_logprobs=update.prompt_logprobs,
         )
 
     def _visible(self, update: SequenceUpdate) -> tuple[tuple[int, ...], int | None]:

@@ -34,6 +34,7 @@ class SamplingTokens:
         """
         self._check("stop_token_ids", sampling.stop_token_ids)
         self._check("logit_bias", sampling.logit_bias)
+        self._check("logprob_token_ids", sampling.logprob_token_ids)
         self._check("allowed_token_ids", sampling.allowed_token_ids or ())
         self._check("bad_words_ids", (token_id for ids in sampling.bad_words_ids for token_id in ids))
         if sampling.bad_words:

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from octavo_engine.errors import InvalidRequest
-from octavo_engine.types import MAX_LOGPROBS
 from octavo_server.protocol.body import refuse_unsupported
-from octavo_server.protocol.generation import MAX_INT32, GenerationBody
+from octavo_server.protocol.generation import MAX_INT32, MAX_LOGPROBS, GenerationBody
 from octavo_server.protocol.violations import summarise
 
 DEFAULT_MAX_TOKENS = 16

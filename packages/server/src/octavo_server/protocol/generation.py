@@ -12,6 +12,7 @@ from octavo_engine.errors import InvalidRequest
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
 
 MAX_STOP_STRINGS = 4
+MAX_LOGPROBS = 20
 MAX_INT32 = 2**31 - 1
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]

@@ -23,8 +23,12 @@ _XTC_COLUMN = 1 << 31  # of the noise: beyond every vocabulary, so that XTC's ch
 
 
 def filters_whole_rows(sampling: SamplingParams) -> bool:
-    """Return whether a request's filters, all of them, are this rule's to apply."""
-    return not sampling.greedy and (sampling.typical_p < 1 or sampling.xtc_probability > 0)
+    """Return whether a request's filters, all of them, are this rule's to apply.
+
+    They are too where the filtered distribution is to be seen, not only drawn from.
+    """
+    seen = sampling.wants_logprobs and sampling.logprobs_mode == "processed"
+    return not sampling.greedy and (sampling.typical_p < 1 or sampling.xtc_probability > 0 or seen)
 
 
 class _Row(NamedTuple):
