@@ -20,7 +20,8 @@ class NewRow:
 
     `token_ids` are all known tokens, prompt and output; `sequence_index` and `seed` fix its noise. A row with
     `fork_of` computes nothing in this step: it samples from the logits of that row, which ends its prompt now.
-    `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn. `sampler_state` is
+    `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn: or, where
+    `num_candidates` is above 0, so many of the likeliest next tokens are answered and none is drawn. `sampler_state` is
     the last that a ModelOutput brought for the sequence, None before.
     """
 
@@ -39,6 +40,20 @@ class NewRow:
     task: Task = "generate"
     pooling: Pooling = "last"
     sampler_state: float | None = None
+    num_candidates: int = 0
+
+
+class RowMove(NamedTuple):
+    """A row that takes a token which the runner did not draw: the scheduler chose it among candidates.
+
+    With a `source` the row first becomes a copy of that one: its tokens before `position`, its block tables, and what
+    the runner answers for it.
+    """
+
+    row: int
+    source: int | None
+    position: int
+    token_id: int
 
 
 class CachedRow(NamedTuple):
@@ -57,13 +72,18 @@ class CachedRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step. `finished` rows are released first, then `copies` are applied, then the rows are computed."""
+    """One step.
+
+    `finished` rows are released first, then `copies` are applied, `new` rows enter, `moves` are made and `cached` rows
+    take their block updates; then the rows are computed.
+    """
 
     step_id: int
     new: tuple[NewRow, ...] = ()
     cached: tuple[CachedRow, ...] = ()
     finished: tuple[int, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
+    moves: tuple[RowMove, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +103,8 @@ class ModelOutput:
     `token_ids` is ragged: empty for a row that only computed a part of its prompt. `logprobs` is None where none were
     asked for. `pooled` maps a place in the batch to an embedding. `sampler_states` maps a place to what the sequence's
     next draw depends on beside its tokens. `prompt_logprobs` maps a place to those of a prompt that ended, from its
-    second token on. `errors` maps a place to why that row alone failed.
+    second token on. `candidates` maps a place to the likeliest next tokens, best first, and their log-probabilities.
+    `errors` maps a place to why that row alone failed.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -91,4 +112,5 @@ class ModelOutput:
     pooled: dict[int, tuple[float, ...]] | None = None
     sampler_states: dict[int, float] | None = None
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] | None = None
+    candidates: dict[int, tuple[list[int], list[float]]] | None = None
     errors: dict[int, str] | None = None

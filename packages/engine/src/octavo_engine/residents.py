@@ -80,14 +80,34 @@ class Residents:
         insort(self.running, child)
         return child
 
+    def become(self, sequence: Sequence, source: Sequence) -> None:
+        """Give a running sequence the tokens and blocks of another in place of its own; no step in flight has it."""
+        self.cache.free(sequence.seq_id)
+        self.cache.fork(source.seq_id, sequence.seq_id)
+        sequence.token_ids = list(source.token_ids)
+        sequence.num_computed_tokens = source.num_computed_tokens
+
+    def join(self, sequence: Sequence, source: Sequence, num_tokens: int) -> None:
+        """Let a sequence run that shares its first tokens, and their blocks, with a running one."""
+        self.cache.fork(source.seq_id, sequence.seq_id, num_tokens=num_tokens)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = self.rows.take()
+        sequence.num_computed_tokens = num_tokens
+        insort(self.running, sequence)
+
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks and let it wait; it will be computed again from its tokens."""
+        self.withdraw(sequence)
+        self.counters.num_preemptions += 1
+        self.waiting.push(sequence)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Take a running sequence's row and blocks; answers in flight to what it computed are void."""
         self.leave(sequence)
+        sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         sequence.epoch += 1
-        self.counters.num_preemptions += 1
-        self.waiting.push(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; the blocks are free after the steps in flight."""

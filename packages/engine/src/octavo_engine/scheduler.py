@@ -8,14 +8,21 @@ thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.beam_group import BeamGroup
+from octavo_engine.beam_params import BeamSearchParams
+from octavo_engine.beam_scheduler import BeamScheduler
+from octavo_engine.beam_search import BeamSearch, Candidates
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
 from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from octavo_kvcache import Allocation, CacheFull, CacheManager
+
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -55,6 +62,7 @@ class Scheduler:
         self._running = residents.running
         self._rows = residents.rows
         self._in_flight = residents.in_flight
+        self._beams = BeamScheduler(cache, self._find_blocks)
         self._next_step_id = 0
 
     @property
@@ -95,6 +103,9 @@ class Scheduler:
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             num_forks_wanted=sampling.n - 1,
         )
+        if request.beams is not None:
+            sequence.num_forks_wanted = request.beams.beam_width - 1
+            sequence.beams = BeamGroup(self._residents, _search(request.beams, sequence), [sequence])
         self._residents.by_request[request.request_id] = [sequence]
         self.counters.num_prompt_tokens += len(prompt)
         self._waiting.push(sequence)
@@ -102,7 +113,7 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, wherever it stands; unknown ids are ignored."""
         sequences = [s for s in self.sequences(request_id) if index is None or s.index == index]
-        return [self._residents.finish(s, FinishReason.ABORT) for s in sequences]
+        return self._end_all(sequences, FinishReason.ABORT)
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
@@ -128,13 +139,14 @@ class Scheduler:
                 if output.prompt_logprobs and place in output.prompt_logprobs:
                     update = update._replace(prompt_logprobs=output.prompt_logprobs[place])
                 updates.append(update)
+        if output.candidates:
+            updates += self._advance_beams(rows, output.candidates)
         return updates
 
     def fail(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
         """Take in that the oldest step in flight could not be run: its sequences end with an error."""
         rows = self._end_step(batch)
-        live = [r.sequence for r in rows if r.sequence.status is not SequenceStatus.FINISHED]
-        return [self._residents.finish(sequence, FinishReason.ERROR, error=reason) for sequence in live]
+        return self._end_all([row.sequence for row in rows], FinishReason.ERROR, reason)
 
     # -- choosing a step -----------------------------------------------------------------------------------------
 
@@ -155,26 +167,50 @@ class Scheduler:
         num_new = min(num_wanted, step.budget)
         if num_new == 0 or sequence.status is not SequenceStatus.RUNNING:
             return
+        if sequence.beams is not None:
+            if sequence is sequence.beams.leader:
+                self._beams.go_on(step, sequence.beams)
+            return
         allocation = self._allocate(step, sequence, num_new)
         if allocation is not None and step.add_cached(sequence, num_new, allocation) and sequence.num_forks_wanted:
             self._fork(step, sequence)
 
     def _allocate(self, step: StepBuilder, sequence: Sequence, num_new: int) -> Allocation | None:
         """Find blocks for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
+        try:
+            return self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
+        except CacheFull:
+            return self._find_blocks(
+                step, sequence, lambda: self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
+            )
+
+    def _find_blocks(self, step: StepBuilder, sequence: Sequence, allocate: Callable[[], T]) -> T | None:
+        """Allocate for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
         while True:
             try:
-                return self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
+                return allocate()
             except CacheFull:
                 step.short_of_blocks = True
             if self.cache.stats().num_parked:  # a step in flight will give blocks back
                 return None
-            victim = next((s for s in reversed(self._running) if s not in step), sequence)
-            if victim is sequence and step:  # those that go ahead will make room
+            victim = next((s for s in reversed(self._running) if not _takes_part(s, step)), sequence)
+            own = victim is sequence or (victim.beams is not None and victim.beams is sequence.beams)
+            if own and step:  # those that go ahead will make room
                 return None
-            assert victim is not sequence or len(self._running) > 1, "a sequence alone always fits"
-            self._residents.preempt(victim)
-            if victim is sequence:
+            assert not own or not self._runs_alone(sequence), "a sequence, or a group of beams, alone always fits"
+            self._preempt(victim)
+            if own:
                 return None
+
+    def _runs_alone(self, sequence: Sequence) -> bool:
+        own = [sequence] if sequence.beams is None else sequence.beams.members
+        return all(running in own for running in self._running)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        if sequence.beams is None:
+            self._residents.preempt(sequence)
+        else:
+            sequence.beams.preempt()
 
     def _admit(self, step: StepBuilder) -> None:
         """Let waiting sequences in, in order, while there are rows, blocks and budget."""
@@ -182,7 +218,7 @@ class Scheduler:
             if sequence.num_rows > self._rows.num_available or sequence.num_placeholders:
                 return
             start = self._match(sequence)
-            num_new = min(sequence.num_tokens - start, step.budget)
+            num_new = min(sequence.num_tokens_to_enter - start, step.budget)
             if not self._fits(num_new) or (allocation := self._try_allocate(sequence, start, num_new)) is None:
                 self.cache.free(sequence.seq_id)
                 return
@@ -195,7 +231,10 @@ class Scheduler:
         if sequence.needs_whole_prompt:
             self.cache.add(sequence.seq_id, salt=request.salt)
             return 0
-        return self.cache.match(sequence.seq_id, sequence.token_ids, salt=request.salt)
+        token_ids = sequence.token_ids
+        if sequence.num_tokens_to_enter < len(token_ids):  # leave one to compute
+            token_ids = token_ids[: sequence.num_tokens_to_enter]
+        return self.cache.match(sequence.seq_id, token_ids, salt=request.salt)
 
     def _fits(self, num_new: int) -> bool:
         """Leave a free block for each running sequence to grow into, so that entering does not cause preemption."""
@@ -213,7 +252,7 @@ class Scheduler:
     def _enter(self, step: StepBuilder, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
         self._residents.enter(sequence, start)
         samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
-        if samples and sequence.num_forks_wanted:
+        if samples and sequence.num_forks_wanted and sequence.beams is None:
             self._fork(step, sequence)
 
     def _fork(self, step: StepBuilder, parent: Sequence) -> None:
@@ -241,19 +280,44 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
             return None
         if output.errors and place in output.errors:
-            return self._residents.finish(sequence, FinishReason.ERROR, error=output.errors[place])
+            return self._end_all([sequence], FinishReason.ERROR, output.errors[place])[0]
         sequence.num_placeholders -= samples
         sequence.token_ids += token_ids
         if output.sampler_states and place in output.sampler_states:
             sequence.sampler_state = output.sampler_states[place]
         if epoch == sequence.epoch:
             self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens)
-        if not samples:
-            return None
-        if sequence.request.task == "embed":
-            assert output.pooled is not None
+        if not token_ids:  # a part of a prompt, the end of one that is pooled, or a beam
+            if not samples or output.pooled is None or place not in output.pooled:
+                return None
             return self._residents.finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
         return self._report(sequence, token_ids, output.logprobs[place] if output.logprobs is not None else None)
+
+    def _advance_beams(
+        self, rows: list[ScheduledSequence], candidates: Mapping[int, Candidates]
+    ) -> list[SequenceUpdate]:
+        """Let the groups whose candidates have come choose among them."""
+        groups: dict[BeamGroup, dict[Sequence, Candidates]] = {}
+        for place, found in candidates.items():
+            sequence, epoch, _, _ = rows[place]
+            if sequence.status is SequenceStatus.RUNNING and epoch == sequence.epoch:
+                assert sequence.beams is not None
+                groups.setdefault(sequence.beams, {})[sequence] = found
+        return [update for group, found_by in groups.items() for update in group.advance(found_by)]
+
+    def _end_all(
+        self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None
+    ) -> list[SequenceUpdate]:
+        """End sequences without an answer, those that have not ended; a beam takes its whole group with it."""
+        updates = []
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.beams is None:
+                updates.append(self._residents.finish(sequence, reason, error=error))
+            else:
+                updates.append(sequence.beams.end(reason, error))
+        return updates
 
     def _report(
         self, sequence: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
@@ -296,6 +360,22 @@ class Scheduler:
             logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
             stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
         )
+
+
+def _search(beams: BeamSearchParams, sequence: Sequence) -> BeamSearch:
+    return BeamSearch(
+        beams.beam_width,
+        max_num_tokens=sequence.max_num_tokens - sequence.num_prompt_tokens,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping,
+        stop_token_ids=sequence.stop_token_ids,
+        num_top_logprobs=beams.logprobs,
+    )
+
+
+def _takes_part(sequence: Sequence, step: StepBuilder) -> bool:
+    """Return whether a sequence, or another beam of its group, is in a step."""
+    return sequence in step or (sequence.beams is not None and any(m in step for m in sequence.beams.members))
 
 
 def _stop_reason(sequence: Sequence, position: int) -> FinishReason | None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from octavo_engine.types import FinishReason, Request
+
+if TYPE_CHECKING:
+    from octavo_engine.beam_group import BeamGroup
 
 
 class SequenceStatus(Enum):
@@ -45,6 +49,7 @@ class Sequence:
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
     sampler_state: float | None = None  # what the next draw depends on beside the tokens
     last_step_id: int | None = None  # the last step that it takes part in
+    beams: BeamGroup | None = None  # of which it is a member
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None
     first_token_time: float | None = None
@@ -78,6 +83,11 @@ class Sequence:
         if request.task == "embed":
             return request.pooling == "mean"
         return request.sampling.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens
+
+    @property
+    def num_tokens_to_enter(self) -> int:
+        """Tokens that may be computed when it enters: the last one of several beams waits for the others."""
+        return self.num_tokens - (self.beams is not None and len(self.beams.members) > 1)
 
     @property
     def num_rows(self) -> int:

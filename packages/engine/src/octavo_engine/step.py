@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from octavo_engine.batch import CachedRow, NewRow, ScheduledBatch
+from octavo_engine.batch import CachedRow, NewRow, RowMove, ScheduledBatch
 from octavo_engine.sequence import Sequence
 from octavo_kvcache import UNCHANGED, Allocation, BlockCopy
 
@@ -39,6 +40,7 @@ class StepBuilder:
         self._new_sequences: list[ScheduledSequence] = []
         self._cached_sequences: list[ScheduledSequence] = []
         self._copies: list[BlockCopy] = []
+        self._moves: list[RowMove] = []
 
     def __bool__(self) -> bool:
         return bool(self._cached or self._new)
@@ -79,6 +81,10 @@ class StepBuilder:
         self._new.append(_new_row(child, child.num_computed_tokens, 0, True, block_ids, fork_of=parent_row))
         self._new_sequences.append(_scheduled(child, samples=True))
 
+    def add_moves(self, moves: Iterable[RowMove]) -> None:
+        """Let rows take over what beams made of them."""
+        self._moves += moves
+
     def batch(self, finished: tuple[int, ...]) -> ScheduledBatch:
         """Return the finished batch."""
         return ScheduledBatch(
@@ -87,6 +93,7 @@ class StepBuilder:
             cached=tuple(self._cached),
             finished=finished,
             copies=tuple(self._copies),
+            moves=tuple(self._moves),
         )
 
     def _advance(self, sequence: Sequence, num_new: int) -> bool:
@@ -130,4 +137,5 @@ def _new_row(
         task=request.task,
         pooling=request.pooling,
         sampler_state=sequence.sampler_state,
+        num_candidates=0 if sequence.beams is None else sequence.beams.search.num_candidates,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.sampling_params import SamplingParams as SamplingParams
 
 
@@ -38,14 +39,16 @@ Pooling = Literal["last", "mean"]
 class Request:
     """One unit of work for the engine, in token ids.
 
-    Lower `priority` runs first. Requests with different `salt` never share cached blocks. `pooling` matters for the
-    task `embed` alone. `arrival_time` is in seconds of the monotonic clock. An unset seed is drawn here, so that every
-    request can be repeated.
+    With `beams` the prompt is searched, and `sampling` is what the search has in common with sampling
+    (`BeamSearchParams.sampling`). Lower `priority` runs first. Requests with different `salt` never share cached
+    blocks. `pooling` matters for the task `embed` alone. `arrival_time` is in seconds of the monotonic clock. An unset
+    seed is drawn here, so that every request can be repeated.
     """
 
     request_id: str
     inputs: tuple[TokenSpan, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    beams: BeamSearchParams | None = None
     task: Task = "generate"
     pooling: Pooling = "last"
     priority: int = 0
@@ -100,7 +103,8 @@ class SequenceUpdate(NamedTuple):
 
     A named tuple, since there is one per sequence in every step. `pooled` is the embedding of a request with task
     `embed`. `prompt_logprobs`, of the prompt's second token on, come with the first tokens of a request's first
-    sequence. `error` explains finish reason `error`. `times` comes with the last update of a sequence.
+    sequence. `error` explains finish reason `error`. `times` comes with the last update of a sequence, `score` with the
+    hypothesis of a beam search.
     """
 
     request_id: str
@@ -114,6 +118,7 @@ class SequenceUpdate(NamedTuple):
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    score: float | None = None
 
 
 class CompletionDelta(NamedTuple):
@@ -133,11 +138,12 @@ class CompletionDelta(NamedTuple):
     num_cached_tokens: int = 0
     times: RequestTimes | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One finished choice of a request."""
+    """One finished choice of a request. `score` is that of a beam search: log-probabilities with the length penalty."""
 
     index: int
     text: str
@@ -145,6 +151,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

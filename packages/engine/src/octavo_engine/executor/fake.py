@@ -8,14 +8,33 @@ therefore changes the answer.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
+from octavo_engine.batch import CachedRow, ModelOutput, NewRow, RowMove, ScheduledBatch
 
 NextToken = Callable[[Sequence[int], int], int]
 """(all tokens of a sequence, sequence index) -> the token that follows."""
+
+
+Candidates = Callable[[Sequence[int], int], tuple[list[int], list[float]]]
+"""(all tokens of a sequence, how many) -> the likeliest next tokens, best first, and their log-probabilities."""
+
+
+def hashed_candidates(vocab_size: int) -> Candidates:
+    """Make a model for beams: a distribution over the vocabulary that depends on every token before."""
+
+    def candidates(token_ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+        text = ",".join(map(str, token_ids)).encode()
+        draws = hashlib.shake_128(text).digest(2 * vocab_size)
+        weights = [1 + int.from_bytes(draws[2 * i : 2 * i + 2], "little") for i in range(vocab_size)]
+        logprobs = [math.log(weight / sum(weights)) for weight in weights]
+        best = sorted(range(vocab_size), key=lambda token_id: -logprobs[token_id])[:count]
+        return best, [logprobs[token_id] for token_id in best]
+
+    return candidates
 
 
 def hashed_next_token(vocab_size: int) -> NextToken:
@@ -34,6 +53,7 @@ class _Row:
     sequence_index: int
     block_ids: list[int]
     embeds: bool
+    num_candidates: int
 
 
 @dataclass(slots=True)
@@ -54,6 +74,7 @@ class FakeExecutor:
     Attributes:
         num_late: steps that may be submitted beyond the one whose answer is awaited.
         next_token: the model.
+        candidates: the model of rows that search.
         fail_steps: step ids that raise instead of answering.
     """
 
@@ -61,6 +82,7 @@ class FakeExecutor:
     next_token: NextToken
     num_late: int = 0
     fail_steps: frozenset[int] = frozenset()
+    candidates: Candidates = field(default_factory=lambda: hashed_candidates(64))
     batches: list[ScheduledBatch] = field(default_factory=list)
     _memory: dict[int, list[int | None]] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
@@ -100,7 +122,10 @@ class FakeExecutor:
         self._memory.update(copied)
         for new in batch.new:
             ids = list(new.block_ids[0])
-            self._rows[new.row] = _Row(list(new.token_ids), new.sequence_index, ids, new.task == "embed")
+            embeds = new.task == "embed"
+            self._rows[new.row] = _Row(list(new.token_ids), new.sequence_index, ids, embeds, new.num_candidates)
+        for move in batch.moves:
+            self._move(move)
         for cached in batch.cached:
             for update in cached.block_updates[:1]:
                 if cached.row in self._rows:
@@ -122,7 +147,20 @@ class FakeExecutor:
             for place, row in enumerate(scheduled)
             if place not in errors and row.samples and self._rows[row.row].embeds
         }
-        return ModelOutput(token_ids=tuple(drawn), pooled=pooled, errors=errors)
+        candidates = {
+            place: self.candidates(self._rows[row.row].token_ids, self._rows[row.row].num_candidates)
+            for place, row in enumerate(scheduled)
+            if place not in errors and row.samples and self._rows[row.row].num_candidates
+        }
+        return ModelOutput(token_ids=tuple(drawn), pooled=pooled, candidates=candidates, errors=errors)
+
+    def _move(self, move: RowMove) -> None:
+        if move.source is not None:
+            source = self._rows[move.source]
+            tokens, block_ids = source.token_ids[: move.position], list(source.block_ids)
+            self._rows[move.row] = _Row(tokens, source.sequence_index, block_ids, False, source.num_candidates)
+        row = self._rows[move.row]
+        row.token_ids[move.position :] = [move.token_id]
 
     def _block(self, block_id: int) -> list[int | None]:
         return self._memory.setdefault(block_id, [None] * self.block_size)
@@ -139,4 +177,6 @@ class FakeExecutor:
         length = row.num_computed_tokens + row.num_scheduled_tokens
         seen = [self._block(state.block_ids[p // self.block_size])[p % self.block_size] for p in range(length)]
         assert seen == state.token_ids[:length], f"row {row.row} reads other tokens from its blocks than were written"
+        if state.num_candidates:
+            return ()
         return (self.next_token(state.token_ids[:length], state.sequence_index),)

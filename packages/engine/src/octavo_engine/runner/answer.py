@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class Answer:
         self._pooled: dict[int, tuple[float, ...]] = {}
         self._states: dict[int, float] = {}
         self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        self._candidates: dict[int, tuple[list[int], list[float]]] = {}
         self._errors: dict[int, str] = {}
 
     def add_drawn(self, places: NDArray[np.int64], drawn: Drawn) -> None:
@@ -56,6 +58,15 @@ class Answer:
         """Put the log-probabilities of prompts, by place, where they belong."""
         self._prompt_logprobs.update(prompts)
 
+    def add_candidates(self, places: NDArray[np.int64], token_ids: Tensor, logprobs: Tensor) -> None:
+        """Put the candidates of rows that search, [places, count] each, where they belong."""
+        rows = zip(places.tolist(), token_ids.tolist(), logprobs.tolist(), strict=True)
+        for place, ids, values in rows:
+            if isfinite(values[0]):
+                self._candidates[place] = ids, values
+            else:
+                self._errors[place] = _UNSOUND
+
     def add_pooled(self, place: int, vector: Tensor) -> None:
         """Put an embedding in its place."""
         if bool(vector.isfinite().all()):
@@ -71,5 +82,6 @@ class Answer:
             pooled=self._pooled or None,
             sampler_states=self._states or None,
             prompt_logprobs=self._prompt_logprobs or None,
+            candidates=self._candidates or None,
             errors=self._errors or None,
         )

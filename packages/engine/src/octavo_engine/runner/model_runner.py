@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.answer import Answer
+from octavo_engine.runner.candidates import likeliest
 from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.forward import Forward, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
@@ -96,6 +97,10 @@ class ModelRunner:
         """Run a step in which every row computes one token and draws the next."""
         model_input = self._inputs.decode(step, self._rows)
         rows, ends = self._inputs.decoding.rows, self._inputs.decoding.ends
+        if self._rows.num_searching:
+            answer = Answer(len(rows))
+            self._answer(answer, np.arange(len(rows)), self.forward(model_input), rows, ends.astype(np.int64))
+            return answer.output()
         if self._sampling.takes_best(step.row_ids):
             token_ids, logits = self.forward.greedy(model_input)
             if all(map(isfinite, logits.tolist())):
@@ -126,9 +131,33 @@ class ModelRunner:
             answer.add_prompt_logprobs(self._prompt_logprobs.collect(step, hidden))
         if len(drawing):
             ends = step.ends[drawing]
-            drawn = self._draw(hidden[model_input.logits_indices], step.rows[drawing], ends, shared)
-            self._add_drawn(answer, drawing, step.rows[drawing], drawn)
+            self._answer(answer, drawing, hidden[model_input.logits_indices], step.rows[drawing], ends, shared)
         return answer.output()
+
+    @torch.inference_mode()
+    def _answer(
+        self,
+        answer: Answer,
+        places: NDArray[np.int64],
+        hidden: Tensor,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        shared: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Answer some places: candidates where the rows search, drawn tokens elsewhere; see `_draw`."""
+        num_candidates = self._rows.num_candidates[rows]
+        searching = np.flatnonzero(num_candidates)
+        if not len(searching):
+            self._add_drawn(answer, places, rows, self._draw(hidden, rows, positions, shared))
+            return
+        sources = searching if shared is None else shared[searching]
+        logits = self._make_logits(_rows_of(hidden, sources))
+        answer.add_candidates(places[searching], *likeliest(logits, int(num_candidates.max())))
+        drawing = np.flatnonzero(num_candidates == 0)
+        if len(drawing):
+            sources, shared = np.unique(drawing if shared is None else shared[drawing], return_inverse=True)
+            drawn = self._draw(_rows_of(hidden, sources), rows[drawing], positions[drawing], shared)
+            self._add_drawn(answer, places[drawing], rows[drawing], drawn)
 
     def _update(self, batch: ScheduledBatch) -> None:
         if batch.finished:
@@ -141,6 +170,9 @@ class ModelRunner:
             self._rows.add(new)
             self._sampling.add(new)
             self._prompt_logprobs.add(new, self.model.config.vocab_size)
+        if batch.moves:
+            self._rows.move(batch.moves)
+            self._inputs.decoding.forget()  # block tables of rows have changed as a whole
         self._rows.update(batch.cached)
 
     @torch.inference_mode()
@@ -181,6 +213,11 @@ class ModelRunner:
             rows, positions, token_ids = rows[drawn.sound], positions[drawn.sound], token_ids[drawn.sound]
         self._rows.append(rows, positions, token_ids)
         self._sampling.append(rows, token_ids)
+
+
+def _rows_of(hidden: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Return some rows of a tensor: itself if they are all of its rows."""
+    return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(hidden.device)]
 
 
 def _kv_layers(model: Model, storage: KVStorage) -> tuple[tuple[KVLayer, ...], int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo_engine.batch import CachedRow, NewRow
+from octavo_engine.batch import CachedRow, NewRow, RowMove
 
 
 class Rows:
@@ -22,6 +22,8 @@ class Rows:
         embeds: [max_num_rows] bool, rows whose prompt is pooled.
         pools_mean: [max_num_rows] bool, rows that pool over all tokens of the prompt, not the last alone.
         num_embedding: rows in use whose prompt is pooled.
+        num_candidates: [max_num_rows] int64, how many likely next tokens a row answers; 0 where it draws one.
+        num_searching: rows in use that answer candidates.
     """
 
     def __init__(self, max_num_rows: int, *, max_num_tokens: int, max_num_blocks: int, num_groups: int) -> None:
@@ -30,6 +32,8 @@ class Rows:
         self.embeds = np.zeros(max_num_rows, np.bool_)
         self.pools_mean = np.zeros(max_num_rows, np.bool_)
         self.num_embedding = 0
+        self.num_candidates = np.zeros(max_num_rows, np.int64)
+        self.num_searching = 0
 
     def add(self, new: NewRow) -> None:
         """Fill a row that is new or was released."""
@@ -37,6 +41,7 @@ class Rows:
         assert row < len(self.token_ids), f"row {row} of {len(self.token_ids)}"
         self.token_ids[row, :num_tokens] = new.token_ids
         self._set_task(row, embeds=new.task == "embed", pools_mean=new.task == "embed" and new.pooling == "mean")
+        self._set_candidates(row, new.num_candidates)
         for group, block_ids in enumerate(new.block_ids):
             self.block_tables[group][row, : len(block_ids)] = block_ids
 
@@ -44,6 +49,18 @@ class Rows:
         """Forget the tasks of rows whose sequences have left."""
         for row in rows:
             self._set_task(row, embeds=False, pools_mean=False)
+            if self.num_searching:
+                self._set_candidates(row, 0)
+
+    def move(self, moves: Iterable[RowMove]) -> None:
+        """Make rows copies of others where they have a source, and let each take its token."""
+        for row, source, position, token_id in moves:
+            if source is not None:
+                self.token_ids[row, :position] = self.token_ids[source, :position]
+                for table in self.block_tables:
+                    table[row] = table[source]
+                self._set_candidates(row, int(self.num_candidates[source]))
+            self.token_ids[row, position] = token_id
 
     def update(self, cached: Iterable[CachedRow]) -> None:
         """Take over the block tables' changes."""
@@ -62,3 +79,7 @@ class Rows:
         self.num_embedding += embeds - int(self.embeds[row])
         self.embeds[row] = embeds
         self.pools_mean[row] = pools_mean
+
+    def _set_candidates(self, row: int, num_candidates: int) -> None:
+        self.num_searching += (num_candidates > 0) - int(self.num_candidates[row] > 0)
+        self.num_candidates[row] = num_candidates

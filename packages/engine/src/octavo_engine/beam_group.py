@@ -1,0 +1,169 @@
+"""BeamGroup: the beams of one request, as sequences that share blocks and take each step together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from octavo_engine.batch import RowMove
+from octavo_engine.beam_search import BeamSearch, Candidates, Place
+from octavo_engine.residents import Residents
+from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.types import FinishReason, SequenceUpdate
+
+
+@dataclass(slots=True, eq=False)
+class BeamGroup:
+    """A search and its beams. Only the scheduler writes it.
+
+    Every member has the same number of tokens. None computes its last one but together with all others, so that the
+    answers of one step are the candidates of all beams. The first member is the leader: it stands for the group in
+    the queue, and has rows set aside for as many members as there may be.
+
+    Attributes:
+        residents: what the parts of the scheduler share.
+        search: which beams go on.
+        members: the sequences, by place in the search. After preemption only those that have a row run.
+        moves: what the runner's rows take over with the next step.
+        unknown: members with a row that the runner has not seen yet.
+    """
+
+    residents: Residents
+    search: BeamSearch
+    members: list[Sequence]
+    moves: list[RowMove] = field(default_factory=list)
+    unknown: set[Sequence] = field(default_factory=set)
+
+    @property
+    def leader(self) -> Sequence:
+        """The member that the queue knows."""
+        return self.members[0]
+
+    @property
+    def awaits_answer(self) -> bool:
+        """True while a step of the beams is in flight: which tokens they have next is not known."""
+        return self.leader.num_placeholders > 0
+
+    def enter(self, member: Sequence) -> None:
+        """Let a member that waits run, with the blocks of the running one that it has most tokens in common with.
+
+        The tokens in common must have been computed, by steps in flight at the latest.
+        """
+        running = [m for m in self.members if m.row is not None]
+        num_common = [_num_common(m.token_ids, member.token_ids) for m in running]
+        source = running[num_common.index(max(num_common))]
+        self._take_reserved_row()
+        self.residents.join(member, source, min(max(num_common), len(member.token_ids) - 1))
+        self.unknown.add(member)
+
+    def advance(self, candidates: Mapping[Sequence, Candidates]) -> list[SequenceUpdate]:
+        """Take in the answer to a step: beams fork, go on or end; the hypotheses once the search has ended."""
+        leader = self.leader
+        if leader.first_token_time is None:
+            leader.first_token_time = self.residents.clock()
+        places = self.search.advance([candidates[member] for member in self.members])
+        if self.search.finished:
+            return self._end_with_hypotheses()
+        self._take_places(places)
+        return []
+
+    def preempt(self) -> None:
+        """Take all rows and blocks; the leader waits for all members, which are computed again."""
+        leader = self.leader
+        num_rows = sum(member.row is not None for member in self.members) + leader.num_forks_wanted
+        for member in self.members[1:]:
+            if member.row is not None:
+                self.residents.withdraw(member)
+        self.moves.clear()
+        self.unknown.clear()
+        self.residents.preempt(leader)
+        leader.num_forks_wanted = num_rows - 1
+
+    def end(self, reason: FinishReason, error: str | None = None) -> SequenceUpdate:
+        """End the search without an answer."""
+        leader, request = self.leader, self.leader.request
+        self.residents.counters.finished[reason.value] += request.sampling.n
+        self._leave()
+        return SequenceUpdate(
+            request.request_id, 0, finish_reason=reason, error=error, times=self.residents.times(leader)
+        )
+
+    def _take_places(self, places: list[Place | None]) -> None:
+        """Fork and prune: each place of the search becomes a member with one token more."""
+        before, position = self.members, len(self.leader.token_ids)
+        self.members = [
+            self._member_at(index, before[place.source], before)
+            for index, place in enumerate(places)
+            if place is not None
+        ]
+        self._drop([member for member in before if member not in self.members])
+        kept = [place for place in places if place is not None]
+        for member, place in zip(self.members, kept, strict=True):
+            source = before[place.source]
+            assert member.row is not None
+            moved_from = None if source is member else source.row
+            self.moves.append(RowMove(member.row, moved_from, position, place.token_id))
+            member.token_ids.append(place.token_id)
+
+    def _member_at(self, index: int, source: Sequence, before: list[Sequence]) -> Sequence:
+        """Return the member of a place, with the tokens and blocks of the beam that it continues."""
+        if index < len(before):
+            if before[index] is not source:
+                self.residents.become(before[index], source)
+            return before[index]
+        self._take_reserved_row()
+        member = self.residents.add_fork(source, index)
+        member.beams = self
+        return member
+
+    def _drop(self, members: list[Sequence]) -> None:
+        """Let members leave for good; their rows stay set aside for the group."""
+        for member in members:
+            num_rows = member.num_rows
+            self.residents.leave(member)
+            member.status = SequenceStatus.FINISHED
+            self.residents.forget(member)
+            self.residents.rows.reserve(num_rows)
+            self.leader.num_forks_wanted += num_rows
+
+    def _end_with_hypotheses(self) -> list[SequenceUpdate]:
+        leader, request, counters = self.leader, self.leader.request, self.residents.counters
+        self._leave()
+        times = self.residents.times(leader)
+        updates = []
+        for index, hypothesis in enumerate(self.search.hypotheses[: request.sampling.n]):
+            reason = FinishReason.STOP if hypothesis.stopped else FinishReason.LENGTH
+            counters.finished[reason.value] += 1
+            counters.num_generation_tokens += len(hypothesis.token_ids)
+            update = SequenceUpdate(
+                request.request_id,
+                index,
+                hypothesis.token_ids,
+                hypothesis.logprobs,
+                finish_reason=reason,
+                stop_token_id=hypothesis.token_ids[-1] if hypothesis.stopped else None,
+                num_cached_tokens=leader.num_cached_tokens,
+                times=times,
+                score=hypothesis.score,
+            )
+            updates.append(update)
+        return updates
+
+    def _leave(self) -> None:
+        if self.leader.row is None:
+            self.leader.status = SequenceStatus.FINISHED
+            self.residents.waiting.discard()
+        for member in self.members:
+            if member.row is not None:
+                self.residents.leave(member)
+            member.status = SequenceStatus.FINISHED
+            self.residents.forget(member)
+
+    def _take_reserved_row(self) -> None:
+        self.residents.rows.unreserve(1)
+        self.leader.num_forks_wanted -= 1
+
+
+def _num_common(one: list[int], other: list[int]) -> int:
+    """Count the tokens with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,165 @@
+"""BeamSearch: which beams of one request go on, which hypotheses are kept, and when the search ends.
+
+It knows no sequences, rows or blocks: candidates go in, and out comes who goes on where. The rules are those of
+Transformers' `generate(num_beams=...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from octavo_engine.beam_params import EarlyStopping
+from octavo_engine.types import TokenLogprobs
+
+Candidates = tuple[Sequence[int], Sequence[float]]
+"""The likeliest next tokens of a beam, best first, and their log-probabilities."""
+
+
+class Place(NamedTuple):
+    """A beam after a step: it continues the beam that had place `source` before the step by a token."""
+
+    source: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A sequence that has ended: `score` is with the length penalty, `stopped` False where the limit cut it."""
+
+    token_ids: tuple[int, ...]
+    score: float
+    stopped: bool
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class _Beam(NamedTuple):
+    token_ids: tuple[int, ...]
+    score: float  # sum of log-probabilities
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class _Continuation(NamedTuple):
+    """A beam and its candidate number `rank`, the best being 0."""
+
+    score: float
+    source: int
+    rank: int
+
+
+class BeamSearch:
+    """The state of one search; it begins with one beam, the prompt, at place 0.
+
+    Args:
+        width: beams, and hypotheses, that are kept.
+        max_num_tokens: length at which every beam ends.
+        length_penalty, early_stopping: as in BeamSearchParams.
+        stop_token_ids: tokens that end a hypothesis.
+        num_top_logprobs: how many of the likeliest tokens are kept for each token of a beam; None keeps none.
+
+    Attributes:
+        finished: whether the search has ended.
+        hypotheses: those kept, best first.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        max_num_tokens: int,
+        length_penalty: float = 1.0,
+        early_stopping: EarlyStopping = False,
+        stop_token_ids: Iterable[int] = (),
+        num_top_logprobs: int | None = None,
+    ) -> None:
+        self.finished = False
+        self.hypotheses: list[Hypothesis] = []
+        self._width = width
+        self._max_num_tokens = max_num_tokens
+        self._length_penalty = length_penalty
+        self._early_stopping = early_stopping
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._num_top_logprobs = num_top_logprobs
+        self._beams = [_Beam((), 0.0)]
+        self._num_tokens = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates that each beam needs: enough for `width` that do not end, and for what is reported of them."""
+        return max((1 + len(self._stop_token_ids)) * self._width, self._num_top_logprobs or 0)
+
+    def advance(self, candidates: Sequence[Candidates]) -> list[Place | None]:
+        """Take in the candidates of every beam in the order of places; return who has each place now.
+
+        The best continuation of a beam stays at its place. Further ones take the places of beams that are not
+        continued, then new ones at the end; a place that stays empty is None and does not exist afterwards.
+        """
+        best = self._best(candidates)
+        self._num_tokens += 1
+        at_limit = self._num_tokens == self._max_num_tokens
+        going: list[_Continuation] = []
+        for rank, continuation in enumerate(best):
+            stopped = candidates[continuation.source][0][continuation.rank] in self._stop_token_ids
+            if not stopped and not at_limit:
+                going.append(continuation)
+            elif rank < self._width:  # others have no better claim to it than beams that go on
+                self._keep(self._extended(continuation, candidates), stopped)
+        places = _placed(going[: self._width], len(self._beams))
+        self._beams = [self._extended(c, candidates) for c in places if c is not None]
+        self.finished = at_limit or not self._beams or self._cannot_improve()
+        return [None if c is None else Place(c.source, candidates[c.source][0][c.rank]) for c in places]
+
+    def _best(self, candidates: Sequence[Candidates]) -> list[_Continuation]:
+        """Return the best continuations over all beams, in order."""
+        everyone = [
+            _Continuation(beam.score + logprob, source, rank)
+            for source, (beam, (_, logprobs)) in enumerate(zip(self._beams, candidates, strict=True))
+            for rank, logprob in enumerate(logprobs)
+        ]
+        everyone.sort(key=lambda c: (-c.score, c.source, c.rank))
+        return everyone[: (1 + len(self._stop_token_ids)) * self._width]
+
+    def _extended(self, continuation: _Continuation, candidates: Sequence[Candidates]) -> _Beam:
+        score, source, rank = continuation
+        beam, (token_ids, logprobs) = self._beams[source], candidates[source]
+        entries = beam.logprobs
+        if self._num_top_logprobs is not None:
+            top = tuple(zip(token_ids, logprobs, strict=True))[: self._num_top_logprobs]
+            entries = (*entries, TokenLogprobs(token_ids[rank], logprobs[rank], rank + 1, top))
+        return _Beam((*beam.token_ids, token_ids[rank]), score, entries)
+
+    def _keep(self, beam: _Beam, stopped: bool) -> None:
+        """Take in what has ended, if it is good enough."""
+        score = beam.score / len(beam.token_ids) ** self._length_penalty
+        entries = None if self._num_top_logprobs is None else beam.logprobs
+        self.hypotheses.append(Hypothesis(beam.token_ids, score, stopped, entries))
+        self.hypotheses.sort(key=lambda h: -h.score)
+        del self.hypotheses[self._width :]
+
+    def _cannot_improve(self) -> bool:
+        if len(self.hypotheses) < self._width:
+            return False
+        if self._early_stopping is True:
+            return True
+        # With a reward for length, a beam could at best keep its sum of log-probabilities up to the limit.
+        far = self._early_stopping == "never" and self._length_penalty > 0
+        length = self._max_num_tokens if far else self._num_tokens
+        reachable: float = max(beam.score for beam in self._beams) / length**self._length_penalty
+        return reachable <= self.hypotheses[-1].score
+
+
+def _placed(continuations: Sequence[_Continuation], num_places: int) -> list[_Continuation | None]:
+    """Give each continuation a place: the best of a beam its own, others what is free."""
+    places: list[_Continuation | None] = [None] * num_places
+    moving = []
+    for continuation in continuations:
+        if places[continuation.source] is None:
+            places[continuation.source] = continuation
+        else:
+            moving.append(continuation)
+    moving.reverse()  # the best one is taken first, from the end
+    for place, holder in enumerate(places):
+        if holder is None and moving:
+            places[place] = moving.pop()
+    return places + moving[::-1]

@@ -1,0 +1,42 @@
+"""Candidates: the likeliest next tokens of some rows of logits, and their log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 64  # columns that are looked at as one
+_MIN_BLOCKS_PER_CANDIDATE = 4  # with fewer, whole rows are looked at
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest log-probabilities of each row; a row's result depends on that row alone.
+
+    The `count` largest of a row lie in the `count` blocks with the largest maxima, so a maximum per block and a look
+    into few blocks replace the selection from whole rows, which takes longer than the softmax.
+
+    Args:
+        logits: [rows, vocab_size] fp32.
+        count: at most vocab_size are returned.
+
+    Returns:
+        token_ids: [rows, count] int64, best first.
+        logprobs: [rows, count] fp32, natural logarithms. Where a row held NaN or nothing finite, so do these.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    num_rows, vocab_size = logits.shape
+    count = min(count, vocab_size)
+    num_blocks = vocab_size // _BLOCK
+    if num_blocks < _MIN_BLOCKS_PER_CANDIDATE * count:
+        best = logprobs.topk(count, dim=-1)
+        return best.indices, best.values
+    whole = logprobs[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK)
+    blocks = whole.amax(dim=-1).topk(count, dim=-1).indices
+    picked = whole.gather(1, blocks[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+    token_ids = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    if rest := vocab_size - num_blocks * _BLOCK:
+        tail = torch.arange(vocab_size - rest, vocab_size, device=logits.device)
+        picked = torch.cat((picked, logprobs[:, -rest:]), dim=1)
+        token_ids = torch.cat((token_ids, tail.expand(num_rows, -1)), dim=1)
+    best = picked.topk(count, dim=-1)
+    return token_ids.gather(1, best.indices), best.values
