@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo_engine.api import EngineClient, EngineInfo, EngineStats
     from octavo_engine.async_engine import AsyncEngine
+    from octavo_engine.beam_params import BeamSearchParams
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import (
         CorruptModelFile,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "api": ("EngineClient", "EngineInfo", "EngineStats"),
     "async_engine": ("AsyncEngine",),
+    "beam_params": ("BeamSearchParams",),
     "config": ("EngineConfig",),
     "errors": (
         "CorruptModelFile",
@@ -67,6 +69,7 @@ _MODULES = {name: module for module, names in _EXPORTS.items() for name in names
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionDelta",
     "CompletionOutput",
     "CorruptModelFile",

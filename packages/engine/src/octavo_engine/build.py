@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from octavo_engine.api import EngineInfo
+from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig
@@ -87,7 +88,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
     )
-    text = _text_processor(source, tokenizer.result(), config, max_model_len=plan.max_model_len)
+    text = _text_processor(source, tokenizer.result(), config, plan)
     info = _describe(source, config, numerics, plan, model, started)
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
 
@@ -130,14 +131,19 @@ def _describe(
     )
 
 
-def _text_processor(source: Source, tokenizer: Tokenizer, config: EngineConfig, *, max_model_len: int) -> TextProcessor:
+def _text_processor(source: Source, tokenizer: Tokenizer, config: EngineConfig, plan: MemoryPlan) -> TextProcessor:
     advised = source.generation_config
     return TextProcessor(
         tokenizer,
         source.chat_template(),
-        max_model_len=max_model_len,
+        max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=source.config.vocab_size,
+        beam_limits=BeamLimits(
+            max_width=min(config.max_num_seqs, config.max_num_batched_tokens),
+            num_blocks=plan.num_blocks - 1,
+            block_size=config.block_size,
+        ),
         default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := advised.get(k)) is not None},
     )
 

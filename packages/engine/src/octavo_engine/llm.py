@@ -11,6 +11,7 @@ from typing import Any, Self, TypedDict
 from tqdm import tqdm
 
 from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequest, RequestFailed
@@ -38,6 +39,7 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | TokensPrompt
 Message = Mapping[str, Any]
+_Params = SamplingParams | BeamSearchParams
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class _Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -90,6 +93,7 @@ class _Running:
         choice.logprobs.extend(delta.logprobs or ())
         choice.finish_reason = delta.finish_reason
         choice.stop_reason = delta.stop_reason
+        choice.score = delta.score
         self.num_cached_tokens = delta.num_cached_tokens
 
     def output(self) -> RequestOutput:
@@ -105,6 +109,7 @@ class _Running:
                     logprobs=choice.logprobs if sampling.wants_logprobs else None,
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
+                    score=choice.score,
                 )
             )
         return RequestOutput(
@@ -180,6 +185,24 @@ class LLM:
         encoded = [(None, self._text.encode_chat(c, template_kwargs=template_kwargs)) for c in conversations]
         return self._run(self._requests(encoded, sampling))
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | Sequence[BeamSearchParams]
+    ) -> list[RequestOutput]:
+        """Search for the likeliest continuations of prompts; the choices of an output are hypotheses, best first.
+
+        The beams of a prompt share the blocks that they have in common, and all prompts of a call run at once.
+
+        Args:
+            prompts: one prompt or several: text, or `{"prompt_token_ids": [...]}`.
+            params: for all prompts, or one for each.
+
+        Raises:
+            InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
+            RequestFailed: if the engine could not compute one of them.
+        """
+        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
+        return self._run(self._requests(encoded, params))
+
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
         """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
         requests = [
@@ -227,19 +250,21 @@ class LLM:
     def _requests(
         self,
         encoded: Sequence[tuple[str | None, list[int]]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        sampling: _Params | Sequence[_Params] | None,
     ) -> list[_Running]:
         if sampling is None:
             sampling = SamplingParams(**self._text.default_sampling)
-        each = [sampling] * len(encoded) if isinstance(sampling, SamplingParams) else list(sampling)
+        if isinstance(sampling, SamplingParams | BeamSearchParams):
+            sampling = [sampling] * len(encoded)
+        each = list(sampling)
         if len(each) != len(encoded):
             raise InvalidRequest(
-                f"there are {len(encoded)} prompts and {len(each)} sampling parameters; give one, or one for each"
+                f"there are {len(encoded)} prompts and {len(each)} parameters; give one, or one for each"
             )
         running = []
         for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
             request = self._text.make_request(token_ids, own, request_id=self._next_id())
-            choices = [_Choice() for _ in range(own.n)]
+            choices = [_Choice() for _ in range(request.sampling.n)]
             running.append(_Running(place, request, prompt, self._text.stream(request), choices))
         return running
 

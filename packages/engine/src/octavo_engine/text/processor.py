@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from octavo_engine.beam_limits import BeamLimits
+from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.output import TextStream
@@ -36,6 +38,7 @@ class TextProcessor:
         max_num_seqs: the most samples one request may ask for.
         vocab_size: of the model; token ids must lie below it.
         default_sampling: values from the model's generation config that apply where a caller sets none.
+        beam_limits: what the engine can search at once; None checks nothing of it.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class TextProcessor:
         max_num_seqs: int,
         vocab_size: int,
         default_sampling: Mapping[str, Any] | None = None,
+        beam_limits: BeamLimits | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -55,6 +59,7 @@ class TextProcessor:
         self.default_sampling: Mapping[str, Any] = dict(default_sampling or {})
         self._chat_template = chat_template
         self._sampling_tokens = SamplingTokens(tokenizer, vocab_size)
+        self._beam_limits = beam_limits
 
     @property
     def has_chat_template(self) -> bool:
@@ -117,7 +122,7 @@ class TextProcessor:
     def make_request(
         self,
         prompt_token_ids: Sequence[int],
-        sampling: SamplingParams,
+        sampling: SamplingParams | BeamSearchParams,
         *,
         request_id: str,
         task: Task = "generate",
@@ -129,8 +134,12 @@ class TextProcessor:
 
         Raises:
             PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
-            InvalidRequest: if `n` is more than the engine runs at once, or a parameter does not fit the vocabulary.
+            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, or a parameter does not
+                fit the vocabulary.
         """
+        beams = None
+        if isinstance(sampling, BeamSearchParams):
+            beams, sampling = sampling, sampling.sampling()
         num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
         wanted = sampling.max_tokens
@@ -150,10 +159,14 @@ class TextProcessor:
                 f"n is {sampling.n}, at most {self.max_num_seqs} samples run at once; lower n", param="n"
             )
         sampling = self._sampling_tokens.resolve(sampling)
+        max_tokens = wanted or max(room, 1)
+        if beams is not None:
+            self._check_beams(beams, num_prompt_tokens, max_tokens)
         return Request(
             request_id=request_id,
             inputs=(TokenSpan(tuple(prompt_token_ids)),),
-            sampling=replace(sampling, max_tokens=wanted or max(room, 1)),
+            sampling=replace(sampling, max_tokens=max_tokens),
+            beams=beams,
             task=task,
             pooling=pooling,
             priority=priority,
@@ -163,6 +176,15 @@ class TextProcessor:
     def stream(self, request: Request) -> RequestStream:
         """Start to turn the engine's updates for a request into text."""
         return RequestStream(request, self.tokenizer)
+
+    def _check_beams(self, beams: BeamSearchParams, num_prompt_tokens: int, max_tokens: int) -> None:
+        if beams.beam_width > self.vocab_size:
+            raise InvalidRequest(
+                f"beam_width is {beams.beam_width}, the vocabulary has {self.vocab_size} tokens; lower beam_width",
+                param="beam_width",
+            )
+        if self._beam_limits is not None:
+            self._beam_limits.check(beams, num_prompt_tokens, max_tokens)
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
@@ -230,6 +252,7 @@ class RequestStream:
             num_cached_tokens=update.num_cached_tokens,
             times=update.times,
             prompt_logprobs=update.prompt_logprobs,
+            score=update.score,
         )
 
     def _visible(self, update: SequenceUpdate) -> tuple[tuple[int, ...], int | None]:

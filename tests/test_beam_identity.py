@@ -1,0 +1,171 @@
+"""Beam search of the whole engine on the real model, held against Transformers' `generate` in float32.
+
+The hypotheses of equal rank must be the same tokens, or have scores within `TIE`: float32 sums in another order swap
+beams that are as good as equal, and what follows from them. Such ties are counted and printed. Beside the model's own
+end token, the full stop and the comma end a hypothesis, so that short and long ones compete.
+
+A few prompts and settings, new ones in each run, are for every day; all of them are marked `slow`:
+
+    pytest tests/test_beam_identity.py -m slow -s
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import random
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from octavo_engine import LLM, BeamSearchParams
+from octavo_engine.weights.locate import locate_model
+
+pytestmark = pytest.mark.model
+
+TIE = 1e-3
+NUM_OUTPUT_TOKENS = 12
+NUM_PROMPTS = 30
+END_OF_TEXT = 2
+
+Tokens = tuple[int, ...]
+
+
+class Setting(NamedTuple):
+    """How to search."""
+
+    width: int
+    early_stopping: bool | str
+    length_penalty: float
+
+
+SETTINGS = [Setting(*s) for s in itertools.product((2, 4, 6), (True, False, "never"), (0.0, 1.0, 2.0))]
+
+
+class Found(NamedTuple):
+    """A hypothesis."""
+
+    token_ids: Tokens
+    score: float
+
+
+@pytest.fixture(scope="module")
+def llm() -> Any:
+    with LLM(show_progress=False, num_blocks=1500, block_size=8) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def stop_ids(llm: LLM) -> list[int]:
+    return [llm._text.encode_prompt(text)[0] for text in (".", ",")]
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[Tokens]:
+    ids = llm._text.encode_prompt(
+        "\n".join(inspect.getdoc(m) or inspect.getsource(m) for m in (textwrap, random, json))
+    )
+    rng = random.Random(30)
+    lengths = [rng.choice([1, 3, 7, 8, 9, 16, 17, 24, 33, 47]) for _ in range(NUM_PROMPTS)]
+    starts = [rng.randrange(len(ids) - length) for length in lengths]
+    return [tuple(ids[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """Transformers' model in float32 on the dequantised weights of the demo file."""
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+    path = Path(locate_model(None))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    return model.float().eval()
+
+
+def theirs(reference: Any, prompts: Sequence[Tokens], setting: Setting, stop_ids: list[int]) -> list[list[Found]]:
+    """Search with Transformers, prompts padded on the left."""
+    width = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), width), END_OF_TEXT), torch.zeros((len(prompts), width), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    ends = [END_OF_TEXT, *stop_ids]
+    with torch.inference_mode():
+        output = reference.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=NUM_OUTPUT_TOKENS,
+            num_beams=setting.width,
+            num_return_sequences=setting.width,
+            early_stopping=setting.early_stopping,
+            length_penalty=setting.length_penalty,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=END_OF_TEXT,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    found = []
+    for tokens, score in zip(output.sequences[:, width:].tolist(), output.sequences_scores.tolist(), strict=True):
+        length = next((place + 1 for place, token_id in enumerate(tokens) if token_id in ends), len(tokens))
+        found.append(Found(tuple(tokens[:length]), score))
+    return [found[i : i + setting.width] for i in range(0, len(found), setting.width)]
+
+
+def ours(llm: LLM, prompts: Sequence[Tokens], setting: Setting, stop_ids: list[int]) -> list[list[Found]]:
+    width, early_stopping, length_penalty = setting
+    params = BeamSearchParams(
+        beam_width=width,
+        max_tokens=NUM_OUTPUT_TOKENS,
+        early_stopping=early_stopping,  # type: ignore[arg-type]
+        length_penalty=length_penalty,
+        stop_token_ids=stop_ids,
+    )
+    outputs = llm.beam_search([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    return [[Found(tuple(choice.token_ids), choice.score or 0.0) for choice in output.outputs] for output in outputs]
+
+
+def check(ours: list[list[Found]], theirs: list[list[Found]]) -> int:
+    """Compare hypothesis by hypothesis; return the number of ties."""
+    num_ties = 0
+    for own, other in zip(ours, theirs, strict=True):
+        for mine, their in zip(own, other, strict=True):
+            assert mine.score == pytest.approx(their.score, abs=TIE)
+            num_ties += mine.token_ids != their.token_ids
+    return num_ties
+
+
+def test_some_searches_equal_transformers(llm: LLM, reference: Any, prompts: list[Tokens], stop_ids: list[int]) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    num_ties, few = 0, rng.sample(prompts, 3)
+    settings = [
+        setting._replace(width=width) for setting, width in zip(rng.sample(SETTINGS, 3), (2, 4, 6), strict=True)
+    ]
+    for setting in settings:
+        num_ties += check(ours(llm, few, setting, stop_ids), theirs(reference, few, setting, stop_ids))
+    print(f"\nseed {seed}: {num_ties} ties among {3 * (2 + 4 + 6)} hypotheses")
+    assert num_ties <= 4
+    assert llm.stats().cache.num_used == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_all_searches_equal_transformers(
+    llm: LLM, reference: Any, prompts: list[Tokens], stop_ids: list[int], setting: Setting
+) -> None:
+    num_ties = 0
+    own = ours(llm, prompts, setting, stop_ids)
+    for start in range(0, NUM_PROMPTS, 10):
+        part = slice(start, start + 10)
+        num_ties += check(own[part], theirs(reference, prompts[part], setting, stop_ids))
+    print(f"\n{setting}: {num_ties} ties among {NUM_PROMPTS * setting.width} hypotheses")
+    assert num_ties <= 0.02 * NUM_PROMPTS * setting.width
