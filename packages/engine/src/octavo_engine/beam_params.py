@@ -8,10 +8,11 @@ from typing import Literal
 
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.sampling_checks import check_float, check_int
-from octavo_engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from octavo_engine.sampling_params import SamplingParams
 
 EarlyStopping = bool | Literal["never"]
 MAX_BEAM_STOP_TOKENS = 16
+MAX_BEAM_LOGPROBS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class BeamSearchParams:
                     "keeps beam_width hypotheses: raise beam_width or lower num_return_sequences",
                     param="num_return_sequences",
                 )
-        check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        check_int("logprobs", self.logprobs, 0, MAX_BEAM_LOGPROBS, optional=True)
         if len(self.stop_token_ids) > MAX_BEAM_STOP_TOKENS:
             raise InvalidRequest(
                 f"stop_token_ids has {len(self.stop_token_ids)} ids, with beams at most {MAX_BEAM_STOP_TOKENS} go",

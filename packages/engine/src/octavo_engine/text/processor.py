@@ -134,8 +134,8 @@ class TextProcessor:
 
         Raises:
             PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
-            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, or a parameter does not
-                fit the vocabulary.
+            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, or a parameter does
+                not fit the vocabulary.
         """
         beams = None
         if isinstance(sampling, BeamSearchParams):
