@@ -3,6 +3,7 @@
 from octavo_kernels._dispatch import Backend, Fallback, available_backends, choose, fallbacks
 from octavo_kernels.activation import gelu, gelu_and_mul, silu_and_mul
 from octavo_kernels.attention import paged_attention, varlen_attention
+from octavo_kernels.bitmask import apply_token_bitmask
 from octavo_kernels.cache_ops import copy_blocks, gather_kv, write_kv
 from octavo_kernels.cpu.load import isa as cpu_isa
 from octavo_kernels.errors import (
@@ -41,6 +42,7 @@ __all__ = [
     "ShapeError",
     "WeightFormat",
     "add_rms_norm",
+    "apply_token_bitmask",
     "available_backends",
     "choose",
     "copy_blocks",

@@ -67,6 +67,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "gumbel_noise": "noise",
         "gumbel_noise_at": "noise",
         "sample_tokens": "sampling",
+        "apply_token_bitmask": "bitmask",
     }
 )
 
@@ -74,7 +75,9 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
     {
         Backend.REFERENCE: frozenset(_STEMS),
         Backend.CPU: frozenset(_STEMS),
-        Backend.TRITON: frozenset({"paged_attention", "varlen_attention", "write_kv", "rope_kv_write"}),
+        Backend.TRITON: frozenset(
+            {"paged_attention", "varlen_attention", "write_kv", "rope_kv_write", "apply_token_bitmask"}
+        ),
         Backend.CUDA: frozenset(),
     }
 )

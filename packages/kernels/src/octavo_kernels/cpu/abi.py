@@ -22,6 +22,7 @@ class OpKind(IntEnum):
     NOISE = 8
     NOISE_AT = 9
     SAMPLE_TOKENS = 10
+    APPLY_TOKEN_BITMASK = 11
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -131,3 +132,9 @@ class SampleTokensArgs(ctypes.Structure):
         "logits source_rows temperature top_k top_p min_p seeds sequence_index positions token_ids best",
         "logits_stride vocab_size",
     )
+
+
+class ApplyTokenBitmaskArgs(ctypes.Structure):
+    """Arguments of APPLY_TOKEN_BITMASK."""
+
+    _fields_ = _fields("logits bitmask rows", "logits_stride bitmask_stride vocab_size")

@@ -183,6 +183,15 @@ struct SampleTokensArgs {  // rows: draws
   int64_t vocab_size;
 };
 
+struct ApplyTokenBitmaskArgs {  // rows: masks
+  float* logits;                // [rows of logits, vocab_size], changed in place
+  const int32_t* bitmask;       // [masks, words], 1 allows a token
+  const int64_t* rows;          // [masks], the row of logits that each is for; null: its own
+  int64_t logits_stride;
+  int64_t bitmask_stride;
+  int64_t vocab_size;
+};
+
 // ---- the table of ops: the number of each is part of the ABI --------------------------------------------------------
 
 enum class OpKind : int32_t {
@@ -197,6 +206,7 @@ enum class OpKind : int32_t {
   kNoise = 8,
   kNoiseAt = 9,
   kSampleTokens = 10,
+  kApplyTokenBitmask = 11,
 };
 
 struct Op {
@@ -217,5 +227,6 @@ void paged_attention(const PagedAttentionArgs&, int64_t num_rows, int64_t num_se
 void noise(const NoiseArgs&, int64_t num_rows, Team&);
 void noise_at(const NoiseAtArgs&, int64_t num_values, Team&);
 void sample_tokens(const SampleTokensArgs&, int64_t num_rows, Team&);
+void apply_token_bitmask(const ApplyTokenBitmaskArgs&, int64_t num_masks, Team&);
 
 }  // namespace octavo

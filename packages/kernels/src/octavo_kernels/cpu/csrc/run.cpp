@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 struct Job {
   const Op* ops;
@@ -45,6 +45,8 @@ void run_op(const Op& op, const Step* step, Team& team) {
       return noise_at(*static_cast<const NoiseAtArgs*>(op.args), num_rows, team);
     case OpKind::kSampleTokens:
       return sample_tokens(*static_cast<const SampleTokensArgs*>(op.args), num_rows, team);
+    case OpKind::kApplyTokenBitmask:
+      return apply_token_bitmask(*static_cast<const ApplyTokenBitmaskArgs*>(op.args), num_rows, team);
   }
 }
 
