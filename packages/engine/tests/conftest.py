@@ -47,6 +47,28 @@ def transformers_demo(demo_path: Path, transformers_with_gguf: Any) -> Any:
     return transformers_with_gguf.AutoTokenizer.from_pretrained(demo_path.parent, gguf_file=demo_path.name)
 
 
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small SentencePiece BPE model that falls back to bytes, as Llama 2's does."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="SentencePiece trains the model")
+    folder = tmp_path_factory.mktemp("spm")
+    words = "the quick brown fox jumps over the lazy dog and says hello world to everyone in the whole wide world"
+    lines = [" ".join(words.split()[i:] + words.split()[:i]) for i in range(20)]
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return folder
+
+
 def _string(text: str) -> bytes:
     data = text.encode("utf-8")
     return struct.pack("<Q", len(data)) + data
@@ -162,6 +184,15 @@ def tiny_metadata(pre: str = "smollm") -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file of the tiny llama, for tests that run it."""
+    path: Path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    metadata = tiny_metadata()
+    path.write_bytes(gguf_bytes(metadata, tiny_tensors(len(metadata["tokenizer.ggml.tokens"]))))
+    return path
 
 
 @pytest.fixture

@@ -207,28 +207,6 @@ SPM_TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small SentencePiece BPE model that falls back to bytes, as Llama 2's does."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="SentencePiece trains the model")
-    folder = tmp_path_factory.mktemp("spm")
-    words = "the quick brown fox jumps over the lazy dog and says hello world to everyone in the whole wide world"
-    lines = [" ".join(words.split()[i:] + words.split()[:i]) for i in range(20)]
-    (folder / "corpus.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=360,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return folder
-
-
-@pytest.fixture(scope="session")
 def sentencepiece_model(sentencepiece_folder: Path) -> Any:
     import sentencepiece
 

@@ -81,19 +81,20 @@ def test_nothing_to_mask(device):
     assert torch.equal(ok.apply_token_bitmask(logits.clone(), none, rows=rows), logits)
 
 
-@pytest.mark.parametrize(
-    ("logits", "bitmask", "rows", "error", "message"),
-    [
-        (torch.zeros(2, 64), torch.zeros(2, 1, dtype=torch.int32), None, ok.OptionError, "at least 2"),
-        (torch.zeros(2, 64), torch.zeros(1, 2, dtype=torch.int32), None, ok.ShapeError, "bitmask has shape"),
-        (torch.zeros(2, 64), torch.zeros(2, 2), None, ok.DtypeError, "bitmask has dtype"),
-        (torch.zeros(2, 64).half(), torch.zeros(2, 2, dtype=torch.int32), None, ok.DtypeError, "logits has dtype"),
-        (torch.zeros(64), torch.zeros(2, 2, dtype=torch.int32), None, ok.ShapeError, "logits has shape"),
-        (torch.zeros(2, 64), torch.zeros(2, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), ok.ShapeError, "rows"),
-        (torch.zeros(2, 64), torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2), ok.DtypeError, "rows has dtype"),
-    ],
-    ids=["few words", "few masks", "mask dtype", "logits dtype", "rank", "rows", "rows dtype"],
-)  # fmt: skip
+LOGITS, MASKS = torch.zeros(2, 64), torch.zeros(2, 2, dtype=torch.int32)
+REFUSED = {
+    "few words": (LOGITS, MASKS[:, :1], None, ok.OptionError, "at least 2"),
+    "few masks": (LOGITS, MASKS[:1], None, ok.ShapeError, "bitmask has shape"),
+    "mask dtype": (LOGITS, MASKS.float(), None, ok.DtypeError, "bitmask has dtype"),
+    "logits dtype": (LOGITS.half(), MASKS, None, ok.DtypeError, "logits has dtype"),
+    "rank": (LOGITS[0], MASKS, None, ok.ShapeError, "logits has shape"),
+    "rows": (LOGITS, MASKS, torch.zeros(1, dtype=torch.int64), ok.ShapeError, "rows"),
+    "rows dtype": (LOGITS, MASKS, torch.zeros(2), ok.DtypeError, "rows has dtype"),
+    "stride": (LOGITS, MASKS.T.contiguous().T, None, ok.ShapeError, "bitmask has stride"),
+}
+
+
+@pytest.mark.parametrize(("logits", "bitmask", "rows", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_does_not_fit_is_refused(logits, bitmask, rows, error, message):
     with pytest.raises(error, match=message):
         ok.apply_token_bitmask(logits, bitmask, rows=rows)

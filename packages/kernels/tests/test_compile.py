@@ -18,13 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from octavo_kernels.triton.attention import _attend
+from octavo_kernels.triton.bitmask import _mask
 from octavo_kernels.triton.cache_ops import _write
 from octavo_kernels.triton.rope import _rope_write
 
 POINTERS = {
     "query_start_loc": "*i32", "key_lens": "*i32", "block_table": "*i32", "positions": "*i64", "slot_mapping": "*i64",
     "cos_sin": "*fp32", "lse_ptr": "*fp32", "sinks_ptr": "*fp32", "slopes_ptr": "*fp32", "k_scale_ptr": "*fp32",
-    "v_scale_ptr": "*fp32",
+    "v_scale_ptr": "*fp32", "logits": "*fp32", "bitmask": "*i32", "rows": "*i64",
 }
 TENSORS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_cache", "v_cache", "q_weight", "k_weight")
 
@@ -61,6 +62,7 @@ KERNELS = {
         {"HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "BLOCK_D": 128, "BLOCK_HALF": 64, "INTERLEAVED": False}, 1,
     ),
     "write_kv": lambda: compile_for_hopper(_write, {"HEAD_DIM": 128, "BLOCK_SIZE": 16, "BLOCK_D": 128}, 1),
+    "apply_token_bitmask": lambda: compile_for_hopper(_mask, {"BLOCK": 4096}, 4),
 }
 for name, build in KERNELS.items():
     compiled = build()
@@ -69,7 +71,15 @@ for name, build in KERNELS.items():
     open(path + ".ptx", "w").write(compiled.asm["ptx"])
     print(name, compiled.metadata.shared, sep="|")
 """
-NAMES = ("decode", "decode with all options", "prefill", "prefill with all options", "rope_kv_write", "write_kv")
+NAMES = (
+    "decode",
+    "decode with all options",
+    "prefill",
+    "prefill with all options",
+    "rope_kv_write",
+    "write_kv",
+    "apply_token_bitmask",
+)
 
 
 @pytest.fixture(scope="module")

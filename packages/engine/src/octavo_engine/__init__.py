@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from octavo_engine.llm import LLM
+    from octavo_engine.structured.params import StructuredOutputsParams
     from octavo_engine.types import (
         CompletionDelta,
         CompletionOutput,
@@ -53,6 +54,7 @@ _EXPORTS = {
         "UnsupportedModel",
     ),
     "llm": ("LLM",),
+    "structured.params": ("StructuredOutputsParams",),
     "types": (
         "CompletionDelta",
         "CompletionOutput",
@@ -89,6 +91,7 @@ __all__ = [
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "UnsupportedModel",
 ]

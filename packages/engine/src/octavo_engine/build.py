@@ -22,6 +22,7 @@ from octavo_engine.quant.choose import choose_method, has_native_products, nativ
 from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.weights.load import load_model
@@ -71,6 +72,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     specs = model.kv_cache_specs(numerics.kv_dtype)
     plan = _plan(config, source.config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
+    grammars = GrammarCompiler(
+        tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
+    )
     runner = ModelRunner(
         model,
         KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device),
@@ -78,6 +82,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         device=device,
+        grammars=grammars,
     )
     root = digest.result() + numerics.root
     cache = CacheManager(plan.num_blocks, config.block_size, prefix_cache=config.prefix_cache, root=root)
@@ -88,7 +93,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
     )
-    text = _text_processor(source, tokenizer.result(), config, plan)
+    text = _text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, model, started)
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
 
@@ -131,7 +136,9 @@ def _describe(
     )
 
 
-def _text_processor(source: Source, tokenizer: Tokenizer, config: EngineConfig, plan: MemoryPlan) -> TextProcessor:
+def _text_processor(
+    source: Source, tokenizer: Tokenizer, grammars: GrammarCompiler, config: EngineConfig, plan: MemoryPlan
+) -> TextProcessor:
     advised = source.generation_config
     return TextProcessor(
         tokenizer,
@@ -145,6 +152,7 @@ def _text_processor(source: Source, tokenizer: Tokenizer, config: EngineConfig, 
             block_size=config.block_size,
         ),
         default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := advised.get(k)) is not None},
+        grammars=grammars,
     )
 
 

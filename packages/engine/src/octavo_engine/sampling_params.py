@@ -16,6 +16,7 @@ from octavo_engine.sampling_checks import (
     checked_list,
     checked_strings,
 )
+from octavo_engine.structured.params import StructuredOutputsParams
 
 MAX_STOP_STRINGS = 16
 MAX_LIST_ITEMS = 1024
@@ -77,6 +78,7 @@ class SamplingParams:
     logprob_token_ids: Sequence[int] = ()
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if self.top_k == -1:
@@ -174,6 +176,20 @@ class SamplingParams:
                 )
         if self.mirostat_mode:
             self._check_mirostat_alone()
+        if self.structured_outputs is not None:
+            self._check_structured_outputs()
+
+    def _check_structured_outputs(self) -> None:
+        """Refuse what would keep a text from ending where its grammar ends."""
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise InvalidRequest(
+                f"structured_outputs must be StructuredOutputsParams, got {type(self.structured_outputs).__name__}",
+                param="structured_outputs",
+            )
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise InvalidRequest(f"{name} contradicts structured_outputs, whose grammar says where the text ends;"
+                                     f" leave {name} out", param=name)  # fmt: skip
 
     def _check_mirostat_alone(self) -> None:
         others = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "xtc_probability": 0.0}

@@ -49,6 +49,10 @@ class Answer:
             if self._logprobs is not None and entry is not None:
                 self._logprobs[place] = (entry,)
 
+    def add_forced(self, place: int, token_ids: list[int]) -> None:
+        """Put tokens behind the one that was drawn."""
+        self._token_ids[place] += tuple(token_ids)
+
     def add_states(self, places: NDArray[np.int64], states: Mapping[int, float]) -> None:
         """Put the states of some draws, by their index among the ascending `places`, where they belong."""
         for index, state in states.items():

@@ -25,6 +25,7 @@ from octavo_engine.runner.sampler import Drawn, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.runner.step_buffers import StepBuffers
 from octavo_engine.runner.step_rows import StepRows
+from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_kvcache import group_specs
 from octavo_kvcache.storage import KVStorage
 
@@ -39,6 +40,9 @@ class ModelRunner:
         max_num_batched_tokens: tokens that a step can compute.
         max_model_len: tokens that a sequence can have; the model's table of positions must reach as far.
         device: where the model and the storage are.
+        grammars: makes the matchers of requests with structured output; None if there are none.
+        jumps_ahead: whether tokens that a grammar forces follow a drawn one without a step of their own. Only for an
+            executor with one step in flight: later ones would have been scheduled without them.
 
     Attributes:
         forward: what runs the model.
@@ -53,11 +57,14 @@ class ModelRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         device: torch.device | str = "cpu",
+        grammars: GrammarCompiler | None = None,
+        jumps_ahead: bool = True,
     ) -> None:
         assert max_model_len <= model.config.max_position_embeddings
         self.model = model
         self.storage = storage
         self.device = torch.device(device)
+        self._max_model_len = max_model_len
         kv_layers, num_groups = _kv_layers(model, storage)
         max_num_blocks = -(-max_model_len // storage.block_size)
         self._rows = Rows(
@@ -75,10 +82,11 @@ class ModelRunner:
             device=self.device,
         )
         self.forward: Forward = make_forward(model, self._inputs, self.device)
-        self._sampling = SamplingRows(self._rows.token_ids, model.config.vocab_size, self.device)
+        self._sampling = SamplingRows(self._rows.token_ids, model.config.vocab_size, self.device, grammars)
         self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
         self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_logits, max_num_seqs)
+        self._jumps_ahead = jumps_ahead
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
         """Run one step: update the rows, compute, draw, append.
@@ -111,7 +119,7 @@ class ModelRunner:
         else:
             drawn = self._draw(self.forward(model_input), rows, ends.astype(np.int64))
         answer = Answer(len(rows))
-        self._add_drawn(answer, np.arange(len(rows)), rows, drawn)
+        self._add_drawn(answer, np.arange(len(rows)), rows, ends, drawn)
         return answer.output()
 
     @torch.inference_mode()
@@ -148,7 +156,7 @@ class ModelRunner:
         num_candidates = self._rows.num_candidates[rows]
         searching = np.flatnonzero(num_candidates)
         if not len(searching):
-            self._add_drawn(answer, places, rows, self._draw(hidden, rows, positions, shared))
+            self._add_drawn(answer, places, rows, positions, self._draw(hidden, rows, positions, shared))
             return
         sources = searching if shared is None else shared[searching]
         logits = self._make_logits(_rows_of(hidden, sources))
@@ -157,7 +165,7 @@ class ModelRunner:
         if len(drawing):
             sources, shared = np.unique(drawing if shared is None else shared[drawing], return_inverse=True)
             drawn = self._draw(_rows_of(hidden, sources), rows[drawing], positions[drawing], shared)
-            self._add_drawn(answer, places[drawing], rows[drawing], drawn)
+            self._add_drawn(answer, places[drawing], rows[drawing], positions[drawing], drawn)
 
     def _update(self, batch: ScheduledBatch) -> None:
         if batch.finished:
@@ -202,10 +210,30 @@ class ModelRunner:
     def _make_logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden, out=self._logits.rows(len(hidden)))
 
-    def _add_drawn(self, answer: Answer, places: NDArray[np.int64], rows: NDArray[np.int64], drawn: Drawn) -> None:
-        """Put a draw of some rows, which was appended, in its places of the answer."""
+    def _add_drawn(
+        self,
+        answer: Answer,
+        places: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64] | NDArray[np.int32],
+        drawn: Drawn,
+    ) -> None:
+        """Put a draw of some rows, which was appended, in its places of the answer, and what must follow behind it."""
         answer.add_drawn(places, drawn)
+        if self._jumps_ahead:
+            for index, token_ids in self._sampling.forced(rows).items():
+                if drawn.sound[index]:
+                    room = self._max_model_len - int(positions[index]) - 1
+                    self._follow(int(rows[index]), int(positions[index]) + 1, token_ids[:room])
+                    answer.add_forced(int(places[index]), token_ids[:room])
         answer.add_states(places, self._sampling.states(rows))
+
+    def _follow(self, row: int, position: int, token_ids: list[int]) -> None:
+        """Append tokens that were not drawn to a row, from a position on."""
+        one = np.array([row])
+        for offset, token_id in enumerate(token_ids):
+            self._rows.append(one, np.array([position + offset]), np.array([token_id]))
+            self._sampling.append(one, np.array([token_id]))
 
     def _append(self, rows: NDArray[np.int64], positions: NDArray[np.int64] | NDArray[np.int32], drawn: Drawn) -> None:
         token_ids = drawn.token_ids

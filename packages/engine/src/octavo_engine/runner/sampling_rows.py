@@ -13,9 +13,11 @@ from octavo_engine.batch import NewRow
 from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.rules.distribution import filters_whole_rows
+from octavo_engine.runner.rules.grammar import GrammarRule
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.structured.compiler import GrammarCompiler
 
 _MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
 
@@ -56,18 +58,27 @@ class SamplingRows:
         token_ids: [max_num_rows, max_num_tokens + 1] int32, the known tokens of every row; not modified.
         vocab_size: columns of the logits.
         device: where the logits are.
+        grammars: makes the matchers of rows with a constraint.
     """
 
-    def __init__(self, token_ids: NDArray[np.int32], vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        token_ids: NDArray[np.int32],
+        vocab_size: int,
+        device: torch.device,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         max_num_rows = len(token_ids)
         self._vocab_size = vocab_size
         self._special: set[int] = set()  # rows that want more than the arg-max of the logits as they are
+        self._may_jump: set[int] = set()  # rows whose forced tokens need no draw
         self._fractions = np.zeros((3, max_num_rows), np.float32)  # temperature, top_p, min_p
         self._integers = np.zeros((3, max_num_rows), np.int64)  # top_k, seed, sequence index
         self._wants_logprobs = np.zeros(max_num_rows, np.bool_)
         self._sampling: dict[int, SamplingParams] = {}  # of the rows that want log-probabilities
         self._mirostat = MirostatRule()
-        self._rules = make_rules(token_ids, vocab_size, device, self._mirostat)
+        self._grammar = GrammarRule(max_num_rows, vocab_size, grammars)
+        self._rules = make_rules(token_ids, vocab_size, device, self._mirostat, self._grammar)
 
     def add(self, new: NewRow) -> None:
         """Fill a row, whatever it held before."""
@@ -82,6 +93,10 @@ class SamplingRows:
         if sampling.wants_logprobs:
             self._sampling[row] = sampling
         ruled = self._rules.add(new)
+        if sampling.structured_outputs is not None and not sampling.wants_logprobs and not sampling.mirostat_mode:
+            self._may_jump.add(row)
+        else:
+            self._may_jump.discard(row)
         if sampling.greedy and not sampling.wants_logprobs and not ruled:
             self._special.discard(row)
         else:
@@ -91,6 +106,7 @@ class SamplingRows:
         """Forget what rows whose sequences have left wanted."""
         left = self._special.intersection(rows)
         self._special -= left
+        self._may_jump -= left
         self._rules.release(left)
         self._mirostat.release(left)
 
@@ -138,6 +154,16 @@ class SamplingRows:
         """Take in one drawn token for each of some different rows."""
         if self._special:
             self._rules.append(rows, token_ids)
+
+    def forced(self, rows: NDArray[np.int64]) -> dict[int, list[int]]:
+        """Return the tokens that must come next in some rows, by place; most rows have none.
+
+        Rows that want log-probabilities, or whose draws depend on those of earlier ones, draw them like any others.
+        """
+        if not self._may_jump:
+            return {}
+        jumping = [(place, row) for place, row in enumerate(rows.tolist()) if row in self._may_jump]
+        return {place: token_ids for place, row in jumping if (token_ids := self._grammar.forced(row))}
 
     def states(self, rows: NDArray[np.int64]) -> dict[int, float]:
         """Return what the next draw of some rows depends on beside their tokens, by place; most rows have nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ TIME_BUDGET = 5.0
 """Seconds that one constraint may take to compile; llguidance's own limits bound its memory and each later mask."""
 
 _NUM_THREADS = 2
+_MAX_REASON = 500  # characters; llguidance repeats what it was given
 
 
 class GrammarCompiler:
@@ -106,7 +108,7 @@ class GrammarCompiler:
 
     def _compile(self, params: StructuredOutputsParams, vocabulary: LLTokenizer) -> LLMatcher:
         try:
-            matcher = start(grammar_of(params, vocabulary), vocabulary)
+            matcher = start(grammar_of(params, self._tokenizer), vocabulary)
             first = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         except RecursionError as error:
             raise InvalidRequest("structured_outputs is nested too deeply", param="structured_outputs") from error
@@ -127,7 +129,8 @@ def start(grammar: str, vocabulary: LLTokenizer) -> LLMatcher:
 
 def error_of(matcher: LLMatcher) -> str:
     """Return why a matcher is in error, without llguidance's internals."""
-    return matcher.get_error().split("\n<")[0].strip()
+    reason = re.split(r"\n<|\n +while processing", matcher.get_error())[0].strip()
+    return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
 
 
 def _refuse(params: StructuredOutputsParams, vocabulary: LLTokenizer, reason: str) -> NoReturn:
@@ -137,9 +140,7 @@ def _refuse(params: StructuredOutputsParams, vocabulary: LLTokenizer, reason: st
         found = find_keyword(json.loads(params.json), lambda schema: _error_in(schema, params, vocabulary))
         refuse(*(found or ("", reason)))
     kind = next(kind for kind in KINDS if getattr(params, kind))
-    raise InvalidRequest(
-        f"structured_outputs.{kind}: {reason}", param="structured_outputs", code="invalid_grammar"
-    )
+    raise InvalidRequest(f"structured_outputs.{kind}: {reason}", param="structured_outputs", code="invalid_grammar")
 
 
 def _error_in(schema: Any, params: StructuredOutputsParams, vocabulary: LLTokenizer) -> str | None:

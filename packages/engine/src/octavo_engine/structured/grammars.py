@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.structured.json_schema import SchemaTree, simplified
 from octavo_engine.structured.params import StructuredOutputsParams
+from octavo_engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 _STRINGS = "begin", "end"
 
 
-def grammar_of(params: StructuredOutputsParams, vocabulary: LLTokenizer) -> str:
+def grammar_of(params: StructuredOutputsParams, tokenizer: Tokenizer) -> str:
     """Return the grammar of a constraint, in llguidance's own form.
 
     Raises:
@@ -38,7 +39,7 @@ def grammar_of(params: StructuredOutputsParams, vocabulary: LLTokenizer) -> str:
     if params.grammar is not None:
         return _written_grammar(params.grammar)
     assert isinstance(params.structural_tag, str)
-    return _tags_grammar(json.loads(params.structural_tag), vocabulary)
+    return _tags_grammar(json.loads(params.structural_tag), tokenizer)
 
 
 def json_grammar(schema: Any, whitespace_pattern: str | None) -> str:
@@ -77,7 +78,7 @@ def _written_grammar(text: str) -> str:
         raise InvalidRequest(f"structured_outputs.grammar: {error}", param="structured_outputs") from error
 
 
-def _tags_grammar(spec: Any, vocabulary: LLTokenizer) -> str:
+def _tags_grammar(spec: Any, tokenizer: Tokenizer) -> str:
     """Return the grammar of structural tags: free text up to a trigger, then one of the tags that begin with it."""
     from llguidance import StructTag
 
@@ -92,15 +93,10 @@ def _tags_grammar(spec: Any, vocabulary: LLTokenizer) -> str:
         SchemaTree(schema)
         grammar = {**_plain(schema), "x-guidance": _options(None)}
         tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=end))
-    special = [text for text in triggers if _is_special(text, vocabulary)]
+    special = [text for text in triggers if tokenizer.token_id(text) in tokenizer.special_token_ids]
     if special and special != triggers:
         _refuse_tag("triggers must be all special tokens of the model, or none of them")
     return StructTag.to_grammar(tags, assume_special=bool(special))
-
-
-def _is_special(text: str, vocabulary: LLTokenizer) -> bool:
-    token_ids = vocabulary.tokenize_str(text, parse_special=True)
-    return len(token_ids) == 1 and vocabulary.is_special_token(token_ids[0])
 
 
 def _tag_lists(spec: Any) -> tuple[Sequence[Mapping[str, Any]], Sequence[str]]:

@@ -12,6 +12,8 @@ from typing import Any
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.structured.compiler import GrammarCompiler
+from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.output import TextStream
 from octavo_engine.text.sampling_tokens import SamplingTokens
@@ -39,6 +41,7 @@ class TextProcessor:
         vocab_size: of the model; token ids must lie below it.
         default_sampling: values from the model's generation config that apply where a caller sets none.
         beam_limits: what the engine can search at once; None checks nothing of it.
+        grammars: compiles the constraints of structured output; None refuses them.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class TextProcessor:
         vocab_size: int,
         default_sampling: Mapping[str, Any] | None = None,
         beam_limits: BeamLimits | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -60,6 +64,7 @@ class TextProcessor:
         self._chat_template = chat_template
         self._sampling_tokens = SamplingTokens(tokenizer, vocab_size)
         self._beam_limits = beam_limits
+        self._grammars = grammars
 
     @property
     def has_chat_template(self) -> bool:
@@ -134,8 +139,9 @@ class TextProcessor:
 
         Raises:
             PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
-            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, or a parameter does
-                not fit the vocabulary.
+            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, a parameter does not fit
+                the vocabulary, or structured output cannot be had as it is asked for (to compile it may take seconds,
+                the first time).
         """
         beams = None
         if isinstance(sampling, BeamSearchParams):
@@ -162,6 +168,8 @@ class TextProcessor:
         max_tokens = wanted or max(room, 1)
         if beams is not None:
             self._check_beams(beams, num_prompt_tokens, max_tokens)
+        if sampling.structured_outputs is not None:
+            self._check_constraint(sampling.structured_outputs)
         return Request(
             request_id=request_id,
             inputs=(TokenSpan(tuple(prompt_token_ids)),),
@@ -172,6 +180,11 @@ class TextProcessor:
             priority=priority,
             salt=salt,
         )
+
+    def _check_constraint(self, params: StructuredOutputsParams) -> None:
+        if self._grammars is None:
+            raise InvalidRequest("structured output is not served here", param="structured_outputs")
+        self._grammars.check(params)
 
     def stream(self, request: Request) -> RequestStream:
         """Start to turn the engine's updates for a request into text."""

@@ -14,6 +14,7 @@ from octavo_engine.runner.rules.bad_words import BadWordsRule
 from octavo_engine.runner.rules.base import LogitChange, LogitRule
 from octavo_engine.runner.rules.distribution import DistributionRule
 from octavo_engine.runner.rules.dry import DryRule
+from octavo_engine.runner.rules.grammar import GrammarRule
 from octavo_engine.runner.rules.logit_bias import LogitBiasRule
 from octavo_engine.runner.rules.min_tokens import MinTokensRule
 from octavo_engine.runner.rules.mirostat import MirostatRule
@@ -22,18 +23,23 @@ from octavo_engine.runner.rules.processors import ProcessorsRule
 
 
 def make_rules(
-    token_ids: NDArray[np.int32], vocab_size: int, device: torch.device, mirostat: MirostatRule
+    token_ids: NDArray[np.int32],
+    vocab_size: int,
+    device: torch.device,
+    mirostat: MirostatRule,
+    grammar: GrammarRule,
 ) -> LogitRules:
     """Return every rule there is, in order.
 
     The order is vLLM's: what is forbidden, then what is added, then penalties. A request's own functions see the
-    result, and the filters theirs.
+    result, and the filters theirs. Grammars come after the functions, which therefore cannot leave them.
 
     Args:
         token_ids: [max_num_rows, max_num_tokens + 1] int32, the known tokens of every row; not modified.
         vocab_size: columns of the logits.
         device: where the logits are.
         mirostat: the rule whose state outlives its rows.
+        grammar: the rule that also knows what must come next.
     """
     max_num_rows = len(token_ids)
     return LogitRules(
@@ -46,6 +52,7 @@ def make_rules(
             PenaltyRule(max_num_rows, vocab_size, device),
             DryRule(),
             ProcessorsRule(token_ids),
+            grammar,
             DistributionRule(device),
             mirostat,
         ),

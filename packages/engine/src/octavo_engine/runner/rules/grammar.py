@@ -1,0 +1,117 @@
+"""GrammarRule: the grammars of the rows that have one, and which tokens they allow next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.batch import NewRow
+from octavo_engine.errors import InvalidRequest
+from octavo_engine.runner.rules.base import RowsFailed
+from octavo_engine.runner.rules.changes import on_device
+from octavo_engine.structured.compiler import GrammarCompiler, error_of
+from octavo_kernels import apply_token_bitmask
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """The tokens that grammars allow some rows of a step's logits.
+
+    Attributes:
+        places: [num_rows] int64, rows of the logits.
+        bitmask: [num_rows, num_words] int32, on the host.
+        errors: why no mask could be made, by place.
+    """
+
+    places: NDArray[np.int64]
+    bitmask: Tensor
+    errors: Mapping[int, str]
+
+    def apply(self, logits: Tensor) -> None:
+        """Remove the other tokens from logits [draws, vocab_size]; raise RowsFailed for rows without a mask."""
+        apply_token_bitmask(logits, self.bitmask.to(logits.device), rows=on_device(self.places, logits))
+        if self.errors:
+            raise RowsFailed(self.errors)
+
+
+class GrammarRule:
+    """A matcher for each row with a constraint; it follows the row's output.
+
+    A row that enters with output, as it does after preemption, has its matcher follow that first.
+
+    Args:
+        max_num_rows: rows there can be.
+        vocab_size: columns of the logits.
+        grammars: makes matchers; None where no request may have a constraint.
+    """
+
+    def __init__(self, max_num_rows: int, vocab_size: int, grammars: GrammarCompiler | None) -> None:
+        self._shape = (max_num_rows, -(-vocab_size // 32))
+        self._grammars = grammars
+        self._matchers: dict[int, LLMatcher] = {}
+        self._refused: dict[int, str] = {}
+        self._bitmask: Tensor | None = None
+        self._executor: LLExecutor | None = None
+
+    def add(self, new: NewRow) -> bool:
+        """Fill a row; True if its text is constrained."""
+        params = new.sampling.structured_outputs
+        self._matchers.pop(new.row, None)
+        self._refused.pop(new.row, None)
+        if params is None:
+            return False
+        assert self._grammars is not None, "a request with a constraint reached a runner without grammars"
+        try:
+            matcher = self._grammars.matcher(params)
+        except InvalidRequest as error:  # it was compiled at submission; a later failure ends this request alone
+            self._refused[new.row] = str(error)
+            return True
+        matcher.consume_tokens(list(new.token_ids[new.num_prompt_tokens :]))
+        self._matchers[new.row] = matcher
+        return True
+
+    def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> TokenMask:  # noqa: ARG002
+        """Compute the masks of some rows, side by side on several threads."""
+        bitmask, executor = self._scratch()
+        errors: dict[int, str] = {}
+        tasks: list[tuple[LLMatcher, int]] = []
+        for index, row in enumerate(rows.tolist()):
+            if row in self._matchers:
+                tasks.append((self._matchers[row], index))
+            else:
+                errors[int(places[index])] = self._refused[row]
+                bitmask[index] = -1
+        executor.unsafe_compute_mask_ptr(tasks, bitmask.data_ptr(), bitmask.stride(0) * bitmask.itemsize, len(bitmask))
+        for matcher, index in tasks:
+            if matcher.is_error():
+                errors[int(places[index])] = f"the grammar of this request failed: {error_of(matcher)}"
+                bitmask[index] = -1
+        return TokenMask(places, bitmask[: len(rows)], errors)
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Follow one drawn token in each of some different rows."""
+        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            if row in self._matchers:
+                self._matchers[row].consume_token(token_id)  # one that does not fit shows at the next mask
+
+    def forced(self, row: int) -> list[int]:
+        """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""
+        matcher = self._matchers.get(row)
+        return [] if matcher is None else matcher.compute_ff_tokens()
+
+    def _scratch(self) -> tuple[Tensor, LLExecutor]:
+        if self._bitmask is None or self._executor is None:
+            from llguidance import LLExecutor
+
+            self._bitmask = torch.empty(self._shape, dtype=torch.int32)
+            self._executor = LLExecutor(num_threads=torch.get_num_threads())
+        return self._bitmask, self._executor
