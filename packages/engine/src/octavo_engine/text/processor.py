@@ -139,9 +139,9 @@ class TextProcessor:
 
         Raises:
             PromptTooLong: if the prompt leaves no room for an output token, or `max_tokens` does not fit behind it.
-            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, a parameter does not fit
-                the vocabulary, or structured output cannot be had as it is asked for (to compile it may take seconds,
-                the first time).
+            InvalidRequest: if `n`, or a search with beams, is more than the engine runs at once, a parameter does not
+                fit the vocabulary, or structured output cannot be had as it is asked for (to compile it may take
+                seconds, the first time).
         """
         beams = None
         if isinstance(sampling, BeamSearchParams):
