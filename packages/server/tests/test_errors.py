@@ -176,7 +176,6 @@ UNSUPPORTED = [
     (TEXT, "best_of", 4),
     (TEXT, "logit_bias", {"50": 1}),
     (TEXT, "response_format", {"type": "json_object"}),
-    (TEXT, "use_beam_search", True),
     (TEXT, "prompt_logprobs", 1),
     (CHAT, "tools", []),
     (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),

@@ -110,6 +110,23 @@ class Extras(_Body):
         default=None,
         description="Leave the tokenizer's special tokens out of the text. Default: true.",
     )
+    use_beam_search: bool | None = Field(
+        default=None,
+        description="Search for the likeliest answers with best_of (or else n) beams and return n of them, best first. "
+        "Default: false.",
+    )
+    length_penalty: float | None = Field(
+        default=None,
+        ge=-10.0,
+        le=10.0,
+        description="With beams: a hypothesis scores its log-probability divided by its length to this power; above 0 "
+        "favours long ones. Default: 1.",
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        default=None,
+        description="With beams: stop once there are as many hypotheses as beams (true), when the best beam scores no "
+        "better than they do (false), or when no beam ever could (never). Default: false.",
+    )
     priority: int | None = Field(
         default=None,
         ge=-(2**31),

@@ -7,9 +7,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import Pooling, Request, SamplingParams
+from octavo_server.beams import beam_search_params, check_beam_fields
 from octavo_server.config import MAX_CHOICES
 from octavo_server.protocol.chat import ChatBody
 from octavo_server.protocol.completions import CompletionBody, Prompt
@@ -30,6 +32,7 @@ _PLAIN = (
 )
 
 T = TypeVar("T")
+_Params = SamplingParams | BeamSearchParams
 
 
 def sampling_params(
@@ -58,12 +61,12 @@ async def completion_requests(
     Raises:
         InvalidRequest: if a prompt or a parameter cannot be served; PromptTooLong if the context is too small.
     """
-    sampling = sampling_params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
+    params = _params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
     prompts = body.prompts
-    _check_num_choices(len(prompts) * sampling.n, "prompt")
+    _check_num_choices(len(prompts) * (body.n or 1), "prompt")
     encoded = await _encode_all(text, prompts)
     return [
-        _request(body, text, ids, sampling, request_id=request_id if len(encoded) == 1 else f"{request_id}-{place}")
+        _request(body, text, ids, params, request_id=request_id if len(encoded) == 1 else f"{request_id}-{place}")
         for place, ids in enumerate(encoded)
     ]
 
@@ -74,12 +77,12 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
     Raises:
         InvalidRequest: if a message or a parameter cannot be served; PromptTooLong if the context is too small.
     """
-    sampling = sampling_params(body, text, max_n=max_n, max_tokens=body.num_new_tokens, logprobs=body.num_logprobs)
+    params = _params(body, text, max_n=max_n, max_tokens=body.num_new_tokens, logprobs=body.num_logprobs)
     messages = body.template_messages
     num_chars = sum(len(str(message["content"])) for message in messages)
     token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages))
     with _prompt_called("messages"):
-        return _request(body, text, token_ids, sampling, request_id=request_id)
+        return _request(body, text, token_ids, params, request_id=request_id)
 
 
 async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
@@ -98,11 +101,20 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
         ]
 
 
+def _params(
+    body: GenerationBody, text: TextProcessor, *, max_n: int, max_tokens: int | None, logprobs: int | None
+) -> _Params:
+    check_beam_fields(body)
+    if body.use_beam_search:
+        return beam_search_params(body, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
+    return sampling_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
+
+
 def _request(
-    body: GenerationBody, text: TextProcessor, token_ids: list[int], sampling: SamplingParams, *, request_id: str
+    body: GenerationBody, text: TextProcessor, token_ids: list[int], params: _Params, *, request_id: str
 ) -> Request:
     salt = (body.cache_salt or "").encode()
-    return text.make_request(token_ids, sampling, request_id=request_id, priority=body.priority or 0, salt=salt)
+    return text.make_request(token_ids, params, request_id=request_id, priority=body.priority or 0, salt=salt)
 
 
 def _check_num_choices(num_choices: int, param: str) -> None:

@@ -31,9 +31,9 @@ class CompletionBody(GenerationBody):
     def check(self) -> None:
         super().check()
         refuse_unsupported(self, _UNSUPPORTED)
-        if self.best_of is not None and self.best_of != (self.n or 1):
+        if self.best_of is not None and self.best_of != (self.n or 1) and not self.use_beam_search:
             raise InvalidRequest(
-                f"best_of {self.best_of} other than n is not supported by this server; leave it out",
+                f"best_of {self.best_of} other than n is not supported without use_beam_search; leave it out",
                 param="best_of",
                 code="unsupported_parameter",
             )

@@ -23,7 +23,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "prompt_logprobs": (),
     "return_token_ids": (False,),
-    "use_beam_search": (False,),
     "truncate_prompt_tokens": (),
     "structured_outputs": (),
     "guided_json": (),
