@@ -24,6 +24,9 @@ ALL_EXTRAS = {
     "stop_token_ids": [2, 7],
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "early_stopping": "never",
     "priority": -1,
     "cache_salt": "team a",
 }
