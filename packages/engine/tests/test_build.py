@@ -95,3 +95,13 @@ def test_fast_is_for_cpus(make_gguf: MakeGGUF) -> None:
 def test_an_unknown_mode_names_the_known_ones() -> None:
     with pytest.raises(InvalidConfig, match="mode 'quick' is not one of exact, fast"):
         EngineConfig(mode="quick")
+
+
+def test_the_models_own_sampling_defaults_are_taken_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    advised = {"temperature": 0.6, "top_k": 20, "typical_p": 0.9, "top_p": None, "min_p": 7, "do_sample": True}
+    with caplog.at_level("INFO"):
+        taken = build._default_sampling(advised)
+    assert taken == {"temperature": 0.6, "top_k": 20, "typical_p": 0.9}
+    refused, told = caplog.messages
+    assert refused == "generation_config.json is not followed: min_p must be between 0 and 1, got 7"
+    assert told == "sampling defaults from generation_config.json: temperature=0.6, top_k=20, typical_p=0.9"

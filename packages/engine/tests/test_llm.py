@@ -15,6 +15,7 @@ from octavo_engine import (
     InvalidRequest,
     ModelNotFound,
     PromptTooLong,
+    RequestFailed,
     SamplingParams,
 )
 
@@ -180,3 +181,77 @@ def test_text_made_at_the_end_is_the_text_that_was_streamed(llm):
     streamed = llm.generate("Emoji: 😀 🎉", SamplingParams(stop=["\0 never said"], **sampling))[0]
     assert at_the_end.outputs == streamed.outputs
     assert len(at_the_end.outputs[0].logprobs) == 40
+
+
+def test_the_best_of_several_samples_are_those_of_the_largest_logprob(llm):
+    every = llm.generate("Once upon a time", SamplingParams(n=5, seed=8, max_tokens=10, logprobs=0))[0].outputs
+    best = llm.generate("Once upon a time", SamplingParams(n=2, best_of=5, seed=8, max_tokens=10))[0].outputs
+    by_sum = sorted(every, key=lambda o: -sum(p.logprob for p in o.logprobs))
+    assert [o.token_ids for o in best] == [o.token_ids for o in by_sum[:2]]
+    assert [o.index for o in best] == [0, 1]
+    assert best[0].cumulative_logprob == pytest.approx(sum(p.logprob for p in by_sum[0].logprobs))
+    assert best[0].logprobs is None
+
+
+def test_prompt_logprobs_equal_transformers(llm, transformers_with_gguf, demo_path):
+    model = transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
+        demo_path.parent, gguf_file=demo_path.name, dtype=torch.float32
+    )
+    output = llm.generate("The capital of France is Paris.", SamplingParams(max_tokens=1, prompt_logprobs=2))[0]
+    with torch.inference_mode():
+        expected = model(torch.tensor([output.prompt_token_ids])).logits[0].log_softmax(-1)
+    first, *entries = output.prompt_logprobs
+    assert first is None
+    assert [e.token_id for e in entries] == output.prompt_token_ids[1:]
+    for row, entry in zip(expected, entries, strict=False):
+        assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-3)
+        assert [i for i, _ in entry.top] == row.topk(2).indices.tolist()
+
+
+def test_a_long_prompt_is_truncated_at_its_beginning(llm):
+    ids = list(range(100, 140))
+    prompt = {"prompt_token_ids": ids}
+    short = SamplingParams(temperature=0, max_tokens=4, truncate_prompt_tokens=7)
+    assert llm.generate(prompt, short)[0].prompt_token_ids == ids[-7:]
+    room = SamplingParams(temperature=0, max_tokens=1000, truncate_prompt_tokens=-1, stop_token_ids=range(5, 40_000))
+    assert llm.generate(prompt, room)[0].prompt_token_ids == ids[-24:]
+    with pytest.raises(InvalidRequest, match="truncate_prompt_tokens is 2000"):
+        llm.generate(prompt, SamplingParams(truncate_prompt_tokens=2000))
+
+
+def test_a_bad_word_is_not_said(llm):
+    said = text_of(llm.generate("The capital of France is", GREEDY)[0])
+    assert "Paris" in said
+    other = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=12, bad_words=["Paris"]))
+    assert "Paris" not in text_of(other[0])
+
+
+def test_min_tokens_hold_back_stop_strings_too(llm):
+    first = llm.generate("One two three", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0]
+    stop = first.text[:3]
+    held = SamplingParams(temperature=0, max_tokens=20, min_tokens=5, stop=[stop])
+    assert len(llm.generate("One two three", held)[0].outputs[0].token_ids) >= 5
+
+
+def test_what_fails_one_request_leaves_the_others_alone(llm):
+    def fails(token_ids, logits):
+        if len(token_ids) > 8:
+            raise LookupError("enough")
+
+    alone = llm.generate("The capital of France is", GREEDY)[0]
+    with pytest.raises(RequestFailed, match=r"1 of 3 requests failed.*LookupError: enough") as caught:
+        llm.generate(
+            ["The capital of France is"] * 3,
+            [GREEDY, SamplingParams(temperature=0, max_tokens=12, logits_processors=[fails]), GREEDY],
+        )
+    first, failed, last = caught.value.outputs
+    assert failed is None
+    assert first.outputs == last.outputs == alone.outputs
+    assert llm.stats().cache.num_used == 0
+
+
+def test_explicit_parameters_win_over_the_models_own(llm, monkeypatch):
+    assert llm.default_sampling == {}
+    monkeypatch.setattr(llm._text, "default_sampling", {"temperature": 0.6, "top_p": 0.9})
+    params = llm.sampling_params(temperature=0.2, max_tokens=3)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.2, 0.9, 3)

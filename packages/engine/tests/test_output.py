@@ -68,3 +68,10 @@ def test_push_after_the_end_is_our_own_mistake(tokenizer: Tokenizer) -> None:
     stream.push([], finished=True)
     with pytest.raises(AssertionError, match="push after the end"):
         stream.push([], finished=False)
+
+
+def test_no_stop_string_is_looked_for_before_min_tokens(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, stop=["o w", "r"], min_tokens=2)
+    assert stream.push(ids(tokenizer, "hello"), finished=False) == TextDelta("hello", 1, None)
+    assert stream.push(ids(tokenizer, " wor", "l", "d"), finished=False) == TextDelta(" world", 3, None)
+    assert stream.push(ids(tokenizer, " wor"), finished=False) == TextDelta(" wo", 1, "r")

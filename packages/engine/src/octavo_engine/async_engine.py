@@ -15,6 +15,7 @@ from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.engine import Engine
 from octavo_engine.errors import EngineDead, RequestFailed
 from octavo_engine.stats import collect_stats
+from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate
 
@@ -88,6 +89,7 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncGenerator[list[CompletionDelta]]:
         """Run a request; yield what is new as it comes. See `EngineClient.generate`."""
         stream = self._text.stream(request)
+        assembler = make_assembler(request.sampling)
         async with self._submitted(request) as mailbox:
             while not stream.finished:
                 deltas = []
@@ -98,6 +100,8 @@ class AsyncEngine:
                     if update.finish_reason is None and delta.finish_reason is not None:
                         self._abort(request.request_id, delta.index)  # a stop string, which the engine cannot see
                     deltas.append(delta)
+                if assembler is not None:
+                    deltas = assembler.take(deltas)
                 if deltas:
                     yield deltas
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,13 +14,14 @@ from octavo_engine.api import EngineInfo
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.config import EngineConfig
 from octavo_engine.engine import Engine
-from octavo_engine.errors import InvalidConfig
+from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
 from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
 from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.processor import TextProcessor
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """(weights loaded, weights in all)"""
 
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 class BuiltEngine(NamedTuple):
@@ -139,7 +140,6 @@ def _describe(
 def _text_processor(
     source: Source, tokenizer: Tokenizer, grammars: GrammarCompiler, config: EngineConfig, plan: MemoryPlan
 ) -> TextProcessor:
-    advised = source.generation_config
     return TextProcessor(
         tokenizer,
         source.chat_template(),
@@ -151,9 +151,28 @@ def _text_processor(
             num_blocks=plan.num_blocks - 1,
             block_size=config.block_size,
         ),
-        default_sampling={k: v for k in _SAMPLING_DEFAULTS if (v := advised.get(k)) is not None},
+        default_sampling=_default_sampling(source.generation_config),
         grammars=grammars,
     )
+
+
+def _default_sampling(advised: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a generation_config.json advises and this engine can do, and tell the user of both."""
+    taken: dict[str, Any] = {}
+    for name in _SAMPLING_DEFAULTS:
+        value = advised.get(name)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except InvalidRequest as error:
+            _log.warning("generation_config.json is not followed: %s", error)
+        else:
+            taken[name] = value
+    if taken:
+        described = ", ".join(f"{name}={value}" for name, value in taken.items())
+        _log.info("sampling defaults from generation_config.json: %s", described)
+    return taken
 
 
 def _describe_backend(backend: Backend) -> str:

@@ -16,6 +16,12 @@ The server maps this tree to HTTP in one table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from octavo_engine.types import RequestOutput
+
 
 class EngineError(Exception):
     """The root of every error that this package raises on purpose."""
@@ -62,7 +68,16 @@ class PromptTooLong(InvalidRequest):
 
 
 class RequestFailed(EngineError):
-    """The engine could not compute this request; it goes on serving the others."""
+    """The engine could not compute this request; it goes on serving the others.
+
+    Args:
+        message: What happened.
+        outputs: Of an offline batch, what came of each prompt, None for those that failed; empty elsewhere.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[RequestOutput | None] = ()) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class EngineDead(EngineError):

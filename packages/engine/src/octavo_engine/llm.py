@@ -16,6 +16,7 @@ from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequest, RequestFailed
 from octavo_engine.stats import collect_stats
+from octavo_engine.text.assemble import best_first
 from octavo_engine.text.processor import RequestStream
 from octavo_engine.types import (
     CompletionDelta,
@@ -55,10 +56,14 @@ class _Choice:
     stop_reason: str | int | None = None
     score: float | None = None
 
+    @property
+    def logprob_sum(self) -> float:
+        return sum(entry.logprob for entry in self.logprobs)
+
 
 @dataclass(slots=True)
 class _Running:
-    """A request of the batch and what has come of it so far."""
+    """A request of the batch and what has come of it so far; `error` says why it failed, if it did."""
 
     place: int
     request: Request
@@ -67,6 +72,7 @@ class _Running:
     choices: list[_Choice]
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None
 
     def take(self, update: SequenceUpdate) -> CompletionDelta | None:
         """Take in an update; return what it adds, None if that is nothing yet.
@@ -98,18 +104,23 @@ class _Running:
 
     def output(self) -> RequestOutput:
         sampling = self.request.sampling
+        choices = self.choices
+        if sampling.ranks:
+            best = best_first([choice.logprob_sum for choice in choices], sampling.n)
+            choices = [choices[place] for place in best]
         outputs = []
-        for index, choice in enumerate(self.choices):
+        for index, choice in enumerate(choices):
             assert choice.finish_reason is not None
             outputs.append(
                 CompletionOutput(
                     index=index,
                     text="".join(choice.text),
                     token_ids=choice.token_ids,
-                    logprobs=choice.logprobs if sampling.wants_logprobs else None,
+                    logprobs=choice.logprobs if sampling.reports_logprobs else None,
                     finish_reason=choice.finish_reason,
                     stop_reason=choice.stop_reason,
                     score=choice.score,
+                    cumulative_logprob=choice.logprob_sum if sampling.wants_logprobs else None,
                 )
             )
         return RequestOutput(
@@ -166,7 +177,8 @@ class LLM:
 
         Raises:
             InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
-            RequestFailed: if the engine could not compute one of them.
+            RequestFailed: if the engine could not compute one of them; the others have run to their ends and are its
+                `outputs`.
         """
         encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
         return self._run(self._requests(encoded, sampling))
@@ -225,6 +237,15 @@ class LLM:
             for r in requests
         ]
 
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """The sampling parameters that the model's own generation_config.json sets; those without one are Octavo's."""
+        return self._text.default_sampling
+
+    def sampling_params(self, **explicit: Any) -> SamplingParams:
+        """Return the model's default sampling parameters, with explicit ones in their place."""
+        return SamplingParams(**{**self._text.default_sampling, **explicit})
+
     def stats(self) -> EngineStats:
         """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
         return collect_stats(self._engine.scheduler)
@@ -253,7 +274,7 @@ class LLM:
         sampling: _Params | Sequence[_Params] | None,
     ) -> list[_Running]:
         if sampling is None:
-            sampling = SamplingParams(**self._text.default_sampling)
+            sampling = self.sampling_params()
         if isinstance(sampling, SamplingParams | BeamSearchParams):
             sampling = [sampling] * len(encoded)
         each = list(sampling)
@@ -264,7 +285,7 @@ class LLM:
         running = []
         for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
             request = self._text.make_request(token_ids, own, request_id=self._next_id())
-            choices = [_Choice() for _ in range(request.sampling.n)]
+            choices = [_Choice() for _ in range(request.sampling.num_sequences)]
             running.append(_Running(place, request, prompt, self._text.stream(request), choices))
         return running
 
@@ -279,7 +300,7 @@ class LLM:
                     num_ended = 0
                     for update in self._engine.step():
                         own = by_id[update.request_id]
-                        delta = own.take(update)
+                        delta = self._take(own, update)
                         num_tokens += len(update.token_ids)
                         if delta is None:
                             continue
@@ -291,11 +312,29 @@ class LLM:
         finally:
             for request_id in by_id:
                 self._engine.abort(request_id)  # after an error or an interrupt nothing goes on unseen
-        return [r.output() for r in running]
+        outputs = [r.output() if r.error is None else None for r in running]
+        return _all_or_raise(outputs, [r.error for r in running if r.error is not None])
+
+    def _take(self, own: _Running, update: SequenceUpdate) -> CompletionDelta | None:
+        """Take in an update; what fails one request leaves the others alone."""
+        if own.error is not None:
+            return None
+        try:
+            return own.take(update)
+        except RequestFailed as error:
+            own.error = str(error)
+            self._engine.abort(update.request_id)
+            return None
 
     def _updates(self) -> Iterator[SequenceUpdate]:
         while self._engine.has_work:
             yield from self._engine.step()
+
+
+def _all_or_raise(outputs: list[RequestOutput | None], errors: list[str]) -> list[RequestOutput]:
+    if errors:
+        raise RequestFailed(f"{len(errors)} of {len(outputs)} requests failed, the first with: {errors[0]}", outputs)
+    return [output for output in outputs if output is not None]
 
 
 def _many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

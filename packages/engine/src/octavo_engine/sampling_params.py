@@ -25,6 +25,8 @@ DRY_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
 _MAX_VOCABULARY = 1 << 24
 
+OutputKind = Literal["delta", "cumulative", "final"]
+
 LogitsProcessor = Callable[[list[int], Any], Any]
 """(token ids so far, logits [vocab_size] as a torch tensor) -> the logits to draw from; None if changed in place."""
 
@@ -43,6 +45,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -79,6 +82,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    truncate_prompt_tokens: int | None = None
+    output_kind: OutputKind = "delta"
 
     def __post_init__(self) -> None:
         if self.top_k == -1:
@@ -96,8 +101,23 @@ class SamplingParams:
 
     @property
     def wants_logprobs(self) -> bool:
-        """True if log-probabilities of drawn tokens are reported."""
+        """True if log-probabilities of drawn tokens are needed."""
+        return self.reports_logprobs or self.ranks
+
+    @property
+    def reports_logprobs(self) -> bool:
+        """True if the answer has log-probabilities of drawn tokens."""
         return self.logprobs is not None or bool(self.logprob_token_ids)
+
+    @property
+    def ranks(self) -> bool:
+        """True if more sequences run than are returned."""
+        return self.num_sequences > self.n
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run for the request."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -109,12 +129,20 @@ class SamplingParams:
 
     def _check_amounts(self) -> None:
         check_int("n", self.n, 1)
+        check_int("best_of", self.best_of, 1, optional=True)
         check_int("seed", self.seed, _SEED_MIN, _SEED_MAX, optional=True)
         check_int("max_tokens", self.max_tokens, 1, optional=True)
         check_int("min_tokens", self.min_tokens, 0)
         check_int("logprobs", self.logprobs, -1, optional=True)
         check_choice("logprobs_mode", self.logprobs_mode, ("raw", "processed"))
         check_int("prompt_logprobs", self.prompt_logprobs, -1, optional=True)
+        check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, optional=True)
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequest(
+                "truncate_prompt_tokens must be at least 1, or -1 for what the context has room for, got 0",
+                param="truncate_prompt_tokens",
+            )
+        check_choice("output_kind", self.output_kind, ("delta", "cumulative", "final"))
 
     def _check_draw(self) -> None:
         check_float("temperature", self.temperature, 0.0, 2.0)
@@ -174,6 +202,14 @@ class SamplingParams:
                     "allowed_token_ids leaves no token that bad_words_ids does not ban; allow another one",
                     param="allowed_token_ids",
                 )
+        if self.num_sequences < self.n:
+            raise InvalidRequest(f"best_of {self.best_of} is less than n {self.n}; raise it", param="best_of")
+        if self.ranks and self.greedy:
+            raise InvalidRequest("best_of needs a temperature above 0: greedy sequences are equal", param="best_of")
+        if self.ranks and self.output_kind == "cumulative":
+            raise InvalidRequest(
+                "the best sequences are known at the end alone; leave out output_kind, or best_of", param="output_kind"
+            )
         if self.mirostat_mode:
             self._check_mirostat_alone()
         if self.structured_outputs is not None:

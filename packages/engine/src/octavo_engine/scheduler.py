@@ -101,7 +101,7 @@ class Scheduler:
             num_prompt_tokens=len(prompt),
             max_num_output_tokens=1 if request.task == "embed" else limit,
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
-            num_forks_wanted=sampling.n - 1,
+            num_forks_wanted=sampling.num_sequences - 1,
         )
         if request.beams is not None:
             sequence.num_forks_wanted = request.beams.beam_width - 1

@@ -143,7 +143,11 @@ class CompletionDelta(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One finished choice of a request. `score` is that of a beam search: log-probabilities with the length penalty."""
+    """One finished choice of a request.
+
+    `score` is that of a beam search: log-probabilities with the length penalty. `cumulative_logprob` is the sum over
+    its tokens where log-probabilities were needed.
+    """
 
     index: int
     text: str
@@ -152,6 +156,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     score: float | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ class TextStream:
         stop: Stop strings, none empty.
         include_stop_str_in_output: Whether the text ends with the stop string or before it.
         skip_special_tokens: Whether special tokens add no text.
+        min_tokens: Tokens at the beginning in whose text no stop string is looked for.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class TextStream:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens, continues_prompt=True)
         self._matcher = StopMatcher(stop, include_stop_str_in_output)
+        self._num_unwatched = min_tokens
         self._ended = False
 
     def push(self, token_ids: Sequence[int], *, finished: bool) -> TextDelta:
@@ -58,7 +61,12 @@ class TextStream:
             return TextDelta(text + self._detokenizer.finish() if finished else text, len(token_ids), None)
         shown: list[str] = []
         for index, token_id in enumerate(token_ids):
-            text, stopped = self._matcher.feed(self._detokenizer.push(token_id))
+            text = self._detokenizer.push(token_id)
+            if self._num_unwatched > 0:
+                self._num_unwatched -= 1
+                shown.append(text)
+                continue
+            text, stopped = self._matcher.feed(text)
             shown.append(text)
             if stopped is not None:
                 self._ended = True

@@ -146,6 +146,7 @@ class TextProcessor:
         beams = None
         if isinstance(sampling, BeamSearchParams):
             beams, sampling = sampling, sampling.sampling()
+        prompt_token_ids = self._truncated(prompt_token_ids, sampling)
         num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
         wanted = sampling.max_tokens
@@ -160,9 +161,11 @@ class TextProcessor:
                 f"This model's maximum context length is {self.max_model_len} tokens. However, the input has"
                 f" {num_prompt_tokens}; shorten it."
             )
-        if sampling.n > self.max_num_seqs:
+        if sampling.num_sequences > self.max_num_seqs:
+            name = "best_of" if sampling.ranks else "n"
             raise InvalidRequest(
-                f"n is {sampling.n}, at most {self.max_num_seqs} samples run at once; lower n", param="n"
+                f"{name} is {sampling.num_sequences}, at most {self.max_num_seqs} samples run at once; lower {name}",
+                param=name,
             )
         sampling = self._sampling_tokens.resolve(sampling)
         max_tokens = wanted or max(room, 1)
@@ -199,6 +202,20 @@ class TextProcessor:
         if self._beam_limits is not None:
             self._beam_limits.check(beams, num_prompt_tokens, max_tokens)
 
+    def _truncated(self, token_ids: Sequence[int], sampling: SamplingParams) -> Sequence[int]:
+        """Return the last tokens of a prompt, as many as the request wants at most."""
+        most = sampling.truncate_prompt_tokens
+        if most is None:
+            return token_ids
+        if most > self.max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {most}, more than the context of {self.max_model_len} tokens; lower it",
+                param="truncate_prompt_tokens",
+            )
+        if most == -1:
+            most = max(self.max_model_len - (sampling.max_tokens or 1), 1)
+        return token_ids[-most:]
+
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -221,11 +238,12 @@ class RequestStream:
                 stop=sampling.stop_strings,
                 include_stop_str_in_output=sampling.include_stop_str_in_output,
                 skip_special_tokens=sampling.skip_special_tokens,
+                min_tokens=sampling.min_tokens,
             )
-            for _ in range(sampling.n)
+            for _ in range(sampling.num_sequences)
         ]
-        self._num_tokens = [0] * sampling.n
-        self._open = set(range(sampling.n))
+        self._num_tokens = [0] * sampling.num_sequences
+        self._open = set(range(sampling.num_sequences))
 
     @property
     def finished(self) -> bool:
