@@ -13,6 +13,7 @@ NAMES = [
     "InvalidAnswerError",
     "Octavo",
     "OctavoError",
+    "StructuredOutputs",
 ]
 
 

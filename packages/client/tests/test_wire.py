@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from octavo_client import wire
 from octavo_client.wire import (
@@ -10,6 +10,7 @@ from octavo_client.wire import (
     EmbeddingExtras,
     Extras,
     Health,
+    StructuredOutputs,
     TokenizeRequest,
     TokenizeResponse,
     Version,
@@ -27,6 +28,7 @@ ALL_EXTRAS = {
     "use_beam_search": True,
     "length_penalty": 0.5,
     "early_stopping": "never",
+    "structured_outputs": {"json": {"type": "object", "properties": {"b": {}, "a": {}}}},
     "priority": -1,
     "cache_salt": "team a",
 }
@@ -83,7 +85,7 @@ def test_value_out_of_bounds_names_its_field(field: str, value: object) -> None:
     assert [error["loc"][0] for error in caught.value.errors()] == [field]
 
 
-@pytest.mark.parametrize("model", [Extras, EmbeddingExtras], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [Extras, EmbeddingExtras, StructuredOutputs], ids=lambda model: model.__name__)
 def test_misspelt_field_is_refused(model: type[BaseModel]) -> None:
     with pytest.raises(ValidationError, match="topk"):
         model.model_validate({"topk": 40})
@@ -103,6 +105,19 @@ def test_request_fields_say_what_they_mean(model: type[BaseModel]) -> None:
     silent = [name for name, field in model.model_fields.items() if not field.description and name != "status"]
     assert silent == []
     assert model.__doc__
+
+
+def test_structured_outputs_is_typed_as_it_is_written() -> None:
+    schema: dict[str, JsonValue] = {"type": "string"}
+    assert StructuredOutputs(json=schema).body() == {"json": schema}
+    assert Extras(structured_outputs=StructuredOutputs(regex="a+")).body() == {"structured_outputs": {"regex": "a+"}}
+    assert StructuredOutputs(json=False).body() == {"json": False}
+
+
+@pytest.mark.parametrize("fields", [{}, {"json": {}, "regex": "a"}, {"json_object": False}, {"choice": None}], ids=str)
+def test_structured_outputs_takes_exactly_one_kind(fields: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="exactly one of"):
+        StructuredOutputs.model_validate(fields)
 
 
 @pytest.mark.parametrize(

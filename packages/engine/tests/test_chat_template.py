@@ -204,6 +204,11 @@ def test_reserved_variables_are_refused() -> None:
         ChatTemplate(CHATML).render(CHAT, messages=[])
 
 
+def test_tool_calls_that_are_no_list_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].tool_calls must be a list, got 5"):
+        ChatTemplate(CHATML).render([{"role": "assistant", "content": "x", "tool_calls": 5}])
+
+
 def test_variables_go_before_special_tokens() -> None:
     assert ChatTemplate("{{ bos_token }}", SPECIAL).render([], bos_token="X") == "X"
 

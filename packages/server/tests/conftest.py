@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.errors import RequestFailed
+from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
@@ -109,12 +110,14 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.info = INFO
+        tokenizer = byte_tokenizer()
         self.text = TextProcessor(
-            byte_tokenizer(),
+            tokenizer,
             ChatTemplate(TEMPLATE, {}),
             max_model_len=INFO.max_model_len,
             max_num_seqs=INFO.max_num_seqs,
             vocab_size=VOCAB_SIZE,
+            grammars=GrammarCompiler(tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=[EOS]),
         )
         self.replies: list[str | bytes] = [" Paris."]
         self.step = 1

@@ -17,6 +17,12 @@ MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | ANY},
     optional={"content": ANY | st.lists(PART, max_size=2), "tool_calls": ANY, "name": ANY},
 )
+KEYWORD = st.sampled_from(["type", "items", "properties", "$ref", "enum", "required", "minItems", "anyOf", "pattern"])
+SCHEMA = st.dictionaries(KEYWORD, ANY | st.sampled_from(["object", "array", "string", "#"]), max_size=4)
+FORMAT = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "json_object", "json_schema", "structural_tag"])},
+    optional={"json_schema": st.fixed_dictionaries({"schema": SCHEMA}) | ANY, "structures": ANY, "triggers": ANY},
+)
 SMALL = st.integers(-2, 25)
 SHARED = {
     "model": ANY,
@@ -34,6 +40,8 @@ SHARED = {
     "stop_token_ids": ANY | st.lists(st.integers(-1, 300), max_size=3),
     "logit_bias": ANY,
     "cache_salt": ANY,
+    "response_format": ANY | FORMAT,
+    "structured_outputs": ANY | st.dictionaries(st.sampled_from(["json", "regex", "choice", "json_object"]), ANY),
 }
 BODIES = {
     "/v1/completions": st.fixed_dictionaries(
@@ -42,7 +50,7 @@ BODIES = {
     ),
     "/v1/chat/completions": st.fixed_dictionaries(
         {"messages": ANY | st.lists(MESSAGE, max_size=3)},
-        optional=SHARED | {"logprobs": ANY, "top_logprobs": ANY | SMALL, "tools": ANY, "response_format": ANY},
+        optional=SHARED | {"logprobs": ANY, "top_logprobs": ANY | SMALL, "tools": ANY},
     ),
     "/v1/embeddings": st.fixed_dictionaries(
         {"input": ANY}, optional={"encoding_format": ANY, "pooling": ANY, "dimensions": ANY}

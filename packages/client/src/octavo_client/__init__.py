@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from octavo_client.client import AsyncOctavo, Octavo
     from octavo_client.errors import ConfigurationError, InvalidAnswerError, OctavoError
-    from octavo_client.wire import EmbeddingExtras, Extras
+    from octavo_client.wire import EmbeddingExtras, Extras, StructuredOutputs
 
 __all__ = [
     "AsyncOctavo",
@@ -20,6 +20,7 @@ __all__ = [
     "InvalidAnswerError",
     "Octavo",
     "OctavoError",
+    "StructuredOutputs",
 ]
 
 _MODULES = {
@@ -30,6 +31,7 @@ _MODULES = {
     "InvalidAnswerError": "errors",
     "Octavo": "client",
     "OctavoError": "errors",
+    "StructuredOutputs": "wire",
 }
 
 

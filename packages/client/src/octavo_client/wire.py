@@ -21,6 +21,7 @@ __all__ = [
     "Health",
     "Pooling",
     "Ready",
+    "StructuredOutputs",
     "TokenId",
     "TokenizeRequest",
     "TokenizeResponse",
@@ -52,7 +53,46 @@ class _Body(BaseModel):
 
     def body(self) -> dict[str, JsonValue]:
         """Return the fields that were set, as JSON values; a field set to None is there as null."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        return self.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+
+class StructuredOutputs(_Body):
+    """What the text of an answer must look like: exactly one field is set; the names are vLLM's.
+
+    OpenAI's `response_format` says the same for JSON. Give it as `Extras(structured_outputs=StructuredOutputs(...))`.
+
+    Raises:
+        pydantic.ValidationError: a field is unknown, or not exactly one is set.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, JsonValue] | bool | str | None = Field(
+        default=None, alias="json", description="A JSON Schema, or its text. The answer is compact JSON that fits it."
+    )
+    json_object: bool | None = Field(default=None, description="Any JSON object.")
+    regex: str | None = Field(default=None, description="The whole text matches this regular expression (Rust syntax).")
+    choice: list[str] | None = Field(default=None, description="The text is one of these.")
+    grammar: str | None = Field(default=None, description="A Lark grammar in llguidance's dialect, or GBNF.")
+    structural_tag: dict[str, JsonValue] | str | None = Field(
+        default=None,
+        description="Free text in which tags hold JSON: an object with structures and triggers, or its text.",
+    )
+    whitespace_pattern: str | None = Field(
+        default=None,
+        description="With json or json_object: a regular expression of what may stand between the parts of JSON. "
+        "Default: nothing may.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in self.keys() - {"whitespace_pattern"} if self[name] not in (None, False)]
+        if len(given) != 1 and self.json_ is not False:
+            found = ", ".join(sorted(given)) or "none"
+            raise ValueError(
+                f"expected exactly one of json, json_object, regex, choice, grammar, structural_tag; {found} came"
+            )
+        return self
 
 
 class Extras(_Body):
@@ -126,6 +166,11 @@ class Extras(_Body):
         default=None,
         description="With beams: stop once there are as many hypotheses as beams (true), when the best beam scores no "
         "better than they do (false), or when no beam ever could (never). Default: false.",
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None,
+        description="Hold the text to a JSON Schema, a regular expression, choices, a grammar or structural tags. "
+        "Default: free text.",
     )
     priority: int | None = Field(
         default=None,

@@ -50,7 +50,16 @@ def sampling_params(
     for name in (*_DEFAULTS, *_PLAIN):
         if (value := getattr(body, name)) is not None:
             chosen[name] = value
-    return SamplingParams(n=n, stop=body.stop_strings, max_tokens=max_tokens, logprobs=logprobs, **chosen)
+    with _called("structured_outputs", body.constraint_field):
+        constraint = body.constraint
+    return SamplingParams(
+        n=n,
+        stop=body.stop_strings,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        structured_outputs=constraint,
+        **chosen,
+    )
 
 
 async def completion_requests(
@@ -66,7 +75,7 @@ async def completion_requests(
     _check_num_choices(len(prompts) * (body.n or 1), "prompt")
     encoded = await _encode_all(text, prompts)
     return [
-        _request(body, text, ids, params, request_id=request_id if len(encoded) == 1 else f"{request_id}-{place}")
+        await _request(body, text, ids, params, request_id if len(encoded) == 1 else f"{request_id}-{place}")
         for place, ids in enumerate(encoded)
     ]
 
@@ -81,8 +90,8 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
     messages = body.template_messages
     num_chars = sum(len(str(message["content"])) for message in messages)
     token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages))
-    with _prompt_called("messages"):
-        return _request(body, text, token_ids, params, request_id=request_id)
+    with _called("prompt", "messages"):
+        return await _request(body, text, token_ids, params, request_id)
 
 
 async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
@@ -94,7 +103,7 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
     inputs = body.inputs
     _check_num_choices(len(inputs), "input")
     pooling: Pooling = body.pooling or "last"
-    with _prompt_called("input"):
+    with _called("prompt", "input"):
         return [
             text.make_request(ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling)
             for place, ids in enumerate(await _encode_all(text, inputs))
@@ -110,11 +119,16 @@ def _params(
     return sampling_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
 
 
-def _request(
-    body: GenerationBody, text: TextProcessor, token_ids: list[int], params: _Params, *, request_id: str
+async def _request(
+    body: GenerationBody, text: TextProcessor, token_ids: list[int], params: _Params, request_id: str
 ) -> Request:
-    salt = (body.cache_salt or "").encode()
-    return text.make_request(token_ids, params, request_id=request_id, priority=body.priority or 0, salt=salt)
+    def make() -> Request:
+        salt = (body.cache_salt or "").encode()
+        return text.make_request(token_ids, params, request_id=request_id, priority=body.priority or 0, salt=salt)
+
+    with _called("structured_outputs", body.constraint_field):
+        # A grammar is compiled here, which may take a second; the event loop must not wait for it.
+        return make() if isinstance(params, BeamSearchParams) or params.structured_outputs is None else await asyncio.to_thread(make)
 
 
 def _check_num_choices(num_choices: int, param: str) -> None:
@@ -126,12 +140,12 @@ def _check_num_choices(num_choices: int, param: str) -> None:
 
 
 @contextmanager
-def _prompt_called(name: str) -> Generator[None, None, None]:
-    """Let errors about the prompt name the field that holds it in this body."""
+def _called(param: str, name: str) -> Generator[None, None, None]:
+    """Let errors about a parameter of the engine name the field that holds it in this body."""
     try:
         yield
     except InvalidRequest as error:
-        if error.param == "prompt":
+        if error.param == param:
             error.param = name
         raise
 

@@ -106,8 +106,12 @@ class ChatTemplate:
         if isinstance(content, list | tuple):
             parts = [_checked_part(part, f"messages[{index}].content[{i}]") for i, part in enumerate(content)]
             prepared["content"] = parts if self.takes_parts else "\n".join(part["text"] for part in parts)
-        if prepared.get("tool_calls"):
-            prepared["tool_calls"] = [_with_parsed_arguments(call) for call in prepared["tool_calls"]]
+        if calls := prepared.get("tool_calls"):
+            if not isinstance(calls, list | tuple):
+                raise InvalidRequest(
+                    f"messages[{index}].tool_calls must be a list, got {calls!r}"[:200], param="messages"
+                )
+            prepared["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         return prepared
 
 

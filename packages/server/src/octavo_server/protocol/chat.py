@@ -21,7 +21,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (),
     "functions": (),
     "function_call": (),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": ("none",),

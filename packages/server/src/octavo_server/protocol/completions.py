@@ -16,7 +16,7 @@ DEFAULT_MAX_TOKENS = 16
 
 Prompt = str | list[int]
 
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",), "response_format": ({"type": "text"},)}
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 
 class CompletionBody(GenerationBody):

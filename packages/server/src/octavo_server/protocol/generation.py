@@ -9,7 +9,9 @@ from pydantic import BaseModel, Field
 
 from octavo_client.wire import Extras
 from octavo_engine.errors import InvalidRequest
+from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
+from octavo_server.protocol.constraints import constraint_of
 
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
@@ -24,7 +26,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "return_token_ids": (False,),
     "truncate_prompt_tokens": (),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -58,6 +59,7 @@ class GenerationBody(Extras):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    response_format: Any = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -72,6 +74,20 @@ class GenerationBody(Extras):
         if len(stops) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(stops)}", param="stop")
         return tuple(stops)
+
+    @property
+    def constraint(self) -> StructuredOutputsParams | None:
+        """What the text must look like, from `response_format` or `structured_outputs`; None if anything goes.
+
+        Raises:
+            InvalidRequest: names the field that is wrong.
+        """
+        return constraint_of(self.response_format, self.structured_outputs)
+
+    @property
+    def constraint_field(self) -> str:
+        """The name of the field that the constraint comes from."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def check(self) -> None:
         """Check what concerns several fields.
