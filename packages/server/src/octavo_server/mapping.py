@@ -128,7 +128,11 @@ async def _request(
 
     with _called("structured_outputs", body.constraint_field):
         # A grammar is compiled here, which may take a second; the event loop must not wait for it.
-        return make() if isinstance(params, BeamSearchParams) or params.structured_outputs is None else await asyncio.to_thread(make)
+        return (
+            make()
+            if isinstance(params, BeamSearchParams) or params.structured_outputs is None
+            else await asyncio.to_thread(make)
+        )
 
 
 def _check_num_choices(num_choices: int, param: str) -> None:
