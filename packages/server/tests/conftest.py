@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.errors import RequestFailed
 from octavo_engine.structured.compiler import GrammarCompiler
+from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
@@ -143,7 +144,8 @@ class FakeEngine:
         self.requests.append(request)
         self.num_running += 1
         stream = self.text.stream(request)
-        scripts = [self._script(request, index) for index in range(request.sampling.n)]
+        scripts = [self._script(request, index) for index in range(request.sampling.num_sequences)]
+        assembler = make_assembler(request.sampling)
         num_done = 0
         try:
             while not stream.finished:
@@ -155,14 +157,16 @@ class FakeEngine:
                     self.holding.set()
                     await asyncio.Event().wait()
                 updates = [
-                    self._update(request, i, s[num_done : num_done + self.step], len(s) <= num_done + self.step)
+                    self._update(
+                        request, i, s[num_done : num_done + self.step], num_done, len(s) <= num_done + self.step
+                    )
                     for i, s in enumerate(scripts)
                     if num_done < len(s)
                 ]
                 num_done += self.step
                 deltas = [delta for update in updates if (delta := stream.push(update)) is not None]
                 self.num_generation_tokens += sum(len(delta.token_ids) for delta in deltas)
-                yield deltas
+                yield deltas if assembler is None else assembler.take(deltas)
             self.num_prompt_tokens += len(request.prompt_token_ids)
         finally:
             self.num_running -= 1
@@ -174,13 +178,16 @@ class FakeEngine:
         tokens = [*(reply.encode() if isinstance(reply, str) else reply), EOS]
         return tokens[: request.sampling.max_tokens]
 
-    def _update(self, request: Request, index: int, tokens: list[int], last: bool) -> SequenceUpdate:
+    def _update(self, request: Request, index: int, tokens: list[int], done: int, last: bool) -> SequenceUpdate:
         reason = None
         if last:
             reason = FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
         logprobs = None
-        if request.sampling.logprobs is not None:
-            logprobs = tuple(token_logprobs(token, request.sampling.logprobs) for token in tokens)
+        if request.sampling.wants_logprobs:
+            logprobs = tuple(token_logprobs(token, request.sampling.logprobs or 0, index) for token in tokens)
+        of_prompt, prompt_logprobs = request.sampling.prompt_logprobs, None
+        if of_prompt is not None and index == done == 0:
+            prompt_logprobs = tuple(token_logprobs(token, of_prompt) for token in request.prompt_token_ids[1:])
         arrival = request.arrival_time
         return SequenceUpdate(
             request_id=request.request_id,
@@ -190,6 +197,7 @@ class FakeEngine:
             finish_reason=reason,
             num_cached_tokens=self.num_cached_tokens,
             times=RequestTimes(arrival, arrival + 0.25, arrival + 0.5, arrival + 1.0) if last else None,
+            prompt_logprobs=prompt_logprobs,
         )
 
     async def embed(self, request: Request) -> EmbeddingOutput:
@@ -226,10 +234,13 @@ class FakeEngine:
         self.closed = True
 
 
-def token_logprobs(token: int, num_top: int) -> TokenLogprobs:
-    """The token itself at -0.5, then its successors at -1.5, -2.5, ...; minus infinity in the fifth place."""
+def token_logprobs(token: int, num_top: int, bonus: int = 0) -> TokenLogprobs:
+    """The token itself at -0.5, then its successors at -1.5, -2.5, ...; minus infinity in the fifth place.
+
+    A higher `bonus`, up to 9, makes the token itself a little likelier.
+    """
     top = tuple(((token + i) % 256, float("-inf") if i == 4 else -0.5 - i) for i in range(num_top))
-    return TokenLogprobs(token, -0.5, 1, top)
+    return TokenLogprobs(token, -0.5 + bonus / 20, 1, top)
 
 
 @pytest.fixture

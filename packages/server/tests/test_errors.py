@@ -173,16 +173,12 @@ def test_chat_needs_room_for_a_token(client, field, value):
 
 UNSUPPORTED = [
     (TEXT, "suffix", "end"),
-    (TEXT, "best_of", 4),
-    (TEXT, "logit_bias", {"50": 1}),
-    (TEXT, "prompt_logprobs", 1),
     (CHAT, "tools", []),
     (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
     (CHAT, "tool_choice", "auto"),
     (CHAT, "parallel_tool_calls", False),
     (CHAT, "functions", [{}]),
     (CHAT, "guided_json", {}),
-    (CHAT, "logit_bias", {"a": 1}),
     (CHAT, "modalities", ["audio"]),
     (CHAT, "chat_template", "{{ x }}"),
     (CHAT, "continue_final_message", True),

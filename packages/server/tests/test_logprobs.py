@@ -121,7 +121,6 @@ def test_text_offsets_go_on_through_the_chunks(engine, stream):
         (TEXT, {"prompt": "a", "logprobs": 21}, "logprobs"),
         (TEXT, {"prompt": "a", "logprobs": -1}, "logprobs"),
         (TEXT, {"prompt": "a", "logprobs": True}, "logprobs"),
-        (TEXT, {"prompt": "a", "logprobs": 1, "echo": True}, "echo"),
         (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         (CHAT, {"messages": [USER], "top_logprobs": 2}, "top_logprobs"),

@@ -119,6 +119,79 @@ class Extras(_Body):
         le=1.0,
         description="Drop tokens whose probability is below min_p times that of the most probable one. Default: 0.",
     )
+    typical_p: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Keep the tokens whose surprise is nearest to the expected one, up to this probability mass. "
+        "Default: 1, off.",
+    )
+    xtc_probability: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="How often all tokens of at least xtc_threshold but the least likely of them are removed. "
+        "Default: 0, off.",
+    )
+    xtc_threshold: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="The probability from which XTC removes tokens. Default: 0.1."
+    )
+    mirostat_mode: int | None = Field(
+        default=None,
+        ge=0,
+        le=2,
+        description="Keep the surprise of tokens near mirostat_tau by feedback, in version 1 or 2. Default: 0, off.",
+    )
+    mirostat_tau: float | None = Field(
+        default=None, gt=0.0, le=100.0, description="With mirostat: the surprise aimed at, in bits. Default: 5."
+    )
+    mirostat_eta: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="With mirostat: how fast it learns. Default: 0.1."
+    )
+    dry_multiplier: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=100.0,
+        description="Penalise tokens that would prolong a repetition (DRY): this times dry_base to the power of its "
+        "length beyond dry_allowed_length. Default: 0, off.",
+    )
+    dry_base: float | None = Field(default=None, ge=1.0, le=100.0, description="See dry_multiplier. Default: 1.75.")
+    dry_allowed_length: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**31 - 1,
+        description="The shortest repetition that is penalised, in tokens. Default: 2.",
+    )
+    dry_sequence_breakers: list[str] | None = Field(
+        default=None,
+        max_length=1024,
+        description="Texts that no repetition spans. Default: newline, colon, quotation mark, asterisk.",
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        default=None, min_length=1, description="The only token ids that may be generated. Default: all."
+    )
+    bad_words: list[str] | None = Field(
+        default=None,
+        max_length=1024,
+        description="Texts that must not be generated, at the start of a word or within a sentence. Default: none.",
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Report the prompt's log-probabilities with this many alternatives a token; not in a stream. "
+        "Default: none.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        le=2**31 - 1,
+        description="Keep this many tokens of the prompt's end at most; -1 keeps what the context has room for. "
+        "Default: all, or an error.",
+    )
+    return_token_ids: bool | None = Field(
+        default=None, description="Return token_ids with each choice, and prompt_token_ids. Default: false."
+    )
     repetition_penalty: float | None = Field(
         default=None,
         gt=0.0,

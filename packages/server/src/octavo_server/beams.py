@@ -29,6 +29,7 @@ _OF_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
     "mirostat_mode": (0,),
     "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import CompletionDelta, FinishReason, SamplingParams
@@ -14,12 +14,16 @@ from octavo_server.logprobs import LogprobTrack, TokenEntry
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for."""
+    """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for.
+
+    `token_ids` are those that came since the last piece; some of their text may be held back.
+    """
 
     index: int
     text: str
     entries: list[TokenEntry] | None
     finish_reason: FinishReason | None
+    token_ids: list[int] = field(default_factory=list)
 
 
 class Choice:
@@ -34,6 +38,7 @@ class Choice:
     def __init__(self, index: int, sampling: SamplingParams, tokenizer: Tokenizer) -> None:
         self._index = index
         self._texts: list[str] = []
+        self._token_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
         self._track: LogprobTrack | None = None
         if sampling.logprobs is not None:
@@ -43,6 +48,7 @@ class Choice:
         """Take in what is new."""
         if delta.text:
             self._texts.append(delta.text)
+        self._token_ids += delta.token_ids
         self._finish_reason = delta.finish_reason
         if self._track is not None:
             self._track.push(delta)
@@ -57,7 +63,8 @@ class Choice:
         text = "".join(self._texts)
         self._texts.clear()
         entries = None if self._track is None else self._track.take()
-        return Piece(self._index, text, entries, self._finish_reason)
+        token_ids, self._token_ids = self._token_ids, []
+        return Piece(self._index, text, entries, self._finish_reason, token_ids)
 
 
 async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:

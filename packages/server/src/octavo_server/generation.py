@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from octavo_engine.api import EngineClient
 from octavo_engine.errors import RequestFailed
-from octavo_engine.types import CompletionDelta, FinishReason, Request
+from octavo_engine.types import CompletionDelta, FinishReason, Request, TokenLogprobs
 from octavo_server.metrics import Metrics
 
 WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -31,7 +31,11 @@ class Generation:
         engine: runs them.
         metrics: is told of each request.
         requests: one per prompt, all with the same `n`.
-        prompt_only: generate nothing: every choice ends at once, empty, for its length.
+        prompt_only: generate nothing: every choice ends at once, empty, for its length. The requests run if their
+            prompts' log-probabilities are wanted.
+
+    Attributes:
+        prompt_logprobs: by prompt, of its tokens from the second on, once they are known.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Generation:
         self._num_tokens = [0] * (self._n * len(requests))
         self._num_cached_tokens = [0] * len(requests)
         self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.prompt_logprobs: list[tuple[TokenLogprobs, ...]] = [()] * len(requests)
 
     @property
     def num_choices(self) -> int:
@@ -68,7 +73,7 @@ class Generation:
             RequestFailed: if the engine could not compute one of them; the others are aborted.
             EngineDead: if the engine has stopped.
         """
-        if self._prompt_only:
+        if self._prompt_only and self._requests[0].sampling.prompt_logprobs is None:
             yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
             return
         streams = self._run(0) if len(self._requests) == 1 else self._run_all()
@@ -83,9 +88,12 @@ class Generation:
             async with aclosing(self._engine.generate(request)) as batches:
                 async for batch in batches:
                     now = time.monotonic()
+                    if self._prompt_only:
+                        batch = [_without_tokens(delta) for delta in batch]
                     for delta in batch:
                         _check_reason(delta)
                         track.observe(delta, now)
+                        self.prompt_logprobs[place] = delta.prompt_logprobs or self.prompt_logprobs[place]
                         self._num_tokens[first_choice + delta.index] = delta.num_tokens
                         self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.num_cached_tokens)
                     yield [(first_choice + delta.index, delta) for delta in batch]
@@ -151,6 +159,13 @@ async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
 def _check_reason(delta: CompletionDelta) -> None:
     if delta.finish_reason is not None and delta.finish_reason not in WIRE_REASONS:
         raise RequestFailed(f"a choice ended with reason {delta.finish_reason}")
+
+
+def _without_tokens(delta: CompletionDelta) -> CompletionDelta:
+    ended = delta.finish_reason is not None
+    return delta._replace(
+        text="", token_ids=(), num_tokens=0, logprobs=(), finish_reason=FinishReason.LENGTH if ended else None
+    )
 
 
 def _empty(choice: int) -> CompletionDelta:

@@ -94,16 +94,21 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def completion_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return entries in the form of text completions: four lists of equal length."""
+def named_top(logprobs: TokenLogprobs, tokenizer: Tokenizer, num_top: int | None = None) -> dict[str, float]:
+    """Return the likeliest tokens of a position, all or `num_top`, by their texts, and the position's own token."""
+    top = {token_label(tokenizer, token_id): finite(logprob) for token_id, logprob in logprobs.top[:num_top]}
+    top.setdefault(token_label(tokenizer, logprobs.token_id), finite(logprobs.logprob))
+    return top
+
+
+def completion_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer, start: int = 0) -> dict[str, Any]:
+    """Return entries in the form of text completions, four lists of equal length; their text begins at `start`."""
     tokens, token_logprobs, top_logprobs, text_offset = [], [], [], []
     for entry in entries:
         tokens.append(entry.text)
-        token_logprobs.append(_finite(entry.logprobs.logprob))
-        text_offset.append(entry.start)
-        top = {token_label(tokenizer, token_id): _finite(logprob) for token_id, logprob in entry.logprobs.top}
-        top.setdefault(token_label(tokenizer, entry.logprobs.token_id), token_logprobs[-1])
-        top_logprobs.append(top)
+        token_logprobs.append(finite(entry.logprobs.logprob))
+        text_offset.append(start + entry.start)
+        top_logprobs.append(named_top(entry.logprobs, tokenizer))
     return {
         "tokens": tokens,
         "token_logprobs": token_logprobs,
@@ -130,8 +135,9 @@ def chat_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer) -> dict[s
 
 
 def _chat_token(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+    return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """Return a log-probability as JSON can hold it."""
     return min(logprob, 0.0) if logprob >= _LOWEST else _LOWEST

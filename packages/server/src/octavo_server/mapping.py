@@ -19,7 +19,7 @@ from octavo_server.protocol.embeddings import EmbeddingBody
 from octavo_server.protocol.generation import GenerationBody
 
 _INLINE_CHARS = 8192
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 _PLAIN = (
     "presence_penalty",
     "frequency_penalty",
@@ -29,6 +29,19 @@ _PLAIN = (
     "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
+    "xtc_probability",
+    "xtc_threshold",
+    "mirostat_mode",
+    "mirostat_tau",
+    "mirostat_eta",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_sequence_breakers",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
 )
 
 T = TypeVar("T")
@@ -50,6 +63,10 @@ def sampling_params(
     for name in (*_DEFAULTS, *_PLAIN):
         if (value := getattr(body, name)) is not None:
             chosen[name] = value
+    if isinstance(body, CompletionBody):
+        if body.best_of is not None and body.best_of > max_n:
+            raise InvalidRequest(f"best_of must be between 1 and {max_n}, got {body.best_of}", param="best_of")
+        chosen |= {"best_of": body.best_of, "prompt_logprobs": body.num_prompt_logprobs}
     with _called("structured_outputs", body.constraint_field):
         constraint = body.constraint
     return SamplingParams(
@@ -57,6 +74,7 @@ def sampling_params(
         stop=body.stop_strings,
         max_tokens=max_tokens,
         logprobs=logprobs,
+        logit_bias=body.biases,
         structured_outputs=constraint,
         **chosen,
     )
@@ -65,14 +83,14 @@ def sampling_params(
 async def completion_requests(
     body: CompletionBody, text: TextProcessor, *, request_id: str, max_n: int
 ) -> list[Request]:
-    """Return one request per prompt. With `max_tokens` 0 they are only checked: their limit is 1, and none should run.
+    """Return one request per prompt. With `max_tokens` 0 their limit is 1: no token of theirs should be shown.
 
     Raises:
         InvalidRequest: if a prompt or a parameter cannot be served; PromptTooLong if the context is too small.
     """
     params = _params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
     prompts = body.prompts
-    _check_num_choices(len(prompts) * (body.n or 1), "prompt")
+    _check_num_choices(len(prompts) * max(body.n or 1, body.best_of or 1), "prompt")
     encoded = await _encode_all(text, prompts)
     return [
         await _request(body, text, ids, params, request_id if len(encoded) == 1 else f"{request_id}-{place}")

@@ -46,14 +46,15 @@ class ChunkWriter:
         self._wants_usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
 
-    def chunk(self, choice: Mapping[str, Any]) -> bytes:
-        """Return an event with one choice."""
+    def chunk(self, choice: Mapping[str, Any], members: Mapping[str, Any] | None = None) -> bytes:
+        """Return an event with one choice, and further members beside the choices."""
         usage = b""
         if self._continuous:
             usage = b',"usage":' + to_json(self._usage())
         elif self._wants_usage:
             usage = b',"usage":null'
-        return self._head + to_json(choice) + b"]" + usage + b"}\n\n"
+        beside = b"," + to_json(members)[1:-1] if members else b""
+        return self._head + to_json(choice) + b"]" + beside + usage + b"}\n\n"
 
     def end(self) -> bytes:
         """Return what stands after the last choice: the usage, if it was asked for, and the end mark."""

@@ -31,18 +31,29 @@ class CompletionBody(GenerationBody):
     def check(self) -> None:
         super().check()
         refuse_unsupported(self, _UNSUPPORTED)
-        if self.best_of is not None and self.best_of != (self.n or 1) and not self.use_beam_search:
+        if self.ranks and self.stream and not self.use_beam_search:
             raise InvalidRequest(
-                f"best_of {self.best_of} other than n is not supported without use_beam_search; leave it out",
+                "the best of several samples are known at the end alone; set stream false, or leave best_of out",
                 param="best_of",
-                code="unsupported_parameter",
             )
         if self.echo and self.logprobs is not None:
-            raise InvalidRequest(
-                "echo together with logprobs is not supported by this server; leave one out",
-                param="echo",
-                code="unsupported_parameter",
-            )
+            other = "stream" if self.stream else "use_beam_search" if self.use_beam_search else None
+            if other is not None:
+                raise InvalidRequest(
+                    f"echo together with logprobs does not go with {other}; leave one out", param="echo"
+                )
+
+    @property
+    def ranks(self) -> bool:
+        """Whether more samples run than are returned."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives asked for at each token of the prompt; None if no log-probabilities of it are wanted."""
+        of_echo = self.logprobs if self.echo else None
+        wanted = [count for count in (self.prompt_logprobs, of_echo) if count is not None]
+        return max(wanted, default=None)
 
     @property
     def num_new_tokens(self) -> int:

@@ -12,20 +12,16 @@ from octavo_engine.errors import InvalidRequest
 from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
 from octavo_server.protocol.constraints import constraint_of
+from octavo_server.protocol.violations import summarise
 
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
 MAX_INT32 = 2**31 - 1
+_MAX_ID_DIGITS = 10
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "truncate_prompt_tokens": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -55,6 +51,7 @@ class GenerationBody(Extras):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    logit_bias: dict[str, float] | None = None
     stop: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -89,6 +86,22 @@ class GenerationBody(Extras):
         """The name of the field that the constraint comes from."""
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to the logits of token ids, which JSON has as strings.
+
+        Raises:
+            InvalidRequest: if one is no token id.
+        """
+        biases = {}
+        for token_id, bias in (self.logit_bias or {}).items():
+            if not token_id.isascii() or not token_id.isdigit() or len(token_id) > _MAX_ID_DIGITS:
+                raise InvalidRequest(
+                    f"logit_bias must map token ids to numbers, got {summarise(token_id)}", param="logit_bias"
+                )
+            biases[int(token_id)] = bias
+        return biases
+
     def check(self) -> None:
         """Check what concerns several fields.
 
@@ -98,3 +111,5 @@ class GenerationBody(Extras):
         refuse_unsupported(self, UNSUPPORTED)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options goes with stream true; leave it out", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs are not there in a stream; set stream false", param="prompt_logprobs")

@@ -16,6 +16,7 @@ from octavo_server.choices import Choice, Piece, pieces, whole
 from octavo_server.generation import Generation, until_disconnect
 from octavo_server.logprobs import chat_logprobs
 from octavo_server.mapping import chat_request
+from octavo_server.prompt_logprobs import listed
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.chat import ChatBody
 from octavo_server.state import state_of
@@ -46,23 +47,38 @@ async def create_chat_completion(request: Request) -> Response:
     choices = [Choice(i, engine_request.sampling, text.tokenizer) for i in range(generation.num_choices)]
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
-        events = _events(generation, choices, writer, text.tokenizer)
+        prompt_ids = engine_request.prompt_token_ids if body.return_token_ids else None
+        events = _events(generation, choices, writer, text.tokenizer, prompt_ids)
         return EventStream(events, keep_alive=state.settings.keep_alive)
-    answers = [_answer(piece, text.tokenizer) for piece in await until_disconnect(request, whole(generation, choices))]
-    return json_response(head | {"choices": answers, "usage": generation.usage()})
+    ended = await until_disconnect(request, whole(generation, choices))
+    answers = [_answer(piece, text.tokenizer) for piece in ended]
+    extras: dict[str, Any] = {}
+    if body.return_token_ids:
+        extras["prompt_token_ids"] = engine_request.prompt_token_ids
+        for answer, piece in zip(answers, ended, strict=True):
+            answer["token_ids"] = piece.token_ids
+    if body.prompt_logprobs is not None:
+        extras["prompt_logprobs"] = listed(generation.prompt_logprobs[0], text.tokenizer, body.prompt_logprobs)
+    return json_response(head | {"choices": answers, "usage": generation.usage()} | extras)
 
 
 async def _events(
-    generation: Generation, choices: list[Choice], writer: ChunkWriter, tokenizer: Tokenizer
+    generation: Generation,
+    choices: list[Choice],
+    writer: ChunkWriter,
+    tokenizer: Tokenizer,
+    prompt_token_ids: list[int] | None,
 ) -> AsyncGenerator[bytes, None]:
+    """Stream the choices; `prompt_token_ids` None means that token ids are not wanted."""
     for index in range(len(choices)):
-        yield writer.chunk(_chunk(index, {"role": "assistant", "content": ""}))
+        members = {} if prompt_token_ids is None or index else {"prompt_token_ids": prompt_token_ids}
+        yield writer.chunk(_chunk(index, {"role": "assistant", "content": ""}), members)
     async with aclosing(pieces(generation, choices)) as stream:
         async for piece in stream:
             delta = {"content": piece.text} if piece.text else {}
-            yield writer.chunk(
-                _chunk(piece.index, delta, _logprobs(piece, tokenizer) if piece.text else None, piece.finish_reason)
-            )
+            logprobs = _logprobs(piece, tokenizer) if piece.text else None
+            chunk = _chunk(piece.index, delta, logprobs, piece.finish_reason)
+            yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
     yield writer.end()
 
 

@@ -18,6 +18,7 @@ from octavo_server.choices import Choice, Piece, pieces, whole
 from octavo_server.generation import Generation, until_disconnect
 from octavo_server.logprobs import completion_logprobs
 from octavo_server.mapping import completion_requests
+from octavo_server.prompt_logprobs import echo_logprobs, listed
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.completions import CompletionBody
 from octavo_server.state import state_of
@@ -45,7 +46,7 @@ async def create_completion(request: Request) -> Response:
         "system_fingerprint": state.fingerprint,
     }
     generation = Generation(state.engine, state.metrics, requests, prompt_only=body.num_new_tokens == 0)
-    answer = _Answer(generation, requests, _echoes(body, requests, text), text.tokenizer)
+    answer = _Answer(body, generation, requests, _echoes(body, requests, text), text.tokenizer)
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
         return EventStream(answer.events(writer), keep_alive=state.settings.keep_alive)
@@ -57,48 +58,72 @@ class _Answer:
     """The choices of one completion, each with the prompt that it echoes (empty if it does not)."""
 
     def __init__(
-        self, generation: Generation, requests: list[EngineRequest], echoes: list[str], tokenizer: Tokenizer
+        self,
+        body: CompletionBody,
+        generation: Generation,
+        requests: list[EngineRequest],
+        echoes: list[str],
+        tokenizer: Tokenizer,
     ) -> None:
+        self._body = body
         self._generation = generation
+        self._requests = requests
         self._tokenizer = tokenizer
-        n = requests[0].sampling.n
+        self._n = n = requests[0].sampling.n
         self._echoes = [echo for echo in echoes for _ in range(n)]
         self._choices = [
             Choice(index, requests[index // n].sampling, tokenizer) for index in range(generation.num_choices)
         ]
 
     async def whole(self) -> list[dict[str, Any]]:
-        return [
-            self._choice(piece, self._echoes[piece.index]) for piece in await whole(self._generation, self._choices)
-        ]
+        return [self._whole_choice(piece) for piece in await whole(self._generation, self._choices)]
 
     async def events(self, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
         for index, echo in enumerate(self._echoes):
-            if echo:
-                yield writer.chunk(self._choice(Piece(index, "", None, None), echo))
+            if echo or self._body.return_token_ids:
+                yield writer.chunk(self._choice(Piece(index, "", None, None), echo) | self._prompt_ids(index))
         async with aclosing(pieces(self._generation, self._choices)) as stream:
             async for piece in stream:
                 yield writer.chunk(self._choice(piece, ""))
         yield writer.end()
 
+    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        place, echo = piece.index // self._n, self._echoes[piece.index]
+        choice = self._choice(piece, echo) | self._prompt_ids(piece.index)
+        of_prompt = self._generation.prompt_logprobs[place]
+        if self._body.echo and choice["logprobs"] is not None:
+            token_ids, num_top = self._requests[place].prompt_token_ids, self._body.logprobs or 0
+            prompt = echo_logprobs(echo, token_ids, of_prompt, self._tokenizer, num_top)
+            choice["logprobs"] = {name: prompt[name] + values for name, values in choice["logprobs"].items()}
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = listed(of_prompt, self._tokenizer, self._body.prompt_logprobs)
+        return choice
+
     def _choice(self, piece: Piece, echo: str) -> dict[str, Any]:
         logprobs = None
         if piece.entries is not None:
-            logprobs = completion_logprobs(piece.entries, self._tokenizer)
-        return {
+            logprobs = completion_logprobs(piece.entries, self._tokenizer, len(echo))
+        choice = {
             "index": piece.index,
             "text": echo + piece.text,
             "logprobs": logprobs,
             "finish_reason": piece.finish_reason,
         }
+        return choice | {"token_ids": piece.token_ids} if self._body.return_token_ids else choice
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        if not self._body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": self._requests[index // self._n].prompt_token_ids}
 
 
 def _echoes(body: CompletionBody, requests: list[EngineRequest], text: TextProcessor) -> list[str]:
+    """Return each prompt as text; a truncated one as what is left of it."""
     if not body.echo:
         return [""] * len(requests)
     return [
         prompt
-        if isinstance(prompt, str)
-        else text.tokenizer.decode(prompt, skip_special_tokens=request.sampling.skip_special_tokens)
+        if isinstance(prompt, str) and body.truncate_prompt_tokens is None
+        else text.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=request.sampling.skip_special_tokens)
         for prompt, request in zip(body.prompts, requests, strict=True)
     ]
