@@ -225,6 +225,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
         ports.append(listening.getsockname()[1])
         return listening
 
+    engine.text.default_sampling = {"top_k": 20}
     ports = []
     serving_make_server, serving_listen = serving.make_server, serving.listen
     monkeypatch.setattr(serving, "make_server", make_server)
@@ -237,6 +238,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
     assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB of float32: a test asked for it" in result.stderr
     assert "mode exact, float32 on cpu, kernels: reference" in result.stderr
+    assert "top_k 20 by default, from the model's generation_config.json" in result.stderr
     assert result.stderr.endswith("stopped\n")
     assert engine.closed
     assert signal.getsignal(signal.SIGTERM) is before

@@ -118,7 +118,7 @@ def _serve(
     with listen(host, port) as listening:
         engine = load_engine(config, console)
         try:
-            console.print(engine_report(engine.info))
+            console.print(engine_report(engine.info, engine.text.default_sampling))
             shown = f"[{host}]" if ":" in host else host
             names = ", ".join(settings.served_model_names or (engine.info.model_name,))
             console.print(
@@ -217,7 +217,7 @@ def chat(
         )
         engine = load_engine(config, console)
         try:
-            console.print(engine_report(engine.info))
+            console.print(engine_report(engine.info, engine.text.default_sampling))
             Conversation(engine, console, options, system).run()
         finally:
             engine.close()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -54,8 +55,8 @@ def _without_collector() -> Generator[None]:
         gc.enable()
 
 
-def engine_report(info: EngineInfo) -> Table:
-    """Return what was loaded and what was chosen for it, as a table of two columns."""
+def engine_report(info: EngineInfo, default_sampling: Mapping[str, Any]) -> Table:
+    """Return what was loaded, what was chosen for it, and what its authors advise, as a table of two columns."""
     num_slots = info.num_blocks * info.block_size
     rows = {
         "model": f"{info.model_name} ({info.architecture}, {info.num_parameters / 1e6:.0f} M parameters)",
@@ -66,6 +67,9 @@ def engine_report(info: EngineInfo) -> Table:
         "batching": f"up to {info.max_num_seqs} sequences and {info.max_num_batched_tokens} tokens a step",
         "loaded in": f"{info.load_seconds:.1f} s",
     }
+    if default_sampling:
+        advised = ", ".join(f"{name} {value}" for name, value in default_sampling.items())
+        rows["sampling"] = f"{advised} by default, from the model's generation_config.json"
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", value.replace("[", r"\["))
