@@ -43,32 +43,30 @@ size_t rounded(size_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
 // A thread's memory: the plan, and what one task needs.
 class Memory {
  public:
-  Memory(Team& team, const PagedAttentionArgs& a, int64_t max_items) {
+  Memory(Team& team, const PagedAttentionArgs& a, int64_t max_spans) {
     const int64_t max_rows = std::max<int64_t>(kRowsPerItem, a.num_heads / a.num_kv_heads);
-    const size_t sizes[4] = {rounded(max_items * sizeof(Item)), rounded(max_rows * sizeof(Row)),
+    const size_t sizes[4] = {rounded(AttentionPlan::num_bytes(max_spans)), rounded(max_rows * sizeof(Row)),
                              rounded(kTile * a.head_dim * sizeof(float)),
                              rounded(max_rows * a.head_dim * sizeof(float))};
-    char* memory = static_cast<char*>(team.scratch(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
-    items = reinterpret_cast<Item*>(memory);
-    rows = reinterpret_cast<Row*>(memory + sizes[0]);
-    keys = reinterpret_cast<float*>(memory + sizes[0] + sizes[1]);
-    values = reinterpret_cast<float*>(memory + sizes[0] + sizes[1] + sizes[2]);
+    plan = static_cast<char*>(team.scratch(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
+    rows = reinterpret_cast<Row*>(plan + sizes[0]);
+    keys = reinterpret_cast<float*>(plan + sizes[0] + sizes[1]);
+    values = reinterpret_cast<float*>(plan + sizes[0] + sizes[1] + sizes[2]);
   }
 
-  Item* items;
+  char* plan;
   Row* rows;
   float* keys;    // [head_dim][kTile], the transposed keys of a tile
   float* values;  // [rows][head_dim]
 };
 
-// Looks up where the keys and values of a tile are, for the positions in `seen`.
+// Looks up where the keys and values of a tile are.
 template <class T>
-void find(const PagedAttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t number, Positions seen,
-          KvTile<T>& tile) {
-  const int64_t start = number * kTile;
-  tile.begin = static_cast<int>(std::max(seen.begin, start) - start);
-  tile.end = static_cast<int>(std::min(seen.end, start + kTile) - start);
-  const int32_t* table = a.block_table + sequence * a.block_table_stride;
+void find(const PagedAttentionArgs& a, const Place& place, int64_t kv_head, KvTile<T>& tile) {
+  const int64_t start = place.tile * kTile;
+  tile.begin = static_cast<int>(std::max(place.leg->seen.begin, start) - start);
+  tile.end = static_cast<int>(std::min(place.leg->seen.end, start + kTile) - start);
+  const int32_t* table = a.block_table + place.leg->sequence * a.block_table_stride;
   int64_t index = (start + tile.begin) / a.block_size, offset = (start + tile.begin) % a.block_size;
   for (int j = tile.begin; j < tile.end; ++index, offset = 0) {
     const int64_t block = table[index];
@@ -95,68 +93,52 @@ void find(const PagedAttentionArgs& a, int64_t sequence, int64_t kv_head, int64_
   fill(tile.end, kTile);
 }
 
-// One task: its rows, and the tiles of the cache that it walks.
+// One task: the rows of its item, and the tiles of the cache that it walks.
 template <class T>
 class Walk {
  public:
   Walk(const PagedAttentionArgs& a, const Task& task, Memory& memory)
       : a_(a), task_(task), item_(*task.item), head_dim_(static_cast<int>(a.head_dim)), memory_(memory) {
-    const Item& item = item_;
-    const int64_t kv_head = task.kv_head;
-    const int64_t group = a.num_heads / a.num_kv_heads;
-    const int64_t start = a.query_start_loc[item.sequence];
-    const int64_t seq_len = a.seq_lens[item.sequence];
-    const int64_t query_len = a.query_start_loc[item.sequence + 1] - start;
-    for (int64_t query = item.first_query; query < item.first_query + item.num_queries; ++query) {
-      const int64_t position = seq_len - query_len + query;
-      const Positions seen = visible(a, position, seq_len);
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        Row& row = *new (memory.rows + num_rows_) Row{};
-        row.token = start + query;
-        row.head = head;
-        row.q = a.q + row.token * a.q_token_stride + head * a.q_head_stride;
-        row.position = position;
-        row.seen = seen;
-        row.slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head];
-        row.softmax.value = memory.values + num_rows_ * head_dim_;
-        std::fill_n(row.softmax.value, head_dim_, 0.0f);
-        ++num_rows_;
-      }
-    }
+    for (int64_t i = 0; i < item_.num_spans; ++i) add_rows(item_.spans[i]);
   }
-
-  // The positions that any row sees.
-  Positions seen() const { return Positions{memory_.rows[0].seen.begin, memory_.rows[num_rows_ - 1].seen.end}; }
 
   // Walks the tiles. Without `partials` they are joined to the rows, else left there. `upcoming` is the tile that this
   // thread probably needs after them, or null.
   void tiles(float* partials, const KvTile<T>* upcoming) {
     KvTile<T> buffers[2];
-    for (int64_t tile = task_.first_tile; tile < task_.end_tile; ++tile) {
-      const KvTile<T>& now = buffers[tile % 2];
-      if (tile == task_.first_tile) find(a_, item_.sequence, task_.kv_head, tile, seen(), buffers[tile % 2]);
-      const bool last = tile + 1 == task_.end_tile;
-      if (!last) find(a_, item_.sequence, task_.kv_head, tile + 1, seen(), buffers[(tile + 1) % 2]);
-      const KvTile<T>* next = last ? upcoming : &buffers[(tile + 1) % 2];
-      const bool few = num_rows_ <= kMaxRows;
+    Place place{};
+    for (int64_t step = task_.first_step; step < task_.end_step; ++step) {
+      const KvTile<T>& now = buffers[step % 2];
+      if (step == task_.first_step) {
+        place = item_.place(step);
+        find(a_, place, task_.kv_head, buffers[step % 2]);
+      }
+      const bool last = step + 1 == task_.end_step;
+      const Place following = last ? place : place.next();
+      if (!last) find(a_, following, task_.kv_head, buffers[(step + 1) % 2]);
+      const KvTile<T>* next = last ? upcoming : &buffers[(step + 1) % 2];
+      const Leg& leg = *place.leg;
+      const bool few = leg.num_rows <= kMaxRows;
       Ahead<T> values(now.v + now.begin, now.end - now.begin, head_dim_);
       Ahead<T> keys = next == nullptr ? Ahead<T>() : Ahead<T>(next->k, kTile, head_dim_);
       if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
-      const Partial partial = partials == nullptr ? Partial{} : partial_of(tile, partials);
-      for (int64_t row = 0; row < num_rows_; row += kMaxRows) {
-        attend(Visit{now, values, keys, tile, few}, row, std::min<int64_t>(kMaxRows, num_rows_ - row), partial);
-      }
+      const Visit visit{now, values, keys, place, few, partials == nullptr ? Partial{} : partial_of(place, partials)};
+      for (int64_t row = 0; row < leg.num_rows; row += kMaxRows)
+        attend(visit, row, std::min<int64_t>(kMaxRows, leg.num_rows - row));
       keys.fetch(kTile);
+      place = following;
     }
   }
 
   // Joins what the tasks of this item and KV head left.
   void join_partials(float* partials) {
-    for (int64_t tile = task_.first_tile; tile < task_.end_tile; ++tile) {
-      const Partial partial = partial_of(tile, partials);
-      for (int64_t i = 0; i < num_rows_; ++i) {
-        Row& row = memory_.rows[i];
-        if (row.begin_in(tile) >= row.end_in(tile)) continue;
+    Place place{item_.legs, item_.legs->first_tile};
+    for (int64_t step = 0; step < item_.num_steps; ++step) {
+      if (step > 0) place = place.next();
+      const Partial partial = partial_of(place, partials);
+      for (int64_t i = 0; i < place.leg->num_rows; ++i) {
+        Row& row = memory_.rows[place.leg->first_row + i];
+        if (row.begin_in(place.tile) >= row.end_in(place.tile)) continue;
         Softmax* softmax = &row.softmax;
         join(&softmax, 1, partial.maximum + i, partial.sum + i, partial.value + i * head_dim_, head_dim_, head_dim_);
       }
@@ -174,10 +156,34 @@ class Walk {
   }
 
  private:
-  Partial partial_of(int64_t tile, float* partials) const {
-    const int64_t size = AttentionPlan::partial_floats(1, num_rows_, head_dim_);
-    float* memory = partials + (task_.kv_head * item_.num_tiles + tile - item_.first_tile) * size;
-    return Partial{memory, memory + num_rows_, memory + 2 * num_rows_};
+  void add_rows(const Span& span) {
+    const int64_t group = a_.num_heads / a_.num_kv_heads;
+    const int64_t start = a_.query_start_loc[span.sequence];
+    const int64_t seq_len = a_.seq_lens[span.sequence];
+    const int64_t query_len = a_.query_start_loc[span.sequence + 1] - start;
+    for (int64_t query = span.first_query; query < span.first_query + span.num_queries; ++query) {
+      const int64_t position = seq_len - query_len + query;
+      const Positions seen = visible(a_, position, seq_len);
+      for (int64_t head = task_.kv_head * group; head < (task_.kv_head + 1) * group; ++head) {
+        Row& row = *new (memory_.rows + num_rows_) Row{};
+        row.token = start + query;
+        row.head = head;
+        row.q = a_.q + row.token * a_.q_token_stride + head * a_.q_head_stride;
+        row.position = position;
+        row.seen = seen;
+        row.slope = a_.alibi_slopes == nullptr ? 0.0f : a_.alibi_slopes[head];
+        row.softmax.value = memory_.values + num_rows_ * head_dim_;
+        std::fill_n(row.softmax.value, head_dim_, 0.0f);
+        ++num_rows_;
+      }
+    }
+  }
+
+  Partial partial_of(const Place& place, float* partials) const {
+    const Leg& leg = *place.leg;
+    float* memory = partials + task_.kv_head * item_.num_partial_floats + leg.first_partial +
+                    (place.tile - leg.first_tile) * AttentionPlan::partial_floats(leg.num_rows, head_dim_);
+    return Partial{memory, memory + leg.num_rows, memory + 2 * leg.num_rows};
   }
 
   // One tile, as all rows use it.
@@ -185,37 +191,40 @@ class Walk {
     const KvTile<T>& tile;
     Ahead<T>& values;
     Ahead<T>& keys;  // of the next tile
-    int64_t number;         // of the tile
-    bool few;               // keys are read from the cache, not from memory_.keys
+    Place place;
+    bool few;         // keys are read from the cache, not from memory_.keys
+    Partial partial;  // where the rows' results go, or null
   };
 
-  void attend(const Visit& visit, int64_t row, int64_t count, const Partial& partial) {
+  // Attends `count` rows from `row` on, among those of the leg.
+  void attend(const Visit& visit, int64_t row, int64_t count) {
     switch (count) {
       case 1:
-        return attend_rows<1>(visit, row, partial);
+        return attend_rows<1>(visit, row);
       case 2:
-        return attend_rows<2>(visit, row, partial);
+        return attend_rows<2>(visit, row);
       case 3:
-        return attend_rows<3>(visit, row, partial);
+        return attend_rows<3>(visit, row);
       case 4:
-        return attend_rows<4>(visit, row, partial);
+        return attend_rows<4>(visit, row);
       case 5:
-        return attend_rows<5>(visit, row, partial);
+        return attend_rows<5>(visit, row);
       default:
-        return attend_rows<kMaxRows>(visit, row, partial);
+        return attend_rows<kMaxRows>(visit, row);
     }
   }
 
   template <int R>
-  void attend_rows(const Visit& visit, int64_t first_row, const Partial& partial) {
-    Row* rows = memory_.rows + first_row;
+  void attend_rows(const Visit& visit, int64_t first_row) {
+    Row* rows = memory_.rows + visit.place.leg->first_row + first_row;
+    const int64_t tile = visit.place.tile;
     const float* q[R];
     int begin[R], end[R];
     int first = kTile, last = 0;  // what any row sees
     for (int r = 0; r < R; ++r) {
       q[r] = rows[r].q;
-      begin[r] = rows[r].begin_in(visit.number);
-      end[r] = rows[r].end_in(visit.number);
+      begin[r] = rows[r].begin_in(tile);
+      end[r] = rows[r].end_in(tile);
       first = std::min(first, begin[r]);
       last = std::max(last, end[r]);
     }
@@ -234,7 +243,7 @@ class Walk {
                         scaled ? visit.tile.k_scale : nullptr,
                         scaled ? visit.tile.v_scale : nullptr,
                         rows[r].slope,
-                        static_cast<float>(rows[r].position - visit.number * kTile),
+                        static_cast<float>(rows[r].position - tile * kTile),
                         begin[r],
                         end[r]};
       visit.keys.fetch(16 / R);
@@ -243,6 +252,7 @@ class Walk {
     }
     weigh_rows<R>(visit, weights, begin, end, sums);
     visit.keys.fetch(8);
+    const Partial& partial = visit.partial;
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);
     for (int r = 0; r < R; ++r) {
       if (begin[r] >= end[r]) continue;
@@ -296,20 +306,15 @@ template <class T>
 bool find_first_tile(const PagedAttentionArgs& a, const AttentionPlan& plan, int64_t number, KvTile<T>& tile) {
   if (number >= plan.num_tasks()) return false;
   const Task task = plan.task(number);
-  if (task.first_tile >= task.end_tile) return false;
-  const Item& item = *task.item;
-  const int64_t seq_len = a.seq_lens[item.sequence];
-  const int64_t query_len = a.query_start_loc[item.sequence + 1] - a.query_start_loc[item.sequence];
-  const int64_t position = seq_len - query_len + item.first_query;
-  const Positions seen{visible(a, position, seq_len).begin, visible(a, position + item.num_queries - 1, seq_len).end};
-  find(a, item.sequence, task.kv_head, task.first_tile, seen, tile);
+  if (task.first_step >= task.end_step) return false;
+  find(a, task.item->place(task.first_step), task.kv_head, tile);
   return true;
 }
 
 template <class T>
 void attend_all(const PagedAttentionArgs& a, int64_t num_seqs, Team& team) {
-  Memory memory(team, a, AttentionPlan::max_items(a, num_seqs));
-  const AttentionPlan plan(a, num_seqs, team.num_threads(), memory.items);
+  Memory memory(team, a, AttentionPlan::max_spans(a, num_seqs));
+  const AttentionPlan plan(a, num_seqs, team.num_threads(), memory.plan);
   float* partials = nullptr;
   if (plan.num_joins() > 0) {
     partials = static_cast<float*>(team.shared(plan.num_partial_floats() * sizeof(float)));

@@ -1,140 +1,228 @@
 // AttentionPlan: the tasks of one paged_attention call. Every thread makes the same plan from the same arguments.
+//
+// Sequences that hold the same blocks (samples of one prompt, beams, prompts with a common beginning) are put into one
+// item, which reads those blocks once for the rows of all of them: their block tables are a tree, and each branch of it
+// is a leg. A row still takes its tiles in the order of positions.
 
 #pragma once
 
 #include <algorithm>
 
+#include "attention_span.h"
 #include "attention_tile.h"
 #include "ops.h"
 
 namespace octavo {
 
-constexpr int kRowsPerItem = 48;  // of a prompt: what a transposed tile of keys serves
+constexpr int kRowsPerItem = 48;  // what a transposed tile of keys serves
 constexpr int kPartsPerThread = 4;
 
-struct Positions {
-  int64_t begin, end;
-};
-
-// The positions that the query at `position` sees.
-OCTAVO_INLINE Positions visible(const PagedAttentionArgs& a, int64_t position, int64_t seq_len) {
-  Positions seen{0, seq_len};
-  if (a.window != 0) {
-    seen.begin = std::max<int64_t>(0, position - a.window + 1);
-    seen.end = std::min(seen.end, position + a.window);
-  }
-  if (a.causal) seen.end = std::min(seen.end, position + 1);
-  return seen;
-}
-
-// Some query tokens of one sequence. Each KV head has num_parts tasks of it, of tiles_per_part tiles each.
-struct Item {
-  int64_t sequence, first_query, num_queries;
+// Tiles that neighbouring rows of an item read from the same blocks.
+struct Leg {
+  int64_t sequence;  // whose table has the blocks
+  int64_t first_row, num_rows;
+  Positions seen;  // by any of the rows
   int64_t first_tile, num_tiles;
-  int64_t tiles_per_part, num_parts;
-  int64_t first_task;
-  int64_t first_join;     // among the (item, KV head) pairs whose parts are joined afterwards
-  int64_t first_partial;  // floats before those of its parts
+  int64_t first_step;     // tiles of the legs before it
+  int64_t first_partial;  // floats of their partials
 };
 
-// Tiles first_tile .. end_tile - 1 of an item for one KV head.
+struct Place {
+  const Leg* leg;
+  int64_t tile;
+
+  Place next() const {
+    if (tile + 1 < leg->first_tile + leg->num_tiles) return Place{leg, tile + 1};
+    return Place{leg + 1, leg[1].first_tile};
+  }
+};
+
+// Some spans. Each KV head has num_parts tasks of it, of steps_per_part steps each: a step is one tile of one leg.
+struct Item {
+  const Span* spans;
+  const Leg* legs;
+  int64_t num_spans, num_legs, num_rows;
+  int64_t num_steps, steps_per_part, num_parts;
+  int64_t first_task;
+  int64_t first_join;          // among the (item, KV head) pairs whose parts are joined afterwards
+  int64_t first_partial;       // floats before those of its parts
+  int64_t num_partial_floats;  // per KV head
+
+  Place place(int64_t step) const {
+    const Leg* leg = legs;
+    while (step >= leg->first_step + leg->num_tiles) ++leg;
+    return Place{leg, leg->first_tile + step - leg->first_step};
+  }
+};
+
+// Steps first_step .. end_step - 1 of an item for one KV head.
 struct Task {
   const Item* item;
   int64_t kv_head;
-  int64_t first_tile, end_tile;
+  int64_t first_step, end_step;
 };
 
 class AttentionPlan {
  public:
-  // An upper bound of the items, for `memory`.
-  static int64_t max_items(const PagedAttentionArgs& a, int64_t num_seqs) {
-    const int64_t per_item = queries_per_item(a);
-    return a.query_start_loc[num_seqs] / per_item + num_seqs;
+  // An upper bound of the spans.
+  static int64_t max_spans(const PagedAttentionArgs& a, int64_t num_seqs) {
+    return a.query_start_loc[num_seqs] / queries_per_span(a) + num_seqs;
   }
 
-  AttentionPlan(const PagedAttentionArgs& a, int64_t num_seqs, int num_threads, Item* memory)
-      : items_(memory), num_kv_heads_(a.num_kv_heads), group_(a.num_heads / a.num_kv_heads) {
-    const int64_t per_item = queries_per_item(a);
+  // The memory that a plan of so many spans takes. There are fewer legs than twice the spans: those are leaves of trees.
+  static size_t num_bytes(int64_t max_spans) {
+    return max_spans * (sizeof(Span) + sizeof(Item) + 2 * sizeof(Leg) + sizeof(int64_t));
+  }
+
+  AttentionPlan(const PagedAttentionArgs& a, int64_t num_seqs, int num_threads, void* memory)
+      : num_kv_heads_(a.num_kv_heads) {
+    const int64_t max_spans = AttentionPlan::max_spans(a, num_seqs);
+    spans_ = static_cast<Span*>(memory);
+    items_ = reinterpret_cast<Item*>(spans_ + max_spans);
+    legs_ = reinterpret_cast<Leg*>(items_ + max_spans);
+    ends_ = reinterpret_cast<int64_t*>(legs_ + 2 * max_spans);
+    make_spans(a, num_seqs);
+    if (may_share()) std::sort(spans_, spans_ + num_spans_, precedes);
+    for (int64_t i = 0; i < num_spans_; ++i) ends_[i] = i == 0 ? 0 : end_of_shared(a, spans_[i - 1], spans_[i]);
+    for (int64_t i = 0; i < num_spans_;) i = add_item(i, a.head_dim);
     int64_t total = 0;
-    for (int64_t sequence = 0; sequence < num_seqs; ++sequence) {
-      const int64_t query_len = a.query_start_loc[sequence + 1] - a.query_start_loc[sequence];
-      for (int64_t first = 0; first < query_len; first += per_item) {
-        Item& item = items_[num_items_++];
-        item = make_item(a, sequence, first, std::min(per_item, query_len - first), query_len);
-        total += cost(item) * num_kv_heads_;
-      }
-    }
+    for (int64_t i = 0; i < num_items_; ++i) total += cost(items_[i]) * num_kv_heads_;
     const int64_t largest = num_threads == 1 ? total : total / (kPartsPerThread * num_threads);
-    for (int64_t i = 0; i < num_items_; ++i) split(items_[i], largest, a.head_dim);
+    for (int64_t i = 0; i < num_items_; ++i) split(items_[i], largest);
   }
 
   int64_t num_tasks() const { return num_tasks_; }
   int64_t num_joins() const { return num_joins_; }
   int64_t num_partial_floats() const { return num_partial_floats_; }
-  int64_t num_rows(const Item& item) const { return item.num_queries * group_; }
 
   Task task(int64_t number) const {
     const auto precedes = [](int64_t value, const Item& item) { return value < item.first_task; };
     const Item& item = *(std::upper_bound(items_, items_ + num_items_, number, precedes) - 1);
-    const int64_t part = (number - item.first_task) % item.num_parts;
-    const int64_t first = item.first_tile + part * item.tiles_per_part;
-    const int64_t end = std::min(first + item.tiles_per_part, item.first_tile + item.num_tiles);
+    const int64_t first = (number - item.first_task) % item.num_parts * item.steps_per_part;
+    const int64_t end = std::min(first + item.steps_per_part, item.num_steps);
     return Task{&item, (number - item.first_task) / item.num_parts, first, end};
   }
 
-  // All tiles of an item whose parts are joined, for one KV head.
+  // All of an item whose parts are joined, for one KV head.
   Task join(int64_t number) const {
     const auto precedes = [](int64_t value, const Item& item) { return value < item.first_join; };
     const Item& item = *(std::upper_bound(items_, items_ + num_items_, number, precedes) - 1);
-    return Task{&item, number - item.first_join, item.first_tile, item.first_tile + item.num_tiles};
+    return Task{&item, number - item.first_join, 0, item.num_steps};
   }
 
-  // Floats of what the parts of an item's KV head leave: per tile and row its maximum, its sum and its values.
-  static int64_t partial_floats(int64_t num_tiles, int64_t num_rows, int64_t head_dim) {
-    return num_tiles * num_rows * (head_dim + 2);
-  }
+  // Floats of what a step leaves: per row its maximum, its sum and its values.
+  static int64_t partial_floats(int64_t num_rows, int64_t head_dim) { return num_rows * (head_dim + 2); }
 
  private:
-  static int64_t queries_per_item(const PagedAttentionArgs& a) {
+  static int64_t queries_per_span(const PagedAttentionArgs& a) {
     const int64_t group = a.num_heads / a.num_kv_heads;
     return std::min<int64_t>(32, std::max<int64_t>(1, kRowsPerItem / group));
   }
 
-  static Item make_item(const PagedAttentionArgs& a, int64_t sequence, int64_t first, int64_t count,
-                        int64_t query_len) {
-    const int64_t seq_len = a.seq_lens[sequence], position = seq_len - query_len + first;
-    const int64_t begin = visible(a, position, seq_len).begin, end = visible(a, position + count - 1, seq_len).end;
-    Item item{};
-    item.sequence = sequence;
-    item.first_query = first;
-    item.num_queries = count;
-    item.first_tile = begin / kTile;
-    item.num_tiles = end > begin ? (end + kTile - 1) / kTile - item.first_tile : 0;
-    return item;
+  void make_spans(const PagedAttentionArgs& a, int64_t num_seqs) {
+    const int64_t per_span = queries_per_span(a);
+    for (int64_t sequence = 0; sequence < num_seqs; ++sequence) {
+      const int64_t query_len = a.query_start_loc[sequence + 1] - a.query_start_loc[sequence];
+      for (int64_t first = 0; first < query_len; first += per_span)
+        spans_[num_spans_++] = make_span(a, sequence, first, std::min(per_span, query_len - first), query_len);
+    }
   }
 
-  int64_t cost(const Item& item) const { return item.num_tiles * ((num_rows(item) + kMaxRows - 1) / kMaxRows); }
+  // Whether two spans may begin with the same block: a filter that costs next to nothing where they do not.
+  bool may_share() const {
+    uint64_t known[64] = {};
+    for (int64_t i = 0; i < num_spans_; ++i) {
+      const Span& span = spans_[i];
+      if (span.num_blocks == 0 || 2 * span.num_rows > kRowsPerItem) continue;
+      const uint32_t hash = static_cast<uint32_t>(span.blocks[0]) * 0x9E3779B1u >> 20;
+      const uint64_t bit = uint64_t(1) << hash % 64;
+      if (known[hash / 64] & bit) return true;
+      known[hash / 64] |= bit;
+    }
+    return false;
+  }
+
+  // Makes an item of span `first` and of those after it that share tiles; returns the first span that is not in it.
+  int64_t add_item(int64_t first, int64_t head_dim) {
+    const auto shares = [&](int64_t i) { return ends_[i] > spans_[i].first_tile; };
+    int64_t end = first + 1, num_rows = spans_[first].num_rows;
+    while (end < num_spans_ && shares(end) && num_rows + spans_[end].num_rows <= kRowsPerItem)
+      num_rows += spans_[end++].num_rows;
+    // Where there is no room for more, those that have least in common are parted.
+    if (end < num_spans_ && end > first + 1 && shares(end))
+      for (int64_t i = end - 1; i > first; --i)
+        if (ends_[i] < ends_[end]) end = i;
+    Item& item = items_[num_items_++];
+    item = Item{};
+    item.spans = spans_ + first;
+    item.num_spans = end - first;
+    item.legs = legs_ + num_legs_;
+    for (int64_t i = first; i < end; ++i) {
+      spans_[i].first_row = item.num_rows;
+      item.num_rows += spans_[i].num_rows;
+    }
+    add_legs(item, first, end, spans_[first].first_tile, head_dim);
+    return end;
+  }
+
+  // Adds the tiles that spans begin .. end - 1 read from `tile` on: those of all, then those that fewer have in common.
+  void add_legs(Item& item, int64_t begin, int64_t end, int64_t tile, int64_t head_dim) {
+    const bool alone = end == begin + 1;
+    const int64_t shared = alone ? spans_[begin].end_tile : *std::min_element(ends_ + begin + 1, ends_ + end);
+    if (shared > tile) add_leg(item, begin, end, tile, shared, head_dim);
+    if (alone) return;
+    for (int64_t i = begin + 1; i <= end; ++i) {
+      if (i < end && ends_[i] > shared) continue;
+      add_legs(item, begin, i, shared, head_dim);
+      begin = i;
+    }
+  }
+
+  void add_leg(Item& item, int64_t begin, int64_t end, int64_t first_tile, int64_t end_tile, int64_t head_dim) {
+    const Span& span = spans_[begin];
+    Leg& leg = legs_[num_legs_++];
+    ++item.num_legs;
+    leg = Leg{span.sequence, span.first_row, 0, span.seen, first_tile, end_tile - first_tile, item.num_steps,
+              item.num_partial_floats};
+    for (int64_t i = begin; i < end; ++i) {
+      leg.num_rows += spans_[i].num_rows;
+      leg.seen.begin = std::min(leg.seen.begin, spans_[i].seen.begin);
+      leg.seen.end = std::min(std::max(leg.seen.end, spans_[i].seen.end), end_tile * kTile);
+    }
+    item.num_steps += leg.num_tiles;
+    item.num_partial_floats += leg.num_tiles * partial_floats(leg.num_rows, head_dim);
+  }
+
+  static int64_t cost(const Item& item) {
+    int64_t cost = 0;
+    for (int64_t i = 0; i < item.num_legs; ++i)
+      cost += item.legs[i].num_tiles * ((item.legs[i].num_rows + kMaxRows - 1) / kMaxRows);
+    return cost;
+  }
 
   // Cuts an item that takes longer than `largest`, and numbers its tasks.
-  void split(Item& item, int64_t largest, int64_t head_dim) {
-    item.tiles_per_part = std::max<int64_t>(item.num_tiles, 1);
-    if (item.num_tiles > 2 && cost(item) > largest) {
-      const int64_t cost_per_tile = cost(item) / item.num_tiles;
-      item.tiles_per_part = std::min(item.num_tiles, std::max<int64_t>(2, largest / (2 * cost_per_tile)));
-    }
-    item.num_parts = std::max<int64_t>(1, (item.num_tiles + item.tiles_per_part - 1) / item.tiles_per_part);
+  void split(Item& item, int64_t largest) {
+    item.steps_per_part = std::max<int64_t>(item.num_steps, 1);
+    if (item.num_steps > 2 && cost(item) > largest)
+      item.steps_per_part = std::min(item.num_steps, std::max<int64_t>(2, largest * item.num_steps / (2 * cost(item))));
+    item.num_parts = std::max<int64_t>(1, (item.num_steps + item.steps_per_part - 1) / item.steps_per_part);
     item.first_task = num_tasks_;
     item.first_join = num_joins_;
     item.first_partial = num_partial_floats_;
     num_tasks_ += num_kv_heads_ * item.num_parts;
     if (item.num_parts == 1) return;
     num_joins_ += num_kv_heads_;
-    num_partial_floats_ += num_kv_heads_ * partial_floats(item.num_tiles, num_rows(item), head_dim);
+    num_partial_floats_ += num_kv_heads_ * item.num_partial_floats;
   }
 
+  Span* spans_;
   Item* items_;
+  Leg* legs_;
+  int64_t* ends_;  // of the tiles that a span shares with the span before it
+  int64_t num_spans_ = 0;
   int64_t num_items_ = 0;
-  int64_t num_kv_heads_, group_;
+  int64_t num_legs_ = 0;
+  int64_t num_kv_heads_;
   int64_t num_tasks_ = 0;
   int64_t num_joins_ = 0;
   int64_t num_partial_floats_ = 0;
