@@ -4,9 +4,9 @@
 
 Groups of siblings (samples of one prompt, beams, requests with one cached prefix) have `shared` tokens in blocks that
 all siblings hold, down to the last whole block, and `own` tokens behind them; 9 and 3 heads of 64, blocks of 16,
-scattered. Both ways go through as many layers' caches as make the memory that is read with sharing some 100 MB, recorded
-and run by one call, and give equal bits. `times` is how much faster sharing is; `bytes` is how many times less memory it
-has to read at all, the bound where memory is what limits.
+scattered. Both ways go through as many layers' caches as make the memory that is read with sharing some 100 MB,
+recorded and run by one call, and give equal bits. `times` is how much faster sharing is; `bytes` is how many times less
+memory it has to read at all, the bound where memory is what limits.
 """
 
 from __future__ import annotations

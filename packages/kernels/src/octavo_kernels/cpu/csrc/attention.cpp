@@ -1,4 +1,5 @@
-// paged_attention: each task walks some tiles of one sequence's cache for one KV head and all query heads of its group.
+// paged_attention: each task walks some tiles of the cache of a sequence, or of some with blocks in common, for one KV
+// head and all query heads of its group.
 //
 // A row (one query head of one token) is reduced tile by tile in the order of absolute positions, and inside a tile in a
 // fixed order. So its bits depend on its own query and on the keys and values that it sees, and on nothing else: not on
@@ -117,15 +118,7 @@ class Walk {
       const Place following = last ? place : place.next();
       if (!last) find(a_, following, task_.kv_head, buffers[(step + 1) % 2]);
       const KvTile<T>* next = last ? upcoming : &buffers[(step + 1) % 2];
-      const Leg& leg = *place.leg;
-      const bool few = leg.num_rows <= kMaxRows;
-      Ahead<T> values(now.v + now.begin, now.end - now.begin, head_dim_);
-      Ahead<T> keys = next == nullptr ? Ahead<T>() : Ahead<T>(next->k, kTile, head_dim_);
-      if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
-      const Visit visit{now, values, keys, place, few, partials == nullptr ? Partial{} : partial_of(place, partials)};
-      for (int64_t row = 0; row < leg.num_rows; row += kMaxRows)
-        attend(visit, row, std::min<int64_t>(kMaxRows, leg.num_rows - row));
-      keys.fetch(kTile);
+      attend_tile(place, now, next, partials == nullptr ? Partial{} : partial_of(place, partials));
       place = following;
     }
   }
@@ -186,15 +179,33 @@ class Walk {
     return Partial{memory, memory + leg.num_rows, memory + 2 * leg.num_rows};
   }
 
-  // One tile, as all rows use it.
+  // One tile, as some rows use it.
   struct Visit {
     const KvTile<T>& tile;
     Ahead<T>& values;
-    Ahead<T>& keys;  // of the next tile
+    Ahead<T>& following;  // keys or values of the next tile
     Place place;
     bool few;         // keys are read from the cache, not from memory_.keys
     Partial partial;  // where the rows' results go, or null
   };
+
+  // Attends all rows of a leg, some at once. Work on the first ones asks for the keys of the next tile, work on the others
+  // for its values too: they leave time for it.
+  void attend_tile(const Place& place, const KvTile<T>& now, const KvTile<T>* next, const Partial& partial) {
+    const int64_t num_rows = place.leg->num_rows, at_once = place.leg->rows_at_once;
+    const bool few = num_rows <= kFewRows;
+    Ahead<T> values(now.v + now.begin, now.end - now.begin, head_dim_), next_keys, next_values;
+    if (next != nullptr) {
+      next_keys = Ahead<T>(next->k, kTile, head_dim_);
+      next_values = Ahead<T>(next->v, kTile, head_dim_);
+    }
+    if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
+    for (int64_t row = 0; row < num_rows; row += at_once) {
+      Ahead<T>& following = row == 0 ? next_keys : next_values;
+      attend(Visit{now, values, following, place, few, partial}, row, std::min(at_once, num_rows - row));
+    }
+    next_keys.fetch(kTile);
+  }
 
   // Attends `count` rows from `row` on, among those of the leg.
   void attend(const Visit& visit, int64_t row, int64_t count) {
@@ -246,12 +257,12 @@ class Walk {
                         static_cast<float>(rows[r].position - tile * kTile),
                         begin[r],
                         end[r]};
-      visit.keys.fetch(16 / R);
+      visit.following.fetch(16 / R);
       soften(how, weights + r * kTile, &maximum[r], &sum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
     weigh_rows<R>(visit, weights, begin, end, sums);
-    visit.keys.fetch(8);
+    visit.following.fetch(8);
     const Partial& partial = visit.partial;
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);
     for (int r = 0; r < R; ++r) {
@@ -273,7 +284,7 @@ class Walk {
     for (int r = 0; r < R; ++r)
       weigh<T, 1>(v, weights + r * kTile, begin[r], std::min(all_begin, end[r]), head_dim_, sums + r * kMaxHeadDim,
                   none);
-    weigh<T, R>(v, weights, all_begin, all_end, head_dim_, sums, visit.keys);
+    weigh<T, R>(v, weights, all_begin, all_end, head_dim_, sums, visit.following);
     for (int r = 0; r < R; ++r)
       weigh<T, 1>(v, weights + r * kTile, std::max(all_end, begin[r]), end[r], head_dim_, sums + r * kMaxHeadDim,
                   none);

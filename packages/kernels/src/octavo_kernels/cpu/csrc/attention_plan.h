@@ -21,7 +21,8 @@ constexpr int kPartsPerThread = 4;
 struct Leg {
   int64_t sequence;  // whose table has the blocks
   int64_t first_row, num_rows;
-  Positions seen;  // by any of the rows
+  int64_t rows_at_once;  // a number up to kMaxRows that leaves no small rest
+  Positions seen;        // by any of the rows
   int64_t first_tile, num_tiles;
   int64_t first_step;     // tiles of the legs before it
   int64_t first_partial;  // floats of their partials
@@ -182,13 +183,15 @@ class AttentionPlan {
     const Span& span = spans_[begin];
     Leg& leg = legs_[num_legs_++];
     ++item.num_legs;
-    leg = Leg{span.sequence, span.first_row, 0, span.seen, first_tile, end_tile - first_tile, item.num_steps,
+    leg = Leg{span.sequence, span.first_row, 0, 0, span.seen, first_tile, end_tile - first_tile, item.num_steps,
               item.num_partial_floats};
     for (int64_t i = begin; i < end; ++i) {
       leg.num_rows += spans_[i].num_rows;
       leg.seen.begin = std::min(leg.seen.begin, spans_[i].seen.begin);
       leg.seen.end = std::min(std::max(leg.seen.end, spans_[i].seen.end), end_tile * kTile);
     }
+    const int64_t num_visits = (leg.num_rows + kMaxRows - 1) / kMaxRows;
+    leg.rows_at_once = (leg.num_rows + num_visits - 1) / num_visits;
     item.num_steps += leg.num_tiles;
     item.num_partial_floats += leg.num_tiles * partial_floats(leg.num_rows, head_dim);
   }

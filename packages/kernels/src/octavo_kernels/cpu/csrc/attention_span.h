@@ -68,6 +68,7 @@ inline int64_t end_of_shared(const PagedAttentionArgs& a, const Span& x, const S
   if (x.first_tile != y.first_tile) return y.first_tile;
   int64_t num_blocks = 0;
   while (num_blocks < std::min(x.num_blocks, y.num_blocks) && x.blocks[num_blocks] == y.blocks[num_blocks]) ++num_blocks;
+  if (num_blocks == 0) return y.first_tile;
   const int64_t first_block = x.first_tile * kTile / a.block_size;
   const int64_t end = std::min({(first_block + num_blocks) * a.block_size, x.seen.end, y.seen.end});
   return std::max(y.first_tile, end / kTile);

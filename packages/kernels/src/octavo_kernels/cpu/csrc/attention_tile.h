@@ -18,6 +18,7 @@ namespace octavo {
 
 constexpr int kTile = 64;
 constexpr int kMaxRows = 6;  // times 4 vectors of 16 floats: 24 sums, beside 5 registers for operands
+constexpr int kFewRows = 2 * kMaxRows;  // up to so many transpose keys in registers, kMaxRows at a time
 constexpr int kMaxHeadDim = 256;
 constexpr int kLine = 64;  // bytes of a cache line
 
