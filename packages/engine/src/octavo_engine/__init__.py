@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo_engine.api import EngineClient, EngineInfo, EngineStats
     from octavo_engine.async_engine import AsyncEngine
     from octavo_engine.beam_params import BeamSearchParams
+    from octavo_engine.branch import Branch
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import (
         CorruptModelFile,
@@ -41,6 +42,7 @@ _EXPORTS = {
     "api": ("EngineClient", "EngineInfo", "EngineStats"),
     "async_engine": ("AsyncEngine",),
     "beam_params": ("BeamSearchParams",),
+    "branch": ("Branch",),
     "config": ("EngineConfig",),
     "errors": (
         "CorruptModelFile",
@@ -72,6 +74,7 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "BeamSearchParams",
+    "Branch",
     "CompletionDelta",
     "CompletionOutput",
     "CorruptModelFile",

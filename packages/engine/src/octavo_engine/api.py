@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from octavo_engine.branch import Branch
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, Request
 from octavo_kvcache import CacheStats
@@ -86,6 +87,15 @@ class EngineClient(Protocol):
 
     async def embed(self, request: Request) -> EmbeddingOutput:
         """Run a request with task `embed`; same errors as `generate`."""
+        ...
+
+    async def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
+        """Return the tokens that a branch of a running or kept request begins with.
+
+        Raises:
+            InvalidRequest: if the parent neither runs nor is kept, or has fewer tokens.
+            EngineDead: if the engine has stopped.
+        """
         ...
 
     def stats(self) -> EngineStats:

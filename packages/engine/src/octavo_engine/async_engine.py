@@ -8,12 +8,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
-from octavo_engine.errors import EngineDead, RequestFailed
+from octavo_engine.errors import EngineDead, InvalidRequest, RequestFailed
+from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.stats import collect_stats
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.processor import TextProcessor
@@ -62,6 +65,7 @@ class AsyncEngine:
         self._info = info
         self._mailboxes: dict[str, _Mailbox] = {}
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
+        self._answers: set[Future[list[int]]] = set()  # asked for and not given
         self._wake = threading.Condition()
         self._closing = False
         self._dead: EngineDead | None = None
@@ -118,6 +122,39 @@ class AsyncEngine:
                         )
                     if update.finish_reason is not None:
                         raise RequestFailed(update.error or f"the request ended: {update.finish_reason}")
+
+    async def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
+        """Return the tokens that a branch begins with. See `EngineClient.branch_tokens`."""
+        self.check_health()
+        answer: Future[list[int]] = Future()
+        self._answers.add(answer)
+        self._command(lambda: _answer(answer, lambda: self._engine.branch_tokens(branch, salt)))
+        try:
+            self.check_health()  # again: a loop that ended before the question stood there does not answer it
+            return await asyncio.wrap_future(answer) + self._text.encode_continuation(branch.continuation)
+        finally:
+            self._answers.discard(answer)
+
+    async def fork(
+        self, branch: Branch, sampling: SamplingParams, *, request_id: str, keep: bool = False, salt: bytes = b""
+    ) -> Request:
+        """Make a request that goes on from a token of a running or kept one; `generate` runs it.
+
+        Raises:
+            InvalidRequest: if the parent neither runs nor is kept, has fewer tokens, or a parameter cannot be run.
+        """
+        token_ids = await self.branch_tokens(branch, salt)
+        parent = Parent(branch.request_id, branch.index)
+        return self._text.make_request(token_ids, sampling, request_id=request_id, parent=parent, keep=keep, salt=salt)
+
+    def release(self, request_id: str) -> None:
+        """Drop what is kept of an ended request; its blocks are free at the next step."""
+
+        def release() -> list[SequenceUpdate]:
+            self._engine.release(request_id)
+            return []
+
+        self._command(release)
 
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""
@@ -178,6 +215,9 @@ class AsyncEngine:
         self._dead = self._dead or EngineDead("the engine was closed")
         for mailbox in list(self._mailboxes.values()):
             _post(mailbox.loop, [(mailbox, self._dead)])
+        for answer in list(self._answers):
+            if not answer.done():
+                answer.set_exception(self._dead)
         self._engine.close()
 
     def _wait_for_work(self) -> bool:
@@ -201,6 +241,16 @@ class AsyncEngine:
             by_loop.setdefault(mailbox.loop, []).append((mailbox, update))
         for loop, letters in by_loop.items():
             _post(loop, letters)
+
+
+def _answer(answer: Future[list[int]], question: Callable[[], list[int]]) -> list[SequenceUpdate]:
+    """Answer a question about the engine, in its thread, unless the asker has left."""
+    if answer.set_running_or_notify_cancel():
+        try:
+            answer.set_result(question())
+        except InvalidRequest as error:
+            answer.set_exception(error)
+    return []
 
 
 _Letter = tuple[_Mailbox, SequenceUpdate | EngineDead]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from octavo_engine.batch import RowMove
 from octavo_engine.beam_search import BeamSearch, Candidates, Place
 from octavo_engine.residents import Residents
-from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.sequence import Sequence, SequenceStatus, num_common
 from octavo_engine.types import FinishReason, SequenceUpdate
 
 
@@ -50,10 +50,10 @@ class BeamGroup:
         The tokens in common must have been computed, by steps in flight at the latest.
         """
         running = [m for m in self.members if m.row is not None]
-        num_common = [_num_common(m.token_ids, member.token_ids) for m in running]
-        source = running[num_common.index(max(num_common))]
+        lengths = [num_common(m.token_ids, member.token_ids) for m in running]
+        source = running[lengths.index(max(lengths))]
         self._take_reserved_row()
-        self.residents.join(member, source, min(max(num_common), len(member.token_ids) - 1))
+        self.residents.join(member, source, min(max(lengths), len(member.token_ids) - 1))
         self.unknown.add(member)
 
     def advance(self, candidates: Mapping[Sequence, Candidates]) -> list[SequenceUpdate]:
@@ -162,8 +162,3 @@ class BeamGroup:
     def _take_reserved_row(self) -> None:
         self.residents.rows.unreserve(1)
         self.leader.num_forks_wanted -= 1
-
-
-def _num_common(one: list[int], other: list[int]) -> int:
-    """Count the tokens with which both begin."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

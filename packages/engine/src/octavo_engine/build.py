@@ -93,6 +93,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
+        max_num_kept=config.max_num_kept,
     )
     text = _text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, model, started)

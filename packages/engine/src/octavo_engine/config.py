@@ -31,6 +31,7 @@ class EngineConfig:
         max_num_seqs: sequences that may run in one step.
         max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks.
         prefix_cache: whether finished blocks are kept for prompts that begin alike.
+        max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         num_threads: of the CPU kernels; None is torch's choice.
 
     Raises:
@@ -48,6 +49,7 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
     prefix_cache: bool = True
+    max_num_kept: int = 64
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class EngineConfig:
             "kv_cache_bytes": 1,
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
+            "max_num_kept": 0,
             "num_threads": 1,
         }
         for name, low in limits.items():

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 
 from octavo_engine.batch import ScheduledBatch
+from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.types import Request, SequenceUpdate
@@ -37,6 +38,21 @@ class Engine:
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, at once; its blocks are free after the steps in flight."""
         return self.scheduler.abort(request_id, index)
+
+    def release(self, request_id: str) -> None:
+        """Drop what is kept of an ended request and free its blocks at once; unknown ids are ignored."""
+        self.scheduler.release(request_id)
+
+    def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
+        """Return the tokens of a running or kept request that a branch takes over.
+
+        Raises:
+            InvalidRequest: if there is no such parent, or it has fewer tokens.
+        """
+        known = self.scheduler.known_tokens(Parent(branch.request_id, branch.index))
+        if known is None:
+            raise unknown_parent(branch.request_id, branch.index)
+        return known.upto(branch, salt)
 
     def step(self) -> list[SequenceUpdate]:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.beam_params import BeamSearchParams
+from octavo_engine.branch import Branch, Parent
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequest, RequestFailed
@@ -168,12 +169,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        keep: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts; one output per prompt, in order.
 
         Args:
             prompts: one prompt or several: text, or `{"prompt_token_ids": [...]}`.
             sampling: for all prompts, or one for each; None uses the model's own defaults.
+            keep: let the outputs be forked later, until they are released.
 
         Raises:
             InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
@@ -181,7 +185,44 @@ class LLM:
                 `outputs`.
         """
         encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
-        return self._run(self._requests(encoded, sampling))
+        return self._run(self._requests(encoded, sampling, keep=keep))
+
+    def fork(
+        self,
+        branches: Branch | Sequence[Branch],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        keep: bool = False,
+    ) -> list[RequestOutput]:
+        """Go on from any token of outputs that were kept; one output per branch, in order.
+
+        A branch shares the blocks of its parent up to where it begins, and all branches of a call run at once. The
+        tokens that it takes over count as its prompt. Several branches may begin at one point, each with parameters
+        and a seed of its own; `SamplingParams(n=...)` draws several samples of one.
+
+        Args:
+            branches: where to go on; `RequestOutput.branch` makes one.
+            sampling: for all branches, or one for each; None uses the model's own defaults.
+            keep: let the new outputs be forked too.
+
+        Raises:
+            InvalidRequest: if a parent is not kept or has fewer tokens, or a parameter cannot be run; nothing has been
+                started then.
+            RequestFailed: as `generate` does.
+
+        Example:
+            >>> drafts = llm.generate("Once", SamplingParams(n=4, max_tokens=8), keep=True)  # doctest: +SKIP
+            >>> best = llm.fork(drafts[0].branch(2), SamplingParams(n=4, max_tokens=8))  # doctest: +SKIP
+        """
+        each = [branches] if isinstance(branches, Branch) else list(branches)
+        encoded = [(None, self._engine.branch_tokens(b) + self._text.encode_continuation(b.continuation)) for b in each]
+        parents = [Parent(branch.request_id, branch.index) for branch in each]
+        return self._run(self._requests(encoded, sampling, parents=parents, keep=keep))
+
+    def release(self, outputs: RequestOutput | Sequence[RequestOutput]) -> None:
+        """Let go of outputs that were kept: what only they hold of the KV cache is free at once."""
+        for output in [outputs] if isinstance(outputs, RequestOutput) else outputs:
+            self._engine.release(output.request_id)
 
     def chat(
         self,
@@ -272,6 +313,9 @@ class LLM:
         self,
         encoded: Sequence[tuple[str | None, list[int]]],
         sampling: _Params | Sequence[_Params] | None,
+        *,
+        parents: Sequence[Parent] | None = None,
+        keep: bool = False,
     ) -> list[_Running]:
         if sampling is None:
             sampling = self.sampling_params()
@@ -284,7 +328,8 @@ class LLM:
             )
         running = []
         for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
-            request = self._text.make_request(token_ids, own, request_id=self._next_id())
+            parent = None if parents is None else parents[place]
+            request = self._text.make_request(token_ids, own, request_id=self._next_id(), parent=parent, keep=keep)
             choices = [_Choice() for _ in range(request.sampling.num_sequences)]
             running.append(_Running(place, request, prompt, self._text.stream(request), choices))
         return running

@@ -6,9 +6,11 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
+from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.counters import SchedulerCounters
+from octavo_engine.kept import KeptSequences
 from octavo_engine.row_pool import RowPool
-from octavo_engine.sequence import Sequence, SequenceStatus
+from octavo_engine.sequence import Sequence, SequenceStatus, num_common
 from octavo_engine.step import ScheduledSequence
 from octavo_engine.types import FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
 from octavo_engine.waiting import WaitingQueue
@@ -21,6 +23,7 @@ class Residents:
     Args:
         cache: the block manager.
         max_num_seqs: rows in the runner.
+        max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
 
     Attributes:
@@ -29,12 +32,16 @@ class Residents:
         by_request: the live sequences of each request, in index order.
         in_flight: the steps whose answers have not been read, oldest first.
         rows: the runner's rows.
+        kept: sequences that have ended and can still be forked.
     """
 
-    def __init__(self, cache: CacheManager, *, max_num_seqs: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, cache: CacheManager, *, max_num_seqs: int, max_num_kept: int, clock: Callable[[], float]
+    ) -> None:
         self.cache = cache
         self.clock = clock
         self.counters = SchedulerCounters()
+        self.kept = KeptSequences(cache, max_num_kept)
         self.rows = RowPool(max_num_seqs)
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
@@ -79,6 +86,42 @@ class Residents:
         self.by_request[parent.request.request_id].append(child)
         insort(self.running, child)
         return child
+
+    def known_tokens(self, parent: Parent) -> KnownTokens | None:
+        """Return the tokens of a sequence that runs, waits or is kept; None if it does none of these."""
+        sequence = self._find(parent)
+        if sequence is None:
+            return self.kept.known_tokens(parent)
+        return KnownTokens(tuple(sequence.token_ids), sequence.num_prompt_tokens, sequence.request.salt)
+
+    def share(self, sequence: Sequence, token_ids: list[int]) -> int:
+        """Start a sequence with its parent's blocks, as far as tokens are the same; 0 if the parent has none to give.
+
+        Only tokens of steps that were answered are shared: what is copied of a block is copied before the next step.
+        At least the last of `token_ids` is left to compute.
+        """
+        parent = sequence.request.parent
+        known = None if parent is None else self.known_tokens(parent)
+        if parent is None or known is None or known.salt != sequence.request.salt:
+            return 0
+        source = self._find(parent)
+        blocks: tuple[int | str, int] | None
+        if source is None:
+            blocks = self.kept.blocks(parent)
+        else:
+            blocks = None if source.row is None else (source.seq_id, self.cache.num_committed(source.seq_id))
+        if blocks is None:
+            return 0
+        source_id, num_computed = blocks
+        num_shared = min(num_common(known.token_ids, token_ids), num_computed, len(token_ids) - 1)
+        if num_shared:
+            self.cache.fork(source_id, sequence.seq_id, num_tokens=num_shared)
+        return num_shared
+
+    def _find(self, parent: Parent) -> Sequence | None:
+        """Return the live sequence that a parent names; a beam is none, for it may be another one tomorrow."""
+        found = (s for s in self.by_request.get(parent.request_id, ()) if s.index == parent.index and s.beams is None)
+        return next(found, None)
 
     def become(self, sequence: Sequence, source: Sequence) -> None:
         """Give a running sequence the tokens and blocks of another in place of its own; no step in flight has it."""
@@ -132,6 +175,8 @@ class Residents:
     ) -> SequenceUpdate:
         """End a sequence wherever it stands, and report its last tokens."""
         if sequence.status is SequenceStatus.RUNNING:
+            if sequence.request.keep and reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self.kept.add(sequence)
             self.leave(sequence)
         else:
             self.waiting.discard()

@@ -16,6 +16,7 @@ from octavo_engine.beam_group import BeamGroup
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_scheduler import BeamScheduler
 from octavo_engine.beam_search import BeamSearch, Candidates
+from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
@@ -38,6 +39,7 @@ class Scheduler:
         max_num_batched_tokens: token budget of a step.
         max_model_len: limit on prompt and output together, in tokens.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
+        max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
     """
 
@@ -49,10 +51,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        max_num_kept: int = 64,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
-        self._residents = residents = Residents(cache, max_num_seqs=max_num_seqs, clock=clock)
+        self._residents = residents = Residents(
+            cache, max_num_seqs=max_num_seqs, max_num_kept=max_num_kept, clock=clock
+        )
         self.counters = residents.counters
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -113,7 +118,19 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, wherever it stands; unknown ids are ignored."""
         sequences = [s for s in self.sequences(request_id) if index is None or s.index == index]
+        if index is not None:  # a stop string ended it, which only the front end sees
+            for sequence in sequences:
+                if sequence.request.keep and sequence.status is SequenceStatus.RUNNING:
+                    self._residents.kept.add(sequence)
         return self._end_all(sequences, FinishReason.ABORT)
+
+    def release(self, request_id: str) -> None:
+        """Drop what is kept of an ended request and free its blocks at once; unknown ids are ignored."""
+        self._residents.kept.release(request_id)
+
+    def known_tokens(self, parent: Parent) -> KnownTokens | None:
+        """Return the tokens of a sequence that runs, waits or is kept; None if it does none of these."""
+        return self._residents.known_tokens(parent)
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
@@ -193,6 +210,8 @@ class Scheduler:
                 step.short_of_blocks = True
             if self.cache.stats().num_parked:  # a step in flight will give blocks back
                 return None
+            if self._residents.kept.give_up_blocks():
+                continue
             victim = next((s for s in reversed(self._running) if not _takes_part(s, step)), sequence)
             own = victim is sequence or (victim.beams is not None and victim.beams is sequence.beams)
             if own and step:  # those that go ahead will make room
@@ -221,6 +240,8 @@ class Scheduler:
             num_new = min(sequence.num_tokens_to_enter - start, step.budget)
             if not self._fits(num_new) or (allocation := self._try_allocate(sequence, start, num_new)) is None:
                 self.cache.free(sequence.seq_id)
+                if not self.cache.stats().num_parked and self._residents.kept.give_up_blocks():
+                    continue
                 return
             self._waiting.pop()
             self._enter(step, sequence, start, num_new, allocation)
@@ -234,6 +255,8 @@ class Scheduler:
         token_ids = sequence.token_ids
         if sequence.num_tokens_to_enter < len(token_ids):  # leave one to compute
             token_ids = token_ids[: sequence.num_tokens_to_enter]
+        if request.parent is not None and (num_shared := self._residents.share(sequence, token_ids)):
+            return num_shared
         return self.cache.match(sequence.seq_id, token_ids, salt=request.salt)
 
     def _fits(self, num_new: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
@@ -93,3 +94,8 @@ class Sequence:
     def num_rows(self) -> int:
         """Rows it takes in the runner, counting the forks it will have."""
         return 1 + self.num_forks_wanted
+
+
+def num_common(one: SequenceABC[int], other: SequenceABC[int]) -> int:
+    """Count the tokens with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from octavo_engine.beam_params import BeamSearchParams
+from octavo_engine.branch import Branch, Parent
 from octavo_engine.sampling_params import SamplingParams as SamplingParams
 
 
@@ -39,16 +40,20 @@ Pooling = Literal["last", "mean"]
 class Request:
     """One unit of work for the engine, in token ids.
 
-    With `beams` the prompt is searched, and `sampling` is what the search has in common with sampling
-    (`BeamSearchParams.sampling`). Lower `priority` runs first. Requests with different `salt` never share cached
-    blocks. `pooling` matters for the task `embed` alone. `arrival_time` is in seconds of the monotonic clock. An unset
-    seed is drawn here, so that every request can be repeated.
+    With a `parent` the blocks of another request are shared as far as the tokens are the same. With `keep` the
+    sequences can be forked after their ends, until they are released. With `beams` the prompt is searched, and
+    `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`). Lower `priority` runs
+    first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone.
+    `arrival_time` is in seconds of the monotonic clock. An unset seed is drawn here, so that every request can be
+    repeated.
     """
 
     request_id: str
     inputs: tuple[TokenSpan, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     beams: BeamSearchParams | None = None
+    parent: Parent | None = None
+    keep: bool = False
     task: Task = "generate"
     pooling: Pooling = "last"
     priority: int = 0
@@ -174,6 +179,11 @@ class RequestOutput:
     seed: int
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def branch(self, index: int = 0, *, at: int | None = None, continuation: str | tuple[int, ...] = "") -> Branch:
+        """Return a point to fork this request at, if it is kept: after `at` tokens of a choice; None: at its end."""
+        num_tokens = len(self.outputs[index].token_ids) if at is None else at
+        return Branch(self.request_id, index, num_tokens, continuation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -321,6 +321,15 @@ class CacheManager:
         """
         return tuple(table.block_ids.copy() for table in self._get(seq_id).tables)
 
+    def num_committed(self, seq_id: SeqId) -> int:
+        """Return how many of a sequence's tokens have been declared final by `commit`, or were cached or shared so.
+
+        Raises:
+            UnknownSequence: there is no such sequence.
+
+        """
+        return self._get(seq_id).num_committed
+
     @property
     def waste(self) -> float:
         """`stats().waste`, cheap enough for every step: O(parked blocks) while no forks share a partial block."""

@@ -118,8 +118,8 @@ class FakeExecutor:
 
     def _run(self, batch: ScheduledBatch) -> ModelOutput:
         self._release(batch)
-        copied = {copy.dst: list(self._block(copy.src)) for copy in batch.copies}
-        self._memory.update(copied)
+        for copy in batch.copies:
+            self._memory[copy.dst] = list(self._block(copy.src))
         for new in batch.new:
             ids = list(new.block_ids[0])
             embeds = new.task == "embed"

@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.beam_params import BeamSearchParams
+from octavo_engine.branch import Parent
 from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
@@ -124,6 +125,10 @@ class TextProcessor:
         # The template writes the special tokens itself.
         return self.encode_prompt(text, add_special_tokens=False)
 
+    def encode_continuation(self, continuation: str | Sequence[int]) -> list[int]:
+        """Turn what follows a branch into token ids; it may be empty, and gets no special tokens."""
+        return self.encode_prompt(continuation, add_special_tokens=False) if continuation else []
+
     def make_request(
         self,
         prompt_token_ids: Sequence[int],
@@ -134,6 +139,8 @@ class TextProcessor:
         pooling: Pooling = "last",
         priority: int = 0,
         salt: bytes = b"",
+        parent: Parent | None = None,
+        keep: bool = False,
     ) -> Request:
         """Make a request that the engine can run: lengths checked, `max_tokens` and the seed filled in.
 
@@ -167,6 +174,11 @@ class TextProcessor:
                 f"{name} is {sampling.num_sequences}, at most {self.max_num_seqs} samples run at once; lower {name}",
                 param=name,
             )
+        if keep and (beams is not None or sampling.ranks):
+            name = "best_of" if beams is None else "beam_width"
+            raise InvalidRequest(
+                f"keep does not go with {name}: the sequences that are returned are not those that ran", param="keep"
+            )
         sampling = self._sampling_tokens.resolve(sampling)
         max_tokens = wanted or max(room, 1)
         if beams is not None:
@@ -182,6 +194,8 @@ class TextProcessor:
             pooling=pooling,
             priority=priority,
             salt=salt,
+            parent=parent,
+            keep=keep,
         )
 
     def _check_constraint(self, params: StructuredOutputsParams) -> None:
