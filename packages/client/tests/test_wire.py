@@ -44,6 +44,10 @@ ALL_EXTRAS = {
     "length_penalty": 0.5,
     "early_stopping": "never",
     "structured_outputs": {"json": {"type": "object", "properties": {"b": {}, "a": {}}}},
+    "keep": True,
+    "parent_id": "cmpl-1",
+    "parent_index": 1,
+    "branch_at": 5,
     "priority": -1,
     "cache_salt": "team a",
 }

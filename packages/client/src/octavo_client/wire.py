@@ -245,6 +245,28 @@ class Extras(_Body):
         description="Hold the text to a JSON Schema, a regular expression, choices, a grammar or structural tags. "
         "Default: free text.",
     )
+    keep: bool | None = Field(
+        default=None,
+        description="Keep the answer's tokens, and its part of the cache while there is room, so that later requests "
+        "can go on from any of its tokens. Default: false.",
+    )
+    parent_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Text completions: go on from a request that runs or was kept, by the id of its answer; with "
+        "several prompts followed by a hyphen and the prompt's number. A prompt follows the parent's tokens. "
+        "Default: none.",
+    )
+    parent_index: int | None = Field(
+        default=None, ge=0, le=2**31 - 1, description="Which of the parent's choices to go on from. Default: 0."
+    )
+    branch_at: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**31 - 1,
+        description="How many of the parent's output tokens to take over; 0 goes on from its prompt. Default: all.",
+    )
     priority: int | None = Field(
         default=None,
         ge=-(2**31),

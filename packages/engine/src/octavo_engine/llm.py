@@ -287,6 +287,10 @@ class LLM:
         """Return the model's default sampling parameters, with explicit ones in their place."""
         return SamplingParams(**{**self._text.default_sampling, **explicit})
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return self._text.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
     def stats(self) -> EngineStats:
         """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
         return collect_stats(self._engine.scheduler)

@@ -7,11 +7,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from octavo_engine.api import EngineClient
 from octavo_engine.beam_params import BeamSearchParams
+from octavo_engine.branch import Parent
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import Pooling, Request, SamplingParams
 from octavo_server.beams import beam_search_params, check_beam_fields
+from octavo_server.branches import branch_of
 from octavo_server.config import MAX_CHOICES
 from octavo_server.protocol.chat import ChatBody
 from octavo_server.protocol.completions import CompletionBody, Prompt
@@ -81,14 +84,20 @@ def sampling_params(
 
 
 async def completion_requests(
-    body: CompletionBody, text: TextProcessor, *, request_id: str, max_n: int
+    body: CompletionBody, engine: EngineClient, *, request_id: str, max_n: int
 ) -> list[Request]:
-    """Return one request per prompt. With `max_tokens` 0 their limit is 1: no token of theirs should be shown.
+    """Return one request per prompt, or the one that goes on from its parent.
+
+    With `max_tokens` 0 their limit is 1: no token of theirs should be shown.
 
     Raises:
         InvalidRequest: if a prompt or a parameter cannot be served; PromptTooLong if the context is too small.
     """
+    text = engine.text
     params = _params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
+    if (branch := await branch_of(body, engine)) is not None:
+        token_ids, parent = branch
+        return [await _request(body, text, token_ids, params, request_id, parent)]
     prompts = body.prompts
     _check_num_choices(len(prompts) * max(body.n or 1, body.best_of or 1), "prompt")
     encoded = await _encode_all(text, prompts)
@@ -138,11 +147,23 @@ def _params(
 
 
 async def _request(
-    body: GenerationBody, text: TextProcessor, token_ids: list[int], params: _Params, request_id: str
+    body: GenerationBody,
+    text: TextProcessor,
+    token_ids: list[int],
+    params: _Params,
+    request_id: str,
+    parent: Parent | None = None,
 ) -> Request:
     def make() -> Request:
-        salt = (body.cache_salt or "").encode()
-        return text.make_request(token_ids, params, request_id=request_id, priority=body.priority or 0, salt=salt)
+        return text.make_request(
+            token_ids,
+            params,
+            request_id=request_id,
+            priority=body.priority or 0,
+            salt=(body.cache_salt or "").encode(),
+            parent=parent,
+            keep=bool(body.keep),
+        )
 
     with _called("structured_outputs", body.constraint_field):
         # A grammar is compiled here, which may take a second; the event loop must not wait for it.

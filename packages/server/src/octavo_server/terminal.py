@@ -56,7 +56,7 @@ async def stream_completion(
 ) -> Answer:
     """Go on from a text, without a chat template; otherwise like `stream_chat`."""
     body = CompletionBody.model_validate({"prompt": prompt, **options})
-    requests = await completion_requests(body, engine.text, request_id=_new_id(), max_n=1)
+    requests = await completion_requests(body, engine, request_id=_new_id(), max_n=1)
     return await _stream(engine, requests[0], write)
 
 

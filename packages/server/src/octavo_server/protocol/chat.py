@@ -48,6 +48,9 @@ class ChatBody(GenerationBody):
     def check(self) -> None:
         super().check()
         refuse_unsupported(self, _UNSUPPORTED)
+        for name in ("parent_id", "parent_index", "branch_at"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(f"{name} goes with text completions, whose parent may be a chat", param=name)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs true; set it or leave both out", param="top_logprobs")
 
