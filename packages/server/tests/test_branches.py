@@ -105,10 +105,16 @@ def test_a_parents_fields_without_a_parent_and_in_chats_are_400(real):
     assert real.post(TEXT, json=body).json()["error"]["param"] == "keep"
 
 
-def test_a_running_request_is_forked_in_an_asyncio_program(running):
+def test_a_running_request_is_forked_in_an_asyncio_program(running, monkeypatch):
+    step = running._engine.step
+    monkeypatch.setattr(running._engine, "step", lambda: threading.Event().wait(0.002) or step())
+
     async def main() -> None:
         text = running.text
-        request = text.make_request(text.encode_prompt("abcde"), SamplingParams(max_tokens=150), request_id="p")
+        # Kept, for on a busy machine it may have ended before it is forked.
+        request = text.make_request(
+            text.encode_prompt("abcde"), SamplingParams(max_tokens=150), request_id="p", keep=True
+        )
         async with aclosing(running.generate(request)) as deltas:
             await anext(deltas)
             child = await running.fork(
