@@ -34,6 +34,7 @@ ALL_EXTRAS = {
     "prompt_logprobs": 1,
     "truncate_prompt_tokens": 100,
     "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
     "repetition_penalty": 1.1,
     "min_tokens": 3,
     "ignore_eos": True,

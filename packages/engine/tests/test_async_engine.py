@@ -290,3 +290,16 @@ def test_more_samples_than_rows_are_refused(engine):
 def test_a_model_without_a_template_refuses_chats(engine):
     with pytest.raises(InvalidRequest, match="no chat template"):
         engine.text.encode_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("delta", ["d", "e", "f"]), ("cumulative", ["d", "de", "def"]), ("final", ["def"])],
+)
+def test_the_output_kind_says_what_is_yielded(engine, kind, expected):
+    async def texts() -> list[str]:
+        own = request(engine, "abc", max_tokens=3, output_kind=kind)
+        async with aclosing(engine.generate(own)) as stream:
+            return [delta.text async for deltas in stream for delta in deltas]
+
+    assert asyncio.run(texts()) == expected

@@ -302,6 +302,14 @@ def test_typical_draws_follow_what_is_left() -> None:
     assert_drawn_from(many_draws(LOGITS, SamplingParams(temperature=0.9, typical_p=0.6)), expected)
 
 
+def test_min_p_draws_follow_what_is_left() -> None:
+    scores = LOGITS.double().numpy() / 1.3
+    p = softmax(scores)
+    expected = np.where(p >= 0.2 * p.max(), p, 0)
+    assert 1 < np.count_nonzero(expected) < len(p)
+    assert_drawn_from(many_draws(LOGITS, SamplingParams(temperature=1.3, min_p=0.2)), expected / expected.sum())
+
+
 def test_xtc_draws_from_a_mixture() -> None:
     p = softmax(LOGITS.double().numpy())
     likely = np.flatnonzero(p >= 0.1)

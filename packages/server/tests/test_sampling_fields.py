@@ -202,3 +202,14 @@ def test_a_truncated_prompt_is_echoed_as_it_was_read(client, engine):
     assert choice["text"] == "ef Paris."
     assert engine.requests[0].prompt_token_ids == [101, 102]
     assert post(client, TEXT, prompt="x" * 500, truncate_prompt_tokens=-1)["usage"]["prompt_tokens"] == 184
+
+
+def test_tokens_can_be_named_by_their_ids(client):
+    (choice,) = post(client, TEXT, prompt="ab", echo=True, logprobs=1, return_tokens_as_token_ids=True)["choices"]
+    assert choice["logprobs"]["tokens"][:3] == ["token_id:97", "token_id:98", "token_id:32"]
+    assert choice["logprobs"]["top_logprobs"][1:3] == [{"token_id:98": -0.5}, {"token_id:32": -0.5}]
+    assert choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
+    answer = post(client, CHAT, logprobs=True, top_logprobs=2, return_tokens_as_token_ids=True)
+    first = answer["choices"][0]["logprobs"]["content"][0]
+    assert (first["token"], first["bytes"]) == ("token_id:32", [32])
+    assert [entry["token"] for entry in first["top_logprobs"]] == ["token_id:32", "token_id:33"]

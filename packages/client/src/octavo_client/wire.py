@@ -192,6 +192,9 @@ class Extras(_Body):
     return_token_ids: bool | None = Field(
         default=None, description="Return token_ids with each choice, and prompt_token_ids. Default: false."
     )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Name tokens in logprobs as token_id:5, not by their text. Default: false."
+    )
     repetition_penalty: float | None = Field(
         default=None,
         gt=0.0,

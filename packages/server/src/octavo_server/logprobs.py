@@ -94,21 +94,37 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def named_top(logprobs: TokenLogprobs, tokenizer: Tokenizer, num_top: int | None = None) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """How an answer names tokens: by their text, or as `token_id:5` where a client wants to tell them all apart."""
+
+    tokenizer: Tokenizer
+    as_ids: bool = False
+
+    def of_id(self, token_id: int) -> str:
+        """Name a token by itself."""
+        return f"token_id:{token_id}" if self.as_ids else token_label(self.tokenizer, token_id)
+
+    def of_text(self, token_id: int, text: str) -> str:
+        """Name a token that brings a text."""
+        return f"token_id:{token_id}" if self.as_ids else text
+
+
+def named_top(logprobs: TokenLogprobs, names: TokenNames, num_top: int | None = None) -> dict[str, float]:
     """Return the likeliest tokens of a position, all or `num_top`, by their texts, and the position's own token."""
-    top = {token_label(tokenizer, token_id): finite(logprob) for token_id, logprob in logprobs.top[:num_top]}
-    top.setdefault(token_label(tokenizer, logprobs.token_id), finite(logprobs.logprob))
+    top = {names.of_id(token_id): finite(logprob) for token_id, logprob in logprobs.top[:num_top]}
+    top.setdefault(names.of_id(logprobs.token_id), finite(logprobs.logprob))
     return top
 
 
-def completion_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer, start: int = 0) -> dict[str, Any]:
+def completion_logprobs(entries: Iterable[TokenEntry], names: TokenNames, start: int = 0) -> dict[str, Any]:
     """Return entries in the form of text completions, four lists of equal length; their text begins at `start`."""
     tokens, token_logprobs, top_logprobs, text_offset = [], [], [], []
     for entry in entries:
-        tokens.append(entry.text)
+        tokens.append(names.of_text(entry.logprobs.token_id, entry.text))
         token_logprobs.append(finite(entry.logprobs.logprob))
         text_offset.append(start + entry.start)
-        top_logprobs.append(named_top(entry.logprobs, tokenizer))
+        top_logprobs.append(named_top(entry.logprobs, names))
     return {
         "tokens": tokens,
         "token_logprobs": token_logprobs,
@@ -117,14 +133,14 @@ def completion_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer, sta
     }
 
 
-def chat_logprobs(entries: Iterable[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(entries: Iterable[TokenEntry], names: TokenNames) -> dict[str, Any]:
     """Return entries in the form of chat completions."""
     return {
         "content": [
-            _chat_token(entry.text, entry.raw, entry.logprobs.logprob)
+            _chat_token(names.of_text(entry.logprobs.token_id, entry.text), entry.raw, entry.logprobs.logprob)
             | {
                 "top_logprobs": [
-                    _chat_token(token_label(tokenizer, token_id), tokenizer.token_bytes(token_id), logprob)
+                    _chat_token(names.of_id(token_id), names.tokenizer.token_bytes(token_id), logprob)
                     for token_id, logprob in entry.logprobs.top
                 ]
             }

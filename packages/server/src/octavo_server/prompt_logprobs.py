@@ -7,11 +7,11 @@ from typing import Any
 
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import TokenLogprobs
-from octavo_server.logprobs import finite, named_top, token_label
+from octavo_server.logprobs import TokenNames, finite, named_top, token_label
 
 
 def echo_logprobs(
-    echo: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], tokenizer: Tokenizer, num_top: int
+    echo: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], names: TokenNames, num_top: int
 ) -> dict[str, Any]:
     """Return the four lists of a text completion for a prompt that stands before its text.
 
@@ -22,9 +22,10 @@ def echo_logprobs(
         echo: the prompt's text, as it is echoed.
         token_ids: the prompt.
         logprobs: of its tokens from the second on.
-        tokenizer: of the model.
+        names: of tokens.
         num_top: alternatives to show.
     """
+    tokenizer = names.tokenizer
     tokens: list[str] = []
     text_offset: list[int] = []
     offset, pending = 0, b""
@@ -32,19 +33,19 @@ def echo_logprobs(
         raw = tokenizer.token_bytes(token_id)
         text_offset.append(offset)
         if token_id in tokenizer.special_token_ids and not echo.startswith(raw.decode("utf-8", "replace"), offset):
-            tokens.append("")
+            tokens.append(names.of_text(token_id, ""))
             continue
         pending += raw
         text = _whole_text(pending)
         if offset == 0 and text.startswith(" ") and not echo.startswith(" "):  # the tokenizer put it there
             text = text[1:]
         pending = b"" if text or not pending else pending
-        tokens.append(text)
+        tokens.append(names.of_text(token_id, text))
         offset += len(text)
     return {
         "tokens": tokens,
         "token_logprobs": [None, *(finite(entry.logprob) for entry in logprobs)],
-        "top_logprobs": [None, *(named_top(entry, tokenizer, num_top) for entry in logprobs)],
+        "top_logprobs": [None, *(named_top(entry, names, num_top) for entry in logprobs)],
         "text_offset": text_offset,
     }
 

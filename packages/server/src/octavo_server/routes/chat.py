@@ -11,10 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from octavo_engine.text.tokenizer import Tokenizer
 from octavo_server.choices import Choice, Piece, pieces, whole
 from octavo_server.generation import Generation, until_disconnect
-from octavo_server.logprobs import chat_logprobs
+from octavo_server.logprobs import TokenNames, chat_logprobs
 from octavo_server.mapping import chat_request
 from octavo_server.prompt_logprobs import listed
 from octavo_server.protocol.body import read_body
@@ -45,13 +44,14 @@ async def create_chat_completion(request: Request) -> Response:
     }
     generation = Generation(state.engine, state.metrics, [engine_request])
     choices = [Choice(i, engine_request.sampling, text.tokenizer) for i in range(generation.num_choices)]
+    names = TokenNames(text.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
         prompt_ids = engine_request.prompt_token_ids if body.return_token_ids else None
-        events = _events(generation, choices, writer, text.tokenizer, prompt_ids)
+        events = _events(generation, choices, writer, names, prompt_ids)
         return EventStream(events, keep_alive=state.settings.keep_alive)
     ended = await until_disconnect(request, whole(generation, choices))
-    answers = [_answer(piece, text.tokenizer) for piece in ended]
+    answers = [_answer(piece, names) for piece in ended]
     extras: dict[str, Any] = {}
     if body.return_token_ids:
         extras["prompt_token_ids"] = engine_request.prompt_token_ids
@@ -66,7 +66,7 @@ async def _events(
     generation: Generation,
     choices: list[Choice],
     writer: ChunkWriter,
-    tokenizer: Tokenizer,
+    names: TokenNames,
     prompt_token_ids: list[int] | None,
 ) -> AsyncGenerator[bytes, None]:
     """Stream the choices; `prompt_token_ids` None means that token ids are not wanted."""
@@ -76,7 +76,7 @@ async def _events(
     async with aclosing(pieces(generation, choices)) as stream:
         async for piece in stream:
             delta = {"content": piece.text} if piece.text else {}
-            logprobs = _logprobs(piece, tokenizer) if piece.text else None
+            logprobs = _logprobs(piece, names) if piece.text else None
             chunk = _chunk(piece.index, delta, logprobs, piece.finish_reason)
             yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
     yield writer.end()
@@ -88,14 +88,14 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _answer(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any]:
+def _answer(piece: Piece, names: TokenNames) -> dict[str, Any]:
     return {
         "index": piece.index,
         "message": {"role": "assistant", "content": piece.text, "refusal": None},
-        "logprobs": _logprobs(piece, tokenizer),
+        "logprobs": _logprobs(piece, names),
         "finish_reason": piece.finish_reason,
     }
 
 
-def _logprobs(piece: Piece, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    return None if piece.entries is None else chat_logprobs(piece.entries, tokenizer)
+def _logprobs(piece: Piece, names: TokenNames) -> dict[str, Any] | None:
+    return None if piece.entries is None else chat_logprobs(piece.entries, names)

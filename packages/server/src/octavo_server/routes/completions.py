@@ -16,7 +16,7 @@ from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import Request as EngineRequest
 from octavo_server.choices import Choice, Piece, pieces, whole
 from octavo_server.generation import Generation, until_disconnect
-from octavo_server.logprobs import completion_logprobs
+from octavo_server.logprobs import TokenNames, completion_logprobs
 from octavo_server.mapping import completion_requests
 from octavo_server.prompt_logprobs import echo_logprobs, listed
 from octavo_server.protocol.body import read_body
@@ -69,6 +69,7 @@ class _Answer:
         self._generation = generation
         self._requests = requests
         self._tokenizer = tokenizer
+        self._names = TokenNames(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._n = n = requests[0].sampling.n
         self._echoes = [echo for echo in echoes for _ in range(n)]
         self._choices = [
@@ -93,7 +94,7 @@ class _Answer:
         of_prompt = self._generation.prompt_logprobs[place]
         if self._body.echo and choice["logprobs"] is not None:
             token_ids, num_top = self._requests[place].prompt_token_ids, self._body.logprobs or 0
-            prompt = echo_logprobs(echo, token_ids, of_prompt, self._tokenizer, num_top)
+            prompt = echo_logprobs(echo, token_ids, of_prompt, self._names, num_top)
             choice["logprobs"] = {name: prompt[name] + values for name, values in choice["logprobs"].items()}
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = listed(of_prompt, self._tokenizer, self._body.prompt_logprobs)
@@ -102,7 +103,7 @@ class _Answer:
     def _choice(self, piece: Piece, echo: str) -> dict[str, Any]:
         logprobs = None
         if piece.entries is not None:
-            logprobs = completion_logprobs(piece.entries, self._tokenizer, len(echo))
+            logprobs = completion_logprobs(piece.entries, self._names, len(echo))
         choice = {
             "index": piece.index,
             "text": echo + piece.text,
