@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -393,4 +394,33 @@ def test_random_traffic_gives_each_request_its_own_tokens_and_leaks_nothing(make
     for key, expected in wanted.items():
         got = tokens.get(key, [])
         assert got == (expected[: len(got)] if key[0] in aborted else expected)
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 14])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_samples_hold_the_prompts_full_blocks_once_and_what_diverged(make, length: int, n: int, prefix: bool):
+    """n samples of a prompt of P tokens: floor(P / block) shared blocks, and of each sample those behind them."""
+    bench = make(prefix=prefix, num_blocks=200)
+    bench.add("a", prompt(length), n=n, max_tokens=13)
+    submit, seen = bench.executor.submit, []
+
+    def watched(batch):
+        samples = bench.engine.scheduler.sequences("a")
+        num_computed = [sample.num_computed_tokens for sample in samples]
+        if len(samples) == n and len(set(num_computed)) == 1 and not bench.cache.stats().num_parked:
+            own = -(-num_computed[0] // 4) - length // 4
+            num_used = bench.cache.stats().num_used
+            if num_computed[0] == length:  # nobody has written yet: the partial last block is shared too
+                assert num_used == -(-length // 4)
+            else:
+                assert num_used == length // 4 + n * own
+            seen.append(num_computed[0])
+        return submit(batch)
+
+    bench.engine._executor = SimpleNamespace(submit=watched, max_in_flight=bench.executor.max_in_flight)
+    tokens = bench.run()
+    assert tokens == {("a", index): alone(prompt(length), 13, index) for index in range(n)}
+    assert set(seen) == set(range(length, length + 13))
     bench.assert_empty()
