@@ -161,7 +161,7 @@ def measurements(arguments: argparse.Namespace) -> Iterator[Saved]:
         engine, watched = makers[kind]()
         for case in arguments.cases.split(","):
             requests = make_requests(CASES[case], arguments, token_ids)
-            for width in WIDTHS:
+            for width in map(int, arguments.widths.split(",")):
                 yield measure(engine, watched, requests, case, kind, width)
 
 
@@ -179,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="alpaca,sharegpt")
     parser.add_argument("--kinds", default="samples,beams")
+    parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--scale", type=float, default=1.0, help="of the lengths, for a trial")
     parser.add_argument("--seed", type=int, default=7)

@@ -1,4 +1,7 @@
-"""The cache writes, copies and reads of the `cpu` backend: native writes of fp32, torch for the rest."""
+"""The cache writes, copies and reads of the `cpu` backend: native writes of fp32, plain copies, torch for the rest."""
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 from octavo_kernels._dispatch import note_fallback
 from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.fallback import cache_ops as in_torch
-from octavo_kernels.cpu.fallback.cache_ops import copy_blocks, gather_kv
+from octavo_kernels.cpu.fallback.cache_ops import gather_kv
 from octavo_kernels.cpu.launch import launch, pointer
 from octavo_kernels.cpu.load import library_for
 
@@ -34,6 +37,25 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         0, num_kv_heads, head_dim, 0, k_cache.shape[2], abi.DTYPE_CODES[k_cache.dtype], 0, 1, 0.0, 0.0,
     )  # fmt: skip
     launch(abi.OpKind.ROPE_KV_WRITE, args, num_tokens, k, v, k_cache, v_cache, slot_mapping)
+
+
+def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
+    """Copy block after block, in this thread.
+
+    A step of beams copies a few blocks in every layer: torch would start its threads twice for each layer, which takes
+    longer than the copies. Chains and swaps, which need every read before any write, and caches in pieces are torch's.
+    """
+    sources, destinations = src.tolist(), dst.tolist()
+    if not set(sources).isdisjoint(destinations) or not all(cache.is_contiguous() for cache in caches):
+        in_torch.copy_blocks(caches, src, dst)
+        return
+    num_blocks = min(cache.shape[0] for cache in caches)
+    if not all(0 <= block_id < num_blocks for block_id in (*sources, *destinations)):
+        raise IndexError(f"copy_blocks: block ids must lie in [0, {num_blocks}), got {sources} to {destinations}")
+    for cache in caches:
+        start, num_bytes = cache.data_ptr(), cache.stride(0) * cache.element_size()
+        for source, destination in zip(sources, destinations, strict=True):
+            ctypes.memmove(start + destination * num_bytes, start + source * num_bytes, num_bytes)
 
 
 def unserved_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> str | None:
