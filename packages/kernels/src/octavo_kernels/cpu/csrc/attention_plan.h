@@ -16,6 +16,7 @@ namespace octavo {
 
 constexpr int kRowsPerItem = 48;  // what a transposed tile of keys serves
 constexpr int kPartsPerThread = 4;
+constexpr int kLeastShared = 8;  // one in so many tiles of a sequence must be shared to be worth an item with others
 
 // Tiles that neighbouring rows of an item read from the same blocks.
 struct Leg {
@@ -70,7 +71,7 @@ class AttentionPlan {
     return a.query_start_loc[num_seqs] / queries_per_span(a) + num_seqs;
   }
 
-  // The memory that a plan of so many spans takes. There are fewer legs than twice the spans: those are leaves of trees.
+  // The memory that a plan of so many spans takes. Spans are the leaves of trees, so there are not twice as many legs.
   static size_t num_bytes(int64_t max_spans) {
     return max_spans * (sizeof(Span) + sizeof(Item) + 2 * sizeof(Leg) + sizeof(int64_t));
   }
@@ -85,11 +86,18 @@ class AttentionPlan {
     make_spans(a, num_seqs);
     if (may_share()) std::sort(spans_, spans_ + num_spans_, precedes);
     for (int64_t i = 0; i < num_spans_; ++i) ends_[i] = i == 0 ? 0 : end_of_shared(a, spans_[i - 1], spans_[i]);
-    for (int64_t i = 0; i < num_spans_;) i = add_item(i, a.head_dim);
-    int64_t total = 0;
-    for (int64_t i = 0; i < num_items_; ++i) total += cost(items_[i]) * num_kv_heads_;
-    const int64_t largest = num_threads == 1 ? total : total / (kPartsPerThread * num_threads);
-    for (int64_t i = 0; i < num_items_; ++i) split(items_[i], largest);
+    int64_t alone = 0;
+    for (int64_t i = 0; i < num_spans_; ++i) alone += cost(num_tiles(i), spans_[i].num_rows) * num_kv_heads_;
+    for (int64_t i = 0; i < num_spans_;) i = add_item(i, largest_of(alone, num_threads), a.head_dim);
+    int64_t total = 0, longest = 0;
+    for (int64_t i = 0; i < num_items_; ++i) {
+      total += cost(items_[i]) * num_kv_heads_;
+      longest = std::max(longest, cost(items_[i]));
+    }
+    // As many tasks of much the same cost for each thread need no cuts.
+    const int64_t rounds = (num_items_ * num_kv_heads_ + num_threads - 1) / num_threads;
+    const bool even = 8 * rounds * longest * num_threads <= 9 * total;
+    for (int64_t i = 0; i < num_items_; ++i) split(items_[i], even ? total : largest_of(total, num_threads));
   }
 
   int64_t num_tasks() const { return num_tasks_; }
@@ -143,12 +151,30 @@ class AttentionPlan {
     return false;
   }
 
-  // Makes an item of span `first` and of those after it that share tiles; returns the first span that is not in it.
-  int64_t add_item(int64_t first, int64_t head_dim) {
-    const auto shares = [&](int64_t i) { return ends_[i] > spans_[i].first_tile; };
-    int64_t end = first + 1, num_rows = spans_[first].num_rows;
-    while (end < num_spans_ && shares(end) && num_rows + spans_[end].num_rows <= kRowsPerItem)
-      num_rows += spans_[end++].num_rows;
+  static int64_t cost(int64_t num_tiles, int64_t num_rows) {
+    return num_tiles * ((num_rows + kMaxRows - 1) / kMaxRows);
+  }
+
+  // What an item may cost: larger ones would leave threads idle at the end.
+  static int64_t largest_of(int64_t total, int num_threads) {
+    return num_threads == 1 ? total : total / (kPartsPerThread * num_threads);
+  }
+
+  int64_t num_tiles(int64_t i) const { return spans_[i].end_tile - spans_[i].first_tile; }
+  int64_t num_shared(int64_t i) const { return ends_[i] - spans_[i].first_tile; }
+  bool shares(int64_t i) const { return num_shared(i) > 0 && kLeastShared * num_shared(i) >= num_tiles(i); }
+
+  // Makes an item of span `first` and of those after it that share tiles, of a cost up to `largest`; returns the first
+  // span that is not in it.
+  int64_t add_item(int64_t first, int64_t largest, int64_t head_dim) {
+    int64_t end = first + 1, num_rows = spans_[first].num_rows, all = cost(num_tiles(first), num_rows);
+    for (; end < num_spans_ && shares(end); ++end) {
+      const int64_t more = spans_[end].num_rows;
+      all += cost(num_tiles(end) - num_shared(end), more);
+      all += cost(num_shared(end), num_rows + more) - cost(num_shared(end), num_rows);
+      num_rows += more;
+      if (num_rows > kRowsPerItem || all > largest) break;
+    }
     // Where there is no room for more, those that have least in common are parted.
     if (end < num_spans_ && end > first + 1 && shares(end))
       for (int64_t i = end - 1; i > first; --i)
@@ -197,10 +223,9 @@ class AttentionPlan {
   }
 
   static int64_t cost(const Item& item) {
-    int64_t cost = 0;
-    for (int64_t i = 0; i < item.num_legs; ++i)
-      cost += item.legs[i].num_tiles * ((item.legs[i].num_rows + kMaxRows - 1) / kMaxRows);
-    return cost;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < item.num_legs; ++i) sum += cost(item.legs[i].num_tiles, item.legs[i].num_rows);
+    return sum;
   }
 
   // Cuts an item that takes longer than `largest`, and numbers its tasks.

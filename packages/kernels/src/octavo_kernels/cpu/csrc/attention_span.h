@@ -56,8 +56,11 @@ inline Span make_span(const PagedAttentionArgs& a, int64_t sequence, int64_t fir
 inline bool precedes(const Span& x, const Span& y) {
   if (x.first_tile != y.first_tile) return x.first_tile < y.first_tile;
   const int64_t num_blocks = std::min(x.num_blocks, y.num_blocks);
-  const int order = num_blocks == 0 ? 0 : std::memcmp(x.blocks, y.blocks, num_blocks * sizeof(int32_t));
-  if (order != 0) return order < 0;
+  if (num_blocks > 0) {
+    if (x.blocks[0] != y.blocks[0]) return x.blocks[0] < y.blocks[0];
+    const int order = std::memcmp(x.blocks, y.blocks, num_blocks * sizeof(int32_t));
+    if (order != 0) return order < 0;
+  }
   if (x.num_blocks != y.num_blocks) return x.num_blocks < y.num_blocks;
   return x.sequence != y.sequence ? x.sequence < y.sequence : x.first_query < y.first_query;
 }
@@ -67,7 +70,8 @@ inline bool precedes(const Span& x, const Span& y) {
 inline int64_t end_of_shared(const PagedAttentionArgs& a, const Span& x, const Span& y) {
   if (x.first_tile != y.first_tile) return y.first_tile;
   int64_t num_blocks = 0;
-  while (num_blocks < std::min(x.num_blocks, y.num_blocks) && x.blocks[num_blocks] == y.blocks[num_blocks]) ++num_blocks;
+  const int64_t most = std::min(x.num_blocks, y.num_blocks);
+  while (num_blocks < most && x.blocks[num_blocks] == y.blocks[num_blocks]) ++num_blocks;
   if (num_blocks == 0) return y.first_tile;
   const int64_t first_block = x.first_tile * kTile / a.block_size;
   const int64_t end = std::min({(first_block + num_blocks) * a.block_size, x.seen.end, y.seen.end});
