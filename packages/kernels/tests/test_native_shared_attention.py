@@ -165,6 +165,13 @@ def test_more_siblings_than_are_taken_at_once():
     check_bits(call_of(inputs, {}, torch.float32))
 
 
+def test_tiles_of_siblings_are_dealt_out_to_threads():
+    # One sequence is so long that the others' tasks are cut too, to be done beside it.
+    shares = dict.fromkeys(range(2, 9), (1, 64))
+    inputs = make_siblings([1] * 9, [6000, *range(1033, 1041)], shares, num_heads=3, num_kv_heads=1, head_dim=16)
+    check_bits(call_of(inputs, {}, torch.float32), (1, 2, 3, 4, 6))
+
+
 def test_blocks_behind_the_window_may_be_gone():
     inputs = make_siblings([1] * 4, [400, 390, 400, 330], {1: (0, 20), 2: (0, 20), 3: (0, 20)})
     call = call_of(inputs, {"window": 170}, torch.float32)
