@@ -15,7 +15,15 @@ pytest.importorskip("torch", reason="LLM needs the extra [local]")
 pytest.importorskip("llguidance", reason="structured output needs the extra [structured]")
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is the oracle")
 
-from octavo_engine import LLM, FinishReason, InvalidRequest, RequestFailed, RequestOutput, SamplingParams
+from octavo_engine import (
+    LLM,
+    BeamSearchParams,
+    FinishReason,
+    InvalidRequest,
+    RequestFailed,
+    RequestOutput,
+    SamplingParams,
+)
 from octavo_engine import StructuredOutputsParams as Params
 from octavo_engine.runner.rules.grammar import GrammarRule
 
@@ -212,3 +220,39 @@ def test_a_bad_schema_is_refused_at_submission_and_nothing_starts(llm: LLM) -> N
     with pytest.raises(InvalidRequest, match="/properties/a/contains"):
         llm.generate([PROMPT, PROMPT], [MIXED[0], bad])
     assert not llm._engine.has_work
+
+
+def test_beams_keep_to_their_grammar_and_find_the_likeliest_texts(llm: LLM) -> None:
+    choice = ["yes", "no", "yesterday", "none of it", "perhaps"]
+    params = BeamSearchParams(beam_width=5, length_penalty=0.0, structured_outputs=Params(choice=choice), logprobs=1)
+    found = llm.beam_search([PROMPT], params)[0].outputs
+    assert {output.text for output in found} == set(choice)
+    # Every choice, scored by itself: a search that is as wide as there are choices misses none.
+    for output in found:
+        alone = BeamSearchParams(beam_width=1, length_penalty=0.0, structured_outputs=Params(choice=[output.text]))
+        assert llm.beam_search([PROMPT], alone)[0].outputs[0].score == pytest.approx(output.score, abs=1e-4)
+    assert [output.score for output in found] == sorted((output.score for output in found), reverse=True)
+
+
+def test_beams_with_a_schema_fit_it_beside_others_and_after_preemption(make_llm: MakeLLM, llm: LLM) -> None:
+    held = BeamSearchParams(beam_width=3, max_tokens=100, structured_outputs=Params(json=SCHEMA))
+    free = BeamSearchParams(beam_width=2, max_tokens=20)
+    prompts, asked = [PROMPT, PROMPT, "12 3", "the"] * 3, [held, free, held, replace(held, beam_width=2)] * 3
+    outputs = llm.beam_search(prompts, asked)
+    for params, output in zip(asked, outputs, strict=True):
+        for choice in output.outputs:
+            if params.structured_outputs is not None and choice.finish_reason is FinishReason.STOP:
+                jsonschema.validate(json.loads(choice.text), SCHEMA)
+    assert any(choice.finish_reason is FinishReason.STOP for choice in outputs[0].outputs)
+    alone = llm.beam_search([PROMPT], held)[0]
+    assert [(c.token_ids, c.score) for c in alone.outputs] == [(c.token_ids, c.score) for c in outputs[0].outputs]
+    small = make_llm(num_blocks=41, prefix_cache=False)
+    pressed = small.beam_search(prompts, asked)
+    assert small.stats().num_preemptions > 0
+    assert [[c.token_ids for c in o.outputs] for o in pressed] == [[c.token_ids for c in o.outputs] for o in outputs]
+
+
+def test_more_beams_than_choices_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="2 choices") as caught:
+        BeamSearchParams(beam_width=3, structured_outputs=Params(choice=["a", "b", "a"]))
+    assert caught.value.param == "num_return_sequences"

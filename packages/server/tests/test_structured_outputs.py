@@ -50,6 +50,14 @@ def test_the_constraint_reaches_the_engine(client, engine, path, body, wanted):
     assert params == (None if wanted is None else StructuredOutputsParams(**wanted))
 
 
+@pytest.mark.parametrize("fields", [WANTED["json_schema"][0], WANTED["vllm json"][0]], ids=["openai", "vllm"])
+def test_a_search_with_beams_is_held_to_it_too(client, engine, fields):
+    response = post(client, "/v1/completions", use_beam_search=True, n=2, max_tokens=5, **fields)
+    assert response.status_code == 200, response.text
+    assert engine.requests[-1].beams is not None
+    assert engine.requests[-1].sampling.structured_outputs == StructuredOutputsParams(json=SCHEMA)
+
+
 def schema_format(schema: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 

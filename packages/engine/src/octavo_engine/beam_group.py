@@ -128,6 +128,10 @@ class BeamGroup:
 
     def _end_with_hypotheses(self) -> list[SequenceUpdate]:
         leader, request, counters = self.leader, self.leader.request, self.residents.counters
+        num_found, num_wanted = len(self.search.hypotheses), request.sampling.n
+        if num_found < num_wanted:
+            reason = f"only {num_found} texts fit the grammar, {num_wanted} were asked for; lower num_return_sequences"
+            return [self.end(FinishReason.ERROR, reason)]
         self._leave()
         times = self.residents.times(leader)
         updates = []

@@ -9,6 +9,7 @@ from typing import Literal
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.sampling_checks import check_float, check_int
 from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.structured.params import StructuredOutputsParams
 
 EarlyStopping = bool | Literal["never"]
 MAX_BEAM_STOP_TOKENS = 16
@@ -33,6 +34,7 @@ class BeamSearchParams:
         ignore_eos: the model's own end tokens do not end a hypothesis.
         logprobs: how many of the likeliest tokens are reported for each token; None reports none.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: what every hypothesis is held to; scores are those of the model without it.
 
     Raises:
         InvalidRequest: if a value is out of range or contradicts another one; names the parameter.
@@ -47,6 +49,7 @@ class BeamSearchParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -70,6 +73,13 @@ class BeamSearchParams:
                 f"stop_token_ids has {len(self.stop_token_ids)} ids, with beams at most {MAX_BEAM_STOP_TOKENS} go",
                 param="stop_token_ids",
             )
+        choice = None if self.structured_outputs is None else self.structured_outputs.choice
+        if choice is not None and self.num_returned > len(set(choice)):
+            raise InvalidRequest(
+                f"{self.num_returned} hypotheses are asked for, of {len(set(choice))} choices; lower"
+                " num_return_sequences",
+                param="num_return_sequences",
+            )
         self.sampling()  # checks what both have in common
 
     @property
@@ -88,4 +98,5 @@ class BeamSearchParams:
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            structured_outputs=self.structured_outputs,
         )

@@ -116,6 +116,7 @@ class BeamSearch:
             _Continuation(beam.score + logprob, source, rank)
             for source, (beam, (_, logprobs)) in enumerate(zip(self._beams, candidates, strict=True))
             for rank, logprob in enumerate(logprobs)
+            if logprob > float("-inf")  # a grammar may leave fewer tokens than are asked for
         ]
         everyone.sort(key=lambda c: (-c.score, c.source, c.rank))
         return everyone[: (1 + len(self._stop_token_ids)) * self._width]

@@ -30,8 +30,6 @@ _OF_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "mirostat_mode": (0,),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
 }
 """Fields that a search does not go by, with the values that mean nothing."""
 
@@ -66,6 +64,7 @@ def beam_search_params(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
+        structured_outputs=body.constraint,
     )
 
 

@@ -70,15 +70,13 @@ def sampling_params(
         if body.best_of is not None and body.best_of > max_n:
             raise InvalidRequest(f"best_of must be between 1 and {max_n}, got {body.best_of}", param="best_of")
         chosen |= {"best_of": body.best_of, "prompt_logprobs": body.num_prompt_logprobs}
-    with _called("structured_outputs", body.constraint_field):
-        constraint = body.constraint
     return SamplingParams(
         n=n,
         stop=body.stop_strings,
         max_tokens=max_tokens,
         logprobs=logprobs,
         logit_bias=body.biases,
-        structured_outputs=constraint,
+        structured_outputs=body.constraint,
         **chosen,
     )
 
@@ -141,9 +139,10 @@ def _params(
     body: GenerationBody, text: TextProcessor, *, max_n: int, max_tokens: int | None, logprobs: int | None
 ) -> _Params:
     check_beam_fields(body)
-    if body.use_beam_search:
-        return beam_search_params(body, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
-    return sampling_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
+    with _called("structured_outputs", body.constraint_field):
+        if body.use_beam_search:
+            return beam_search_params(body, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
+        return sampling_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
 
 
 async def _request(
@@ -167,11 +166,7 @@ async def _request(
 
     with _called("structured_outputs", body.constraint_field):
         # A grammar is compiled here, which may take a second; the event loop must not wait for it.
-        return (
-            make()
-            if isinstance(params, BeamSearchParams) or params.structured_outputs is None
-            else await asyncio.to_thread(make)
-        )
+        return make() if params.structured_outputs is None else await asyncio.to_thread(make)
 
 
 def _check_num_choices(num_choices: int, param: str) -> None:

@@ -62,14 +62,16 @@ class Answer:
         """Put the log-probabilities of prompts, by place, where they belong."""
         self._prompt_logprobs.update(prompts)
 
-    def add_candidates(self, places: NDArray[np.int64], token_ids: Tensor, logprobs: Tensor) -> None:
-        """Put the candidates of rows that search, [places, count] each, where they belong."""
+    def add_candidates(
+        self, places: NDArray[np.int64], token_ids: Tensor, logprobs: Tensor, errors: Mapping[int, str]
+    ) -> None:
+        """Put the candidates of rows that search, [places, count] each, where they belong; `errors` are by row."""
         rows = zip(places.tolist(), token_ids.tolist(), logprobs.tolist(), strict=True)
-        for place, ids, values in rows:
-            if isfinite(values[0]):
+        for index, (place, ids, values) in enumerate(rows):
+            if isfinite(values[0]) and index not in errors:
                 self._candidates[place] = ids, values
             else:
-                self._errors[place] = _UNSOUND
+                self._errors[place] = errors.get(index, _UNSOUND)
 
     def add_pooled(self, place: int, vector: Tensor) -> None:
         """Put an embedding in its place."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo_engine.runner.rules.grammar import TokenMask
+
 _BLOCK = 64  # columns that are looked at as one
 _MIN_BLOCKS_PER_CANDIDATE = 4  # with fewer, whole rows are looked at
 
 
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor, count: int, mask: TokenMask | None = None) -> tuple[Tensor, Tensor]:
     """Return the largest log-probabilities of each row; a row's result depends on that row alone.
 
     The `count` largest of a row lie in the `count` blocks with the largest maxima, so a maximum per block and a look
@@ -18,12 +20,15 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         logits: [rows, vocab_size] fp32.
         count: at most vocab_size are returned.
+        mask: sets the log-probabilities of tokens that may not come next to -inf; those of the others stay.
 
     Returns:
         token_ids: [rows, count] int64, best first.
         logprobs: [rows, count] fp32, natural logarithms. Where a row held NaN or nothing finite, so do these.
     """
     logprobs = logits.log_softmax(dim=-1)
+    if mask is not None:
+        mask.remove(logprobs)
     num_rows, vocab_size = logits.shape
     count = min(count, vocab_size)
     num_blocks = vocab_size // _BLOCK

@@ -160,7 +160,9 @@ class ModelRunner:
             return
         sources = searching if shared is None else shared[searching]
         logits = self._make_logits(_rows_of(hidden, sources))
-        answer.add_candidates(places[searching], *likeliest(logits, int(num_candidates.max())))
+        mask = self._sampling.search_mask(rows[searching])
+        found = likeliest(logits, int(num_candidates.max()), mask)
+        answer.add_candidates(places[searching], *found, errors={} if mask is None else mask.errors)
         drawing = np.flatnonzero(num_candidates == 0)
         if len(drawing):
             sources, shared = np.unique(drawing if shared is None else shared[drawing], return_inverse=True)
@@ -180,6 +182,7 @@ class ModelRunner:
             self._prompt_logprobs.add(new, self.model.config.vocab_size)
         if batch.moves:
             self._rows.move(batch.moves)
+            self._sampling.move(batch.moves)
             self._inputs.decoding.forget()  # block tables of rows have changed as a whole
         self._rows.update(batch.cached)
 

@@ -68,7 +68,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     if shared is not None and batch.changes:  # rows of one source may be changed in different ways
         logits, shared = logits[_to(shared, logits)], None
     logprobs = None if batch.logprobs is None else batch.logprobs.raw(logits, shared)
-    given_best = logits.amax(dim=-1) if batch.changes else None
+    given_best = _largest(logits) if batch.changes else None
     errors = _apply(batch.changes, logits)
     if batch.logprobs is not None and logprobs is not None:
         batch.logprobs.replace_processed(logprobs, logits, shared)
@@ -85,13 +85,24 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     )
     sound = np.isfinite(best.cpu().numpy())
     if given_best is not None and not sound.all():
-        barred = np.flatnonzero(~sound & np.isfinite(given_best.cpu().numpy()))
+        barred = np.flatnonzero(~sound & np.isfinite(given_best))
         errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
     sound[[*errors]] = False
     entries = None
     if batch.logprobs is not None and logprobs is not None:
         entries = batch.logprobs.entries(logprobs, token_ids, len(sound))
     return Drawn(token_ids.cpu().numpy(), sound, entries, errors)
+
+
+def _largest(logits: Tensor) -> NDArray[np.float32]:
+    """Return the largest of each row of logits [rows, vocab_size], NaN where there is one.
+
+    On a CPU by numpy: torch would wake threads of its own beside those of the kernels, for longer than this takes.
+    """
+    largest: NDArray[np.float32] = (
+        logits.numpy().max(axis=-1) if logits.device.type == "cpu" else logits.amax(dim=-1).cpu().numpy()
+    )
+    return largest
 
 
 def _apply(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:

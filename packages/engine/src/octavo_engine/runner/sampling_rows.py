@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo_engine.batch import NewRow
+from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.rules.distribution import filters_whole_rows
-from octavo_engine.runner.rules.grammar import GrammarRule
+from octavo_engine.runner.rules.grammar import GrammarRule, TokenMask
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 from octavo_engine.sampling_params import SamplingParams
@@ -154,6 +154,14 @@ class SamplingRows:
         """Take in one drawn token for each of some different rows."""
         if self._special:
             self._rules.append(rows, token_ids)
+
+    def move(self, moves: Sequence[RowMove]) -> None:
+        """Let rows that search go on from others, each with a token that was chosen for it."""
+        self._grammar.move(moves)
+
+    def search_mask(self, rows: NDArray[np.int64]) -> TokenMask | None:
+        """Return which tokens may come next in some rows that search; None if all may."""
+        return self._grammar.of_search(rows)
 
     def forced(self, rows: NDArray[np.int64]) -> dict[int, list[int]]:
         """Return the tokens that must come next in some rows, by place; most rows have none.

@@ -71,7 +71,7 @@ class GrammarCompiler:
             InvalidRequest: if it is malformed, not supported, too large or too slow, or nothing fits it; a JSON Schema
                 is refused with a pointer to the keyword.
         """
-        self.matcher(params)
+        self._compiled(params)
 
     def matcher(self, params: StructuredOutputsParams) -> LLMatcher:
         """Return a matcher at the start of a constraint's text.
@@ -79,10 +79,14 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: see `check`.
         """
+        return self._compiled(params).deep_copy()
+
+    def _compiled(self, params: StructuredOutputsParams) -> LLMatcher:
+        """Return the matcher that others are copied from; nobody moves it on."""
         with self._lock:
             if params in self._cache:
                 self._cache.move_to_end(params)
-                return self._cache[params].deep_copy()
+                return self._cache[params]
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(
                     self._tokenizer, vocab_size=self.vocab_size, eos_token_ids=self._eos_token_ids
@@ -92,7 +96,7 @@ class GrammarCompiler:
             self._cache[params] = compiled
             while len(self._cache) > self._num_cached:
                 self._cache.popitem(last=False)
-        return compiled.deep_copy()
+        return compiled
 
     def _compile_in_time(self, params: StructuredOutputsParams, vocabulary: LLTokenizer) -> LLMatcher:
         future = self._pool.submit(self._compile, params, vocabulary)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo_engine.batch import NewRow
+from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.runner.rules.base import RowsFailed
 from octavo_engine.runner.rules.changes import on_device
@@ -20,6 +20,8 @@ from octavo_kernels import apply_token_bitmask
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
+
+_FEW = 16  # masks that one thread makes sooner than others wake up to help: most take some 10 microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,13 @@ class TokenMask:
     bitmask: Tensor
     errors: Mapping[int, str]
 
+    def remove(self, scores: Tensor) -> None:
+        """Set the other tokens of scores [rows, vocab_size] to -inf; rows without a mask keep all."""
+        apply_token_bitmask(scores, self.bitmask.to(scores.device), rows=on_device(self.places, scores))
+
     def apply(self, logits: Tensor) -> None:
         """Remove the other tokens from logits [draws, vocab_size]; raise RowsFailed for rows without a mask."""
-        apply_token_bitmask(logits, self.bitmask.to(logits.device), rows=on_device(self.places, logits))
+        self.remove(logits)
         if self.errors:
             raise RowsFailed(self.errors)
 
@@ -80,7 +86,39 @@ class GrammarRule:
         return True
 
     def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> TokenMask:  # noqa: ARG002
-        """Compute the masks of some rows, side by side on several threads."""
+        """Compute the masks of some rows, many of them on several threads."""
+        return self._masks(places, rows)
+
+    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Follow one drawn token in each of some different rows."""
+        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            if row in self._matchers:
+                self._matchers[row].consume_token(token_id)  # one that does not fit shows at the next mask
+
+    def move(self, moves: Sequence[RowMove]) -> None:
+        """Let rows go on from the states of others, as these were before, and let each follow its token."""
+        copies = {m.row: self._matchers[m.source].deep_copy() for m in moves if m.source in self._matchers}
+        for move in moves:
+            if move.source is not None:
+                self._matchers.pop(move.row, None)
+        self._matchers |= copies
+        for move in moves:
+            if move.row in self._matchers:
+                self._matchers[move.row].consume_token(move.token_id)
+
+    def of_search(self, rows: NDArray[np.int64]) -> TokenMask | None:
+        """Compute the masks of those of some rows that have a grammar, for a search; None if none has."""
+        places = np.array(
+            [p for p, r in enumerate(rows.tolist()) if r in self._matchers or r in self._refused], np.int64
+        )
+        return self._masks(places, rows[places]) if len(places) else None
+
+    def forced(self, row: int) -> list[int]:
+        """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""
+        matcher = self._matchers.get(row)
+        return [] if matcher is None else matcher.compute_ff_tokens()
+
+    def _masks(self, places: NDArray[np.int64], rows: NDArray[np.int64]) -> TokenMask:
         bitmask, executor = self._scratch()
         errors: dict[int, str] = {}
         tasks: list[tuple[LLMatcher, int]] = []
@@ -90,23 +128,17 @@ class GrammarRule:
             else:
                 errors[int(places[index])] = self._refused[row]
                 bitmask[index] = -1
-        executor.unsafe_compute_mask_ptr(tasks, bitmask.data_ptr(), bitmask.stride(0) * bitmask.itemsize, len(bitmask))
+        num_bytes = bitmask.stride(0) * bitmask.itemsize
+        if len(tasks) > _FEW:
+            executor.unsafe_compute_mask_ptr(tasks, bitmask.data_ptr(), num_bytes, len(bitmask))
+        else:
+            for matcher, index in tasks:
+                matcher.unsafe_compute_mask_ptr(bitmask[index].data_ptr(), num_bytes)
         for matcher, index in tasks:
             if matcher.is_error():
                 errors[int(places[index])] = f"the grammar of this request failed: {error_of(matcher)}"
                 bitmask[index] = -1
         return TokenMask(places, bitmask[: len(rows)], errors)
-
-    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Follow one drawn token in each of some different rows."""
-        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            if row in self._matchers:
-                self._matchers[row].consume_token(token_id)  # one that does not fit shows at the next mask
-
-    def forced(self, row: int) -> list[int]:
-        """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""
-        matcher = self._matchers.get(row)
-        return [] if matcher is None else matcher.compute_ff_tokens()
 
     def _scratch(self) -> tuple[Tensor, LLExecutor]:
         if self._bitmask is None or self._executor is None:
