@@ -224,7 +224,7 @@ def test_beams_samples_and_single_requests_run_beside_each_other(make):
 
 
 def test_long_prompts_are_computed_in_chunks_and_groups_wait_for_budget(make):
-    params = BeamSearchParams(beam_width=4, max_tokens=6)
+    params = BeamSearchParams(beam_width=4, max_tokens=30)
     bench = make(budget=6)
     for place in range(3):
         bench.add(str(place), prompt(20 + place, start=place), params)
