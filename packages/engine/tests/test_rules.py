@@ -217,7 +217,8 @@ def kept_by(warper: Callable[[Tensor, Tensor], Tensor], scores: Tensor) -> list[
 @pytest.mark.parametrize("seed", range(8))
 def test_each_filter_equals_transformers_warper(seed: int) -> None:
     transformers = pytest.importorskip("transformers")
-    scores = random_logits(1, 200, seed)[0].double()
+    flatness = 1 if seed < 6 else 20  # flat ones need more tokens than are selected at first
+    scores = random_logits(1, 200 if seed < 4 else 3000, seed)[0].double() / flatness
     for ours, warper in (
         (filters.typical_p(scores, 0.3), transformers.TypicalLogitsWarper(0.3)),
         (filters.typical_p(scores, 0.95), transformers.TypicalLogitsWarper(0.95)),

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+_NUM_SELECTED = 256
+
 
 def min_p(scores: Tensor, least: float) -> Tensor:
     """Keep the tokens at least `least` times as probable as the likeliest (arXiv 2407.01082)."""
@@ -25,21 +27,16 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 def typical_p(scores: Tensor, mass: float) -> Tensor:
     """Keep those whose surprise is nearest to the expected one, up to a probability mass (arXiv 2202.00666)."""
-    left = scores.isfinite().nonzero()[:, 0]
-    log_probabilities = scores[left].log_softmax(0)
+    log_probabilities = scores.log_softmax(0)
     probabilities = log_probabilities.exp()
-    entropy = -(probabilities * log_probabilities).cumsum(0)[-1]
-    distances, order = (-log_probabilities - entropy).abs().sort(stable=True)
-    furthest = distances[_num_up_to(probabilities[order], mass) - 1]
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[left[order[distances <= furthest]]] = True
-    return kept
+    entropy = -(probabilities * log_probabilities.masked_fill(probabilities == 0, 0)).cumsum(0)[-1]
+    distances = (-log_probabilities - entropy).abs()
+    return distances <= _last_needed(distances, probabilities, mass)
 
 
 def top_p(scores: Tensor, mass: float) -> Tensor:
     """Keep the shortest prefix, by falling probability, that holds a probability mass (arXiv 1904.09751)."""
-    in_order = scores[scores.isfinite()].sort(descending=True).values
-    return scores >= in_order[_num_up_to(in_order.softmax(0), mass) - 1]
+    return -scores <= _last_needed(-scores, scores.softmax(0), mass)
 
 
 def xtc(scores: Tensor, threshold: float) -> Tensor:
@@ -51,6 +48,16 @@ def xtc(scores: Tensor, threshold: float) -> Tensor:
     return probabilities <= probabilities[likely].min()
 
 
-def _num_up_to(probabilities: Tensor, mass: float) -> int:
-    """Return how many of the first tokens it takes to hold a mass."""
-    return min(int((probabilities.cumsum(0) < mass).sum()) + 1, len(probabilities))
+def _last_needed(keys: Tensor, probabilities: Tensor, mass: float) -> Tensor:
+    """Return the largest key of the shortest list of tokens, by rising key, that holds a mass.
+
+    Mostly few tokens do, so a few are selected first, and more only if these fall short.
+    """
+    count = _NUM_SELECTED
+    while True:
+        selected = keys.topk(min(count, len(keys)), largest=False)
+        held = probabilities[selected.indices].cumsum(0)
+        num_short = int((held < mass).sum())
+        if num_short < len(held) or len(held) == len(keys):
+            return selected.values[min(num_short, len(held) - 1)]
+        count *= 8
