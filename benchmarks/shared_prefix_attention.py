@@ -27,7 +27,7 @@ from octavo_kernels import Recording, cpu_isa, host_empty, paged_attention
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
 GROUPS = ((16, 3), (4, 8))  # groups and siblings in each
 SHARED = (64, 300, 1000, 4000)
-OWN = (1, 50, 150)
+OWN = (1, 150)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ_BYTES = 100_000_000  # by all layers together, with sharing
 
@@ -156,7 +156,7 @@ def plot(figures: list[Figure], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shared", type=int, nargs="+", default=list(SHARED))
     parser.add_argument("--own", type=int, nargs="+", default=list(OWN))
