@@ -13,6 +13,7 @@ from octavo_kernels.recording import empty_result
 _FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
 _NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
 _BEST_BYTES = 16  # of a slice's best product and its index
+_GROUP_BYTES = 128  # of a group of rounded inputs, at most
 
 
 def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
@@ -39,7 +40,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_act
     """Fill out with x times the weight, plus the bias."""
     if library_for("packed_linear") is None:
         return fallback.packed_linear(x, weight, bias, int8_activations, out)
-    workspace = _workspace(_rounded_bytes(x)) if int8_activations else None
+    workspace = None if weight.format.dtype is not None else _workspace(_rounded_bytes(x))
     args = abi.PackedLinearArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
@@ -77,8 +78,7 @@ def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: 
     """Fill ids and best with where each row's product is largest, and how large."""
     if library_for("packed_argmax") is None:
         return fallback.packed_argmax(x, weight, int8_activations, ids, best)
-    rounded = _rounded_bytes(x) if int8_activations else 0
-    workspace = _workspace(_NUM_SLICES * len(x) * _BEST_BYTES + rounded)
+    workspace = _workspace(_NUM_SLICES * len(x) * _BEST_BYTES + _rounded_bytes(x))
     args = abi.PackedArgmaxArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
@@ -95,9 +95,9 @@ def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: 
 
 
 def _rounded_bytes(x: Tensor) -> int:
-    """Return the bytes of x rounded to int8: codes, and a scale and an offset per group, with room to align them."""
+    """Return the bytes of x rounded to whole numbers, with room to align them."""
     num_rows, in_features = x.shape
-    return int(num_rows * (in_features + in_features // GROUP * 8)) + 128
+    return int(num_rows * (in_features // GROUP) * _GROUP_BYTES) + 64
 
 
 def _workspace(num_bytes: int) -> Tensor:

@@ -17,36 +17,29 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The arrays of rounded rows, one after the other in memory.
-struct Int8Memory {
-  int8_t* codes;
-  float* scales;
-  float* offsets;
+// How a product is computed, and the bytes of a rounded row.
+Method method_of(int64_t format, bool int8_activations) {
+  if (int8_activations) return int8_method(format);
+  return fixed_is_faster(format) ? fixed_method(format) : fma_method(format);
+}
+int64_t bytes_of_rows(const Method& method, int64_t num_rows, int64_t in_features) {
+  return num_rows * (in_features / kGroup) * method.bytes_of_group;
+}
 
-  Int8Memory(void* memory, int64_t num_rows, int64_t in_features) {
-    codes = static_cast<int8_t*>(memory);
-    scales = reinterpret_cast<float*>(codes + round_up(num_rows * in_features, 64));
-    offsets = scales + num_rows * (in_features / kGroup);
+// Rounds the rows of x as a method wants; returns on all threads when they can be read. `own` is the thread's memory for
+// few rows.
+const void* round_all(const Method& method, const Product& product, void* workspace, void* own, Team& team) {
+  if (method.round == nullptr) return nullptr;
+  const auto round = [&](int64_t first_row, int64_t num_rows, void* out) {
+    method.round(product.x, product.x_stride, product.in_features, first_row, num_rows, out);
+  };
+  if (product.num_rows <= kRowsRoundedAlone) {
+    round(0, product.num_rows, own);
+    return own;
   }
-  static int64_t num_bytes(int64_t num_rows, int64_t in_features) {
-    return round_up(num_rows * in_features, 64) + num_rows * (in_features / kGroup) * 8;
-  }
-};
-
-// Rounds the rows of x; returns on all threads when they can be read. `own` is the thread's memory for few rows.
-Int8Rows round_all(const float* x, int64_t x_stride, int64_t in_features, int64_t num_rows, void* workspace, void* own,
-                   Team& team) {
-  const bool alone = num_rows <= kRowsRoundedAlone;
-  const Int8Memory memory(alone ? own : workspace, num_rows, in_features);
-  if (alone) {
-    round_rows(x, x_stride, in_features, 0, num_rows, memory.codes, memory.scales, memory.offsets);
-  } else {
-    team.parallel_for(ceil_div(num_rows, 8), [&](int64_t task) {
-      round_rows(x, x_stride, in_features, task * 8, min(8, num_rows - task * 8), memory.codes, memory.scales,
-                 memory.offsets);
-    });
-  }
-  return {memory.codes, memory.scales, memory.offsets};
+  team.parallel_for(ceil_div(product.num_rows, 8),
+                    [&](int64_t task) { round(task * 8, min(8, product.num_rows - task * 8), workspace); });
+  return workspace;
 }
 
 // A product cut into tasks. One row is done so quickly that asking for work takes a thread as long as some panels: most of
@@ -85,8 +78,8 @@ struct Memory {  // what a thread needs for a product
   uint8_t* scratch;
   void* rounded;
 
-  Memory(Team& team, int64_t in_features, int64_t extra) {
-    const int64_t rounded_bytes = round_up(Int8Memory::num_bytes(kRowsRoundedAlone, in_features), 64);
+  Memory(Team& team, const Method& method, int64_t in_features, int64_t extra) {
+    const int64_t rounded_bytes = round_up(bytes_of_rows(method, kRowsRoundedAlone, in_features), 64);
     rounded = team.scratch(rounded_bytes + kScratchBytes + extra);
     scratch = static_cast<uint8_t*>(rounded) + rounded_bytes;
   }
@@ -172,15 +165,12 @@ void argmax_part(const PackedArgmaxArgs& args, const Product& product, Part part
 }  // namespace
 
 void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
-  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, {}};
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
-  const Memory memory(team, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
-  PartFunction compute = exact_part(args.format);
-  if (args.int8_activations) {
-    compute = int8_part(args.format);
-    product.int8 = round_all(args.x, args.x_stride, args.in_features, num_rows, args.workspace, memory.rounded, team);
-  }
+  const Method method = method_of(args.format, args.int8_activations);
+  const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
+  product.rounded = round_all(method, product, args.workspace, memory.rounded, team);
   const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
   team.parallel_for(num_row_blocks * cut.num_tasks, [&](int64_t task) {
     Part part{};
@@ -188,20 +178,17 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
     part.num_rows = min(rows_of_block, num_rows - part.first_row);
     if (part.num_rows <= 0) return;
     cut.place(task % cut.num_tasks, part);
-    linear_part(args, product, part, compute, memory.scratch);
+    linear_part(args, product, part, method.part, memory.scratch);
   });
 }
 
 void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
-  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, {}};
-  const Memory memory(team, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
-  PartFunction compute = exact_part(args.format);
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
+  const Method method = method_of(args.format, args.int8_activations);
+  const Memory memory(team, method, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
   auto* best = static_cast<Best*>(args.workspace);  // [num_slices, rows]
-  if (args.int8_activations) {
-    compute = int8_part(args.format);
-    auto* rounded = static_cast<uint8_t*>(args.workspace) + round_up(kNumSlices * num_rows * sizeof(Best), 64);
-    product.int8 = round_all(args.x, args.x_stride, args.in_features, num_rows, rounded, memory.rounded, team);
-  }
+  auto* workspace = static_cast<uint8_t*>(args.workspace) + round_up(kNumSlices * num_rows * sizeof(Best), 64);
+  product.rounded = round_all(method, product, workspace, memory.rounded, team);
   const int64_t num_panels = ceil_div(args.out_features, kPanel);
   const int64_t step = ceil_div(num_panels, kNumSlices);
   const int64_t num_slices = ceil_div(num_panels, step), num_row_blocks = ceil_div(num_rows, kRowsOfTask);
@@ -209,7 +196,7 @@ void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
     const int64_t slice = task % num_slices, first_row = task / num_slices * kRowsOfTask;
     const Part part{first_row, min(kRowsOfTask, num_rows - first_row), slice * step,
                     min(step, num_panels - slice * step), nullptr, 0};
-    argmax_part(args, product, part, compute, memory.scratch, best + slice * num_rows + first_row);
+    argmax_part(args, product, part, method.part, memory.scratch, best + slice * num_rows + first_row);
   });
   team.parallel_for(num_rows, [&](int64_t row) {
     Best of_all = best[row];

@@ -9,13 +9,6 @@
 
 namespace octavo {
 
-// Rows whose groups of 32 inputs were rounded to 8 bits.
-struct Int8Rows {
-  const int8_t* codes;   // [rows, in_features]
-  const float* scales;   // [rows, groups]
-  const float* offsets;  // [rows, groups]: scale times the sum of the codes
-};
-
 // num_rows rows times a packed weight.
 struct Product {
   const float* x;
@@ -23,7 +16,7 @@ struct Product {
   int64_t x_stride;
   int64_t num_rows;
   int64_t in_features;
-  Int8Rows int8;  // null pointers with fp32 activations
+  const void* rounded;  // [num_rows, groups] as the method rounds them, or null
 };
 
 // The part of a product that a call computes: some rows times some panels. out [num_rows, 32 num_panels] is filled.
@@ -41,14 +34,23 @@ using PartFunction = void (*)(const Product&, const Part&, void* scratch);
 
 constexpr int64_t kScratchBytes = 64 << 10;
 
-// fp32 activations: an FMA chain per output, over the inputs in their order. Any format.
-PartFunction exact_part(int64_t format);
+// How a product is computed: by `part`, from rows that `round` has rounded to bytes_of_group for every group of 32 inputs,
+// or as they are if there is no such function.
+struct Method {
+  PartFunction part;
+  void (*round)(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows, void* out);
+  int64_t bytes_of_group;
+};
 
-// int8 activations: per output, groups in their order; within a group integers, whose order does not matter.
-PartFunction int8_part(int64_t format);
+// Inputs as they are: an FMA chain per output, over the inputs in their order. Any format.
+Method fma_method(int64_t format);
 
-// Rounds rows first_row .. first_row + num_rows - 1 of x; the arrays begin at row 0.
-void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows,
-                int8_t* codes, float* scales, float* offsets);
+// Inputs as whole numbers of 24 bits, with a scale for each group of 32: as exact as fp32 sums are, and cheaper where
+// bytes are multiplied fast. Block formats.
+Method fixed_method(int64_t format);
+bool fixed_is_faster(int64_t format);
+
+// Inputs as whole numbers of 8 bits, with a scale for each group of 32. Block formats.
+Method int8_method(int64_t format);
 
 }  // namespace octavo

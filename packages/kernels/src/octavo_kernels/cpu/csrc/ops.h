@@ -39,7 +39,7 @@ struct PackedLinearArgs {  // rows: of x and out
   const void* weight;
   const float* bias;       // [out_features] or null
   float* out;              // [rows, out_features]
-  void* workspace;         // of packed_linear_workspace bytes, or null without int8 activations
+  void* workspace;         // 128 bytes for every group of 32 inputs; may be null for dense formats
   int64_t x_stride;
   int64_t out_stride;
   int64_t format;

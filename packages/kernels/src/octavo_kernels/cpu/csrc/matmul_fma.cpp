@@ -293,10 +293,10 @@ void exact(const Product& product, const Part& part, void* scratch) {
 
 }  // namespace
 
-PartFunction exact_part(int64_t format) {
-  PartFunction function = nullptr;
-  with_format(format, [&](auto tag) { function = &exact<tag.value>; });
-  return function;
+Method fma_method(int64_t format) {
+  Method method{};
+  with_format(format, [&](auto tag) { method.part = &exact<tag.value>; });
+  return method;
 }
 
 }  // namespace octavo

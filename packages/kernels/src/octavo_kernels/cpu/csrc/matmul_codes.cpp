@@ -1,0 +1,348 @@
+// Products of weights in block formats with inputs that were rounded, in groups of 32, to whole numbers of one or three
+// digits, a digit being a signed byte. Within a group codes and numbers are multiplied and summed as integers, exactly; the
+// groups' sums are scaled and added in fp32 in their order. So an output does not depend on how many rows there are, nor
+// on how an instruction set multiplies bytes.
+//
+// Three digits are as exact as fp32: a group's scale is a power of two, at most 2**-22 of its largest magnitude, so that an
+// input is off by at most half of that, and a group's sum has no error of its own, where a chain of fp32 additions rounds
+// at every input. They take three multiplications of bytes where a chain takes four of floats, and nothing is decoded.
+
+#include "codes.h"
+#include "matmul.h"
+
+namespace octavo {
+namespace {
+
+constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
+template <int N>
+constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : 3;
+template <int N>
+constexpr int kMaxFewRows = N == 1 ? kMaxTileRows<N> : 4;  // up to here codes are read from the panel
+
+// 32 inputs of a row as numbers of N digits.
+template <int N>
+struct Group {
+  int8_t digits[N][kGroup];  // highest first
+  float scale;
+  float offset;        // the scale times the sum of the numbers
+  int32_t moved;       // minus 8 times the sum of the numbers
+  int32_t moved_high;  // the same of the numbers without their lowest digit, as if the next one were the lowest
+  int32_t moved_low;   // and of the lowest digit alone
+};
+
+// ---- a group of inputs times 2W outputs -----------------------------------------------------------------------------
+
+// A chain of digits is summed in one integer, each digit moving those before it up: all of them for 4-bit codes. 8-bit
+// codes leave room for two digits; the third is a chain of its own.
+template <Format F>
+constexpr bool begins_chain(int digit) {
+  return digit == 0 || (F == Format::kQ8_0 && digit == 2);
+}
+template <Format F, int N>
+constexpr bool ends_chain(int digit) {
+  return digit == N - 1 || (F == Format::kQ8_0 && N == 3 && digit == 1);
+}
+
+// What takes back, in the chain that ends with a digit, that codes are too large.
+template <Format F, int N>
+OCTAVO_INLINE Words correction(const Group<N>& x, int digit) {
+  if constexpr (!kCodesAreMoved<F>) return repeat(0);
+  if constexpr (F != Format::kQ8_0) return repeat(x.moved);
+  return shift_left<4>(repeat(N == 1 ? x.moved : digit == 1 ? x.moved_high : x.moved_low));
+}
+
+// Adds a group to the sums: the same operations whatever R is, and wherever codes and scales were read from.
+template <Format F, int N, int R, class Codes>
+OCTAVO_INLINE void add_group(const Codes& codes, const Scales& weights, const Group<N>* const* x, int64_t g,
+                             vf (&sums)[R][2]) {
+  Words products[N][R][2];
+#pragma GCC unroll 3
+  for (int digit = 0; digit < N; ++digit)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      products[digit][r][0] = products[digit][r][1] =
+          ends_chain<F, N>(digit) ? correction<F, N>(x[r][g], digit) : repeat(0);
+  codes.each_row([&](int row, Words first, Words second) OCTAVO_INLINE_LAMBDA {
+#pragma GCC unroll 3
+    for (int digit = 0; digit < N; ++digit)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Words inputs = repeat_word(x[r][g].digits[digit] + 4 * row);
+        products[digit][r][0] = add_codes<F>(products[digit][r][0], first, inputs);
+        products[digit][r][1] = add_codes<F>(products[digit][r][1], second, inputs);
+      }
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      vf sum = sums[r][i];
+      if constexpr (F == Format::kQ4_1) sum = vfma(vset(x[r][g].offset), weights.m[i], sum);
+      Words chain = repeat(0);
+#pragma GCC unroll 3
+      for (int digit = 0; digit < N; ++digit) {
+        chain = begins_chain<F>(digit) ? products[digit][r][i] : add(shift_left<8>(chain), products[digit][r][i]);
+        if (!ends_chain<F, N>(digit)) continue;
+        const vf scale = vset(digit == N - 1 ? x[r][g].scale : x[r][g].scale * 256.0f);
+        sum = vfma(vmul(to_float(chain), scale), weights.d[i], sum);
+      }
+      sums[r][i] = sum;
+    }
+}
+
+template <int N, int R>
+struct GroupsOfRows {
+  const Group<N>* of[R];
+
+  GroupsOfRows(const Product& product, int64_t first_row) {
+    const int64_t num_groups = product.in_features / kGroup;
+    for (int r = 0; r < R; ++r)
+      of[r] = static_cast<const Group<N>*>(product.rounded) + (first_row + r) * num_groups;
+  }
+};
+
+// ---- few rows: codes out of the panel -------------------------------------------------------------------------------
+
+template <Format F, int N, int R>
+void few_rows(const Product& product, const Part& part) {
+  const GroupsOfRows<N, R> rows(product, part.first_row);
+  for (int64_t panel = 0; panel < part.num_panels; ++panel) {
+    const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+    for (int column = 0; column < kPanel; column += kColumns) {
+      vf sums[R][2];
+      for (auto& both : sums) both[0] = both[1] = vzero();
+      for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
+        const uint8_t* group = weights + g * bytes_of_group(F);
+        const auto* stored = reinterpret_cast<const uint16_t*>(group) + column;
+        Scales scales;
+        for (int i = 0; i < 2; ++i) {
+          scales.d[i] = vload_f16(stored + i * W);
+          scales.m[i] = F == Format::kQ4_1 ? load_m(stored + kPanel + i * W, scales.d[i]) : vzero();
+        }
+        add_group<F, N>(PackedCodes<F>(group + bytes_of_scales(F), column), scales, rows.of, g, sums);
+      }
+      for (int r = 0; r < R; ++r) {
+        float* out = part.out + r * part.out_stride + panel * kPanel + column;
+        vstore(out, sums[r][0]);
+        vstore(out + W, sums[r][1]);
+      }
+    }
+  }
+}
+
+// ---- more rows: codes and scales unpacked into L1 -------------------------------------------------------------------
+
+template <Format F, int N, int R>
+void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64_t num_groups, int64_t first_row,
+          float* out, int64_t out_stride) {
+  const GroupsOfRows<N, R> rows(product, first_row);
+  for (int column = 0; column < kPanel; column += kColumns) {
+    vf sums[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float* at = out + r * out_stride + column;
+      sums[r][0] = first_group == 0 ? vzero() : vload(at);
+      sums[r][1] = first_group == 0 ? vzero() : vload(at + W);
+    }
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const float* d = chunk.d + g * kPanel + column;
+      const float* m = F == Format::kQ4_1 ? chunk.m + g * kPanel + column : d;
+      const Scales scales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}};
+      add_group<F, N>(ByteCodes<F>(chunk.words + g * kGroup * kPanel, column), scales, rows.of, first_group + g, sums);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      float* at = out + r * out_stride + column;
+      vstore(at, sums[r][0]);
+      vstore(at + W, sums[r][1]);
+    }
+  }
+}
+
+template <Format F, int N>
+void many_rows(const Product& product, const Part& part, Chunk& chunk) {
+  using TileFunction = void (*)(const Product&, const Chunk&, int64_t, int64_t, int64_t, float*, int64_t);
+  static constexpr TileFunction kTiles[] = {nullptr,
+                                            tile<F, N, 1>,
+                                            tile<F, N, 2>,
+                                            tile<F, N, 3>,
+                                            tile<F, N, 4>,
+                                            tile<F, N, 5>,
+                                            tile<F, N, 6>};
+  const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
+  const int64_t num_groups = product.in_features / kGroup;
+  const int64_t num_chunks = (num_groups + kChunkGroups - 1) / kChunkGroups;
+  for (int64_t panel = 0; panel < part.num_panels; ++panel) {
+    const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+    for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
+      const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
+      unpack<F>(weights + first * bytes_of_group(F), count, chunk);
+      const uint8_t* next = weights + (first + count) * bytes_of_group(F);
+      const int64_t next_bytes = (count * bytes_of_group(F) / num_tiles + 63) / 64 * 64;
+      for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
+        prefetch(next + t * next_bytes, next_bytes);
+        const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
+        kTiles[stop - row](product, chunk, first, count, part.first_row + row,
+                           part.out + row * part.out_stride + panel * kPanel, part.out_stride);
+      }
+    }
+  }
+}
+
+template <Format F, int N>
+void rounded(const Product& product, const Part& part, void* scratch) {
+  using FewRowsFunction = void (*)(const Product&, const Part&);
+  static constexpr FewRowsFunction kFewRows[] = {nullptr,
+                                                 few_rows<F, N, 1>,
+                                                 few_rows<F, N, 2>,
+                                                 few_rows<F, N, 3>,
+                                                 few_rows<F, N, 4>,
+                                                 few_rows<F, N, 5>,
+                                                 few_rows<F, N, 6>};
+  static_assert(sizeof(Chunk) <= kScratchBytes);
+  if (part.num_rows > kMaxFewRows<N>) return many_rows<F, N>(product, part, *static_cast<Chunk*>(scratch));
+  kFewRows[part.num_rows](product, part);
+}
+
+// ---- rounding -------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+OCTAVO_INLINE __m512i without_lowest_digit(__m512i x) {
+  return _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
+}
+
+struct Inputs {
+  __m512 first, second;
+
+  OCTAVO_INLINE explicit Inputs(const float* values) : first(vload(values)), second(vload(values + W)) {}
+
+  // The largest magnitude; infinite or NaN if any is. Magnitudes are in the order of their bits, NaN last.
+  OCTAVO_INLINE float largest() const {
+    const __m512i of_both = _mm512_max_epu32(_mm512_castps_si512(vabs(first)), _mm512_castps_si512(vabs(second)));
+    const uint32_t bits = _mm512_reduce_max_epu32(of_both);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  // Finite values times `inverse` as whole numbers, half to even, and the sums of these and of their lowest digits.
+  template <int N>
+  OCTAVO_INLINE void round(float inverse, int8_t (&digits)[N][kGroup], int32_t& sum, int32_t& sum_low) const {
+    __m512i a = _mm512_cvtps_epi32(vmul(first, vset(inverse)));
+    __m512i b = _mm512_cvtps_epi32(vmul(second, vset(inverse)));
+    sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    for (int digit = N - 1; digit >= 0; --digit) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit]), _mm512_cvtepi32_epi8(a));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit] + W), _mm512_cvtepi32_epi8(b));
+      a = without_lowest_digit(a);
+      b = without_lowest_digit(b);
+      if (digit == N - 1 && N > 1) sum_low = sum - 256 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    }
+  }
+};
+#else
+struct Inputs {
+  const float* values;
+
+  OCTAVO_INLINE explicit Inputs(const float* group) : values(group) {}
+
+  OCTAVO_INLINE float largest() const {
+    vf magnitudes = vzero(), not_finite = vzero();
+    for (int i = 0; i < kGroup; i += W) {
+      const vf v = vload(values + i);
+      magnitudes = vmax(vabs(v), magnitudes);
+      not_finite = vadd(not_finite, vsub(v, v));  // 0, or NaN for NaN and infinity
+    }
+    return vsum(not_finite) == 0.0f ? vmax_of(magnitudes) : NAN;
+  }
+  template <int N>
+  OCTAVO_INLINE void round(float inverse, int8_t (&digits)[N][kGroup], int32_t& sum, int32_t& sum_low) const {
+    float rounded[kGroup];
+    for (int i = 0; i < kGroup; i += W) vstore(rounded + i, vround(vmul(vload(values + i), vset(inverse))));
+    for (int i = 0; i < kGroup; ++i) {
+      int32_t number = static_cast<int32_t>(rounded[i]);
+      sum += number;
+      for (int digit = N - 1; digit >= 0; --digit) {
+        const int32_t rest = (number + 128) >> 8;
+        digits[digit][i] = static_cast<int8_t>(number - 256 * rest);
+        number = rest;
+      }
+      sum_low += digits[N - 1][i];
+    }
+  }
+};
+#endif
+
+
+// The scale that gives a group's largest input the largest number, and what inputs are multiplied by.
+struct Unit {
+  float scale, inverse;
+};
+
+template <int N>
+Unit unit_of(float largest);
+
+template <>
+Unit unit_of<1>(float largest) {
+  const float scale = largest / 127.0f, inverse = 1.0f / scale;
+  return {scale, scale > 0.0f && inverse < INFINITY ? inverse : 0.0f};
+}
+
+// A power of two that brings the largest magnitude to 2**22 .. 2**23. Digits of -128 .. 127 reach 0.4 % less than 2**23.
+template <>
+Unit unit_of<3>(float largest) {
+  const float limit = largest * 1.0041f;
+  uint32_t exponent;
+  std::memcpy(&exponent, &limit, sizeof exponent);
+  exponent = exponent >> 23 > 23 ? exponent >> 23 : 23;  // smaller inputs are multiples of the smallest normal number
+  const uint32_t scale = (exponent - 22) << 23, inverse = (276 - exponent) << 23;
+  Unit unit;
+  std::memcpy(&unit.scale, &scale, sizeof scale);
+  std::memcpy(&unit.inverse, &inverse, sizeof inverse);
+  return unit;
+}
+
+template <int N>
+void round_group(const float* values, Group<N>& group) {
+  const Inputs inputs(values);
+  const float largest = inputs.largest();
+  int32_t sum = 0, sum_low = 0;
+  if (largest < INFINITY) {
+    const Unit unit = unit_of<N>(largest);
+    group.scale = unit.scale;
+    inputs.round(unit.inverse, group.digits, sum, sum_low);
+  } else {  // what is not a number has no digits; the scale makes every output of the row NaN
+    group.scale = NAN;
+    std::memset(group.digits, 0, sizeof group.digits);
+  }
+  group.offset = group.scale * static_cast<float>(sum);
+  group.moved = -8 * sum;
+  group.moved_high = -8 * ((sum - sum_low) / 256);
+  group.moved_low = -8 * sum_low;
+}
+
+template <int N>
+void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows, void* out) {
+  const int64_t num_groups = in_features / kGroup;
+  Group<N>* groups = static_cast<Group<N>*>(out) + first_row * num_groups;
+  for (int64_t row = first_row; row < first_row + num_rows; ++row)
+    for (int64_t g = 0; g < num_groups; ++g) round_group(x + row * x_stride + g * kGroup, *groups++);
+}
+
+template <int N>
+Method method_of(int64_t format) {
+  PartFunction part = nullptr;
+  with_format(format, [&](auto tag) {
+    if constexpr (!is_dense(tag.value)) part = &rounded<tag.value, N>;
+  });
+  return {part, &round_rows<N>, sizeof(Group<N>)};
+}
+
+}  // namespace
+
+Method int8_method(int64_t format) { return method_of<1>(format); }
+
+Method fixed_method(int64_t format) { return method_of<3>(format); }
+
+bool fixed_is_faster(int64_t format) { return kUnsignedBytes && W > 4 && !is_dense(static_cast<Format>(format)); }
+
+}  // namespace octavo
