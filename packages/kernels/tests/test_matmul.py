@@ -15,6 +15,9 @@ DTYPES = {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, We
 OUT_FEATURES = [1, 31, 32, 33, 100]
 # A product is a chain of up to 576 sums in fp32, each rounded, of summands of about 1: some last bits of its length.
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-4}
+CHAIN_ERROR = (
+    4.0  # of one chain over 1536 inputs, against sums that torch takes in several: about the root of their length
+)
 INT8_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # exact within a group, so that the chain is one of groups
 
 every_format = pytest.mark.parametrize("weight_format", WeightFormat, ids=lambda item: item.value)
@@ -186,6 +189,52 @@ def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
     x = (codes / 64).to(device)  # a scale of 1 / 64: no rounding anywhere
     expected = x.double() @ ok.unpack_weight(weight).double().T
     torch.testing.assert_close(ok.packed_linear(x, weight, int8_activations=True).double(), expected, **TOLERANCE)
+
+
+@block_formats
+@pytest.mark.parametrize("sign", [1, -1], ids=["largest", "least"])
+def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, weight_format, sign):
+    """Inputs of 23 bits and codes at their limits: no sum of 32 of them may overflow or be rounded before its end."""
+    block_bytes = BLOCK_BYTES[weight_format]
+    stored = np.zeros((33, 64 // 32, block_bytes), np.uint8)
+    stored[..., :2] = np.array(1.0, "<f2").reshape(1).view(np.uint8)
+    stored[0, ..., block_bytes - 16 :] = 0xFF
+    if weight_format is WeightFormat.Q8_0:
+        stored[0, ..., 2:], stored[1, ..., 2:] = 127, 128
+    weight = ok.pack_weight(torch.from_numpy(stored.reshape(33, -1)).to(device), weight_format, in_features=64)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(-8_355_711, 8_355_712, (6, 64), generator=generator)
+    x[1], x[2], x[3, ::2], x[4] = sign * 8_355_711, sign * 4_194_304, -8_355_711, 0
+    expected = (x @ ok.unpack_weight(weight).cpu().long().T).double()
+    product = ok.packed_linear(x.float().to(device), weight).double().cpu()
+    torch.testing.assert_close(product, expected, rtol=2e-6, atol=0)  # an overflow or a lost digit is far more
+
+
+@block_formats
+@pytest.mark.parametrize("spread", [0.0, 2.0], ids=["even", "a few large inputs"])
+def test_products_in_full_are_as_near_the_truth_as_float32(device, weight_format, spread):
+    """Against float64, no further off than twice what one product by torch in float32 is."""
+    weight = random_weight(weight_format, 256, 1536, device=device)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(64, 1536, generator=generator) * torch.exp(spread * torch.randn(64, 1536, generator=generator))
+    x = x.to(device)
+    values = ok.unpack_weight(weight)
+    truth = x.double() @ values.double().T
+
+    def error(product):
+        return (product - truth).square().mean().sqrt()
+
+    assert error(ok.packed_linear(x, weight)) < CHAIN_ERROR * error(x @ values.T)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-33, 1e30, 1e35], ids=str)
+@block_formats
+def test_products_of_very_small_and_very_large_inputs(device, weight_format, scale):
+    weight = random_weight(weight_format, 33, 64, device=device)
+    x = (random_rows(3, 64, device) * scale).contiguous()
+    truth = x.double() @ ok.unpack_weight(weight).double().T
+    tolerance = 2e-5 * float(x.abs().max()) + 2e-36  # inputs may be rounded to multiples of the least normal number
+    torch.testing.assert_close(ok.packed_linear(x, weight).double(), truth, rtol=2e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, -1e-39], ids=["zero", "subnormal", "reciprocal overflows"])

@@ -75,6 +75,10 @@ def packed_linear(
     groups of s * (d * sum(code * q) + m * sum(code)), whose inner sums are exact; an input that is not finite makes
     every output of its row NaN.
 
+    Without it the product is exact to fp32: a chain of fp32 additions, or, for block formats where bytes are multiplied
+    fast, inputs as three digits of 8 bits in groups of 32 whose sums are exact (the scheme of Ootomo, Ozaki and Yokota,
+    arXiv 2306.11975, with one scale per group). Inputs below 2**-104 are then rounded to multiples of 2**-126.
+
     Args:
         x: [num_tokens, in_features] fp32; the stride of rows is free.
         weight: packed by `pack_weight`.
