@@ -16,8 +16,9 @@ namespace {
 constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
 template <int N>
 constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : 3;
-template <int N>
-constexpr int kMaxFewRows = N == 1 ? kMaxTileRows<N> : 4;  // up to here codes are read from the panel
+constexpr int kMaxFewRows = 12;  // up to here every tile reads codes from the panel, which stays in L1
+
+constexpr int64_t kBytesAhead = 8192;  // how far ahead of its use memory is asked for
 
 // 32 inputs of a row as numbers of N digits.
 template <int N>
@@ -103,38 +104,46 @@ struct GroupsOfRows {
 
 // ---- few rows: codes out of the panel -------------------------------------------------------------------------------
 
+// R rows from part.first_row + row on times one panel.
 template <Format F, int N, int R>
-void few_rows(const Product& product, const Part& part) {
-  const GroupsOfRows<N, R> rows(product, part.first_row);
-  for (int64_t panel = 0; panel < part.num_panels; ++panel) {
-    const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
-    for (int column = 0; column < kPanel; column += kColumns) {
-      vf sums[R][2];
-      for (auto& both : sums) both[0] = both[1] = vzero();
-      for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
-        const uint8_t* group = weights + g * bytes_of_group(F);
-        const auto* stored = reinterpret_cast<const uint16_t*>(group) + column;
-        Scales scales;
-        for (int i = 0; i < 2; ++i) {
-          scales.d[i] = vload_f16(stored + i * W);
-          scales.m[i] = F == Format::kQ4_1 ? load_m(stored + kPanel + i * W, scales.d[i]) : vzero();
-        }
-        add_group<F, N>(PackedCodes<F>(group + bytes_of_scales(F), column), scales, rows.of, g, sums);
+void few_rows(const Product& product, const Part& part, int64_t panel, int64_t row) {
+  const GroupsOfRows<N, R> rows(product, part.first_row + row);
+  const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+  for (int column = 0; column < kPanel; column += kColumns) {
+    vf sums[R][2];
+    for (auto& both : sums) both[0] = both[1] = vzero();
+    for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
+      const uint8_t* group = weights + g * bytes_of_group(F);
+      if (row == 0 && column == 0) prefetch(group + kBytesAhead, bytes_of_group(F));
+      const auto* stored = reinterpret_cast<const uint16_t*>(group) + column;
+      Scales scales;
+      for (int i = 0; i < 2; ++i) {
+        scales.d[i] = vload_f16(stored + i * W);
+        scales.m[i] = F == Format::kQ4_1 ? load_m(stored + kPanel + i * W, scales.d[i]) : vzero();
       }
-      for (int r = 0; r < R; ++r) {
-        float* out = part.out + r * part.out_stride + panel * kPanel + column;
-        vstore(out, sums[r][0]);
-        vstore(out + W, sums[r][1]);
-      }
+      add_group<F, N>(PackedCodes<F>(group + bytes_of_scales(F), column), scales, rows.of, g, sums);
+    }
+    for (int r = 0; r < R; ++r) {
+      float* out = part.out + (row + r) * part.out_stride + panel * kPanel + column;
+      vstore(out, sums[r][0]);
+      vstore(out + W, sums[r][1]);
     }
   }
 }
 
+using FewRowsFunction = void (*)(const Product&, const Part&, int64_t, int64_t);
+template <Format F, int N, int R>
+constexpr FewRowsFunction few_rows_of() {
+  if constexpr (R <= kMaxTileRows<N>) return &few_rows<F, N, R>;
+  return nullptr;
+}
+
 // ---- more rows: codes and scales unpacked into L1 -------------------------------------------------------------------
 
+// `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly.
 template <Format F, int N, int R>
 void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64_t num_groups, int64_t first_row,
-          float* out, int64_t out_stride) {
+          float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   const GroupsOfRows<N, R> rows(product, first_row);
   for (int column = 0; column < kPanel; column += kColumns) {
     vf sums[R][2];
@@ -145,6 +154,7 @@ void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64
       sums[r][1] = first_group == 0 ? vzero() : vload(at + W);
     }
     for (int64_t g = 0; g < num_groups; ++g) {
+      prefetch(next + g * next_bytes, next_bytes);
       const float* d = chunk.d + g * kPanel + column;
       const float* m = F == Format::kQ4_1 ? chunk.m + g * kPanel + column : d;
       const Scales scales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}};
@@ -159,16 +169,18 @@ void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64
   }
 }
 
+using TileFunction = void (*)(const Product&, const Chunk&, int64_t, int64_t, int64_t, float*, int64_t, const uint8_t*,
+                              int64_t);
+template <Format F, int N, int R>
+constexpr TileFunction tile_of() {
+  if constexpr (R <= kMaxTileRows<N>) return &tile<F, N, R>;
+  return nullptr;
+}
+
 template <Format F, int N>
 void many_rows(const Product& product, const Part& part, Chunk& chunk) {
-  using TileFunction = void (*)(const Product&, const Chunk&, int64_t, int64_t, int64_t, float*, int64_t);
-  static constexpr TileFunction kTiles[] = {nullptr,
-                                            tile<F, N, 1>,
-                                            tile<F, N, 2>,
-                                            tile<F, N, 3>,
-                                            tile<F, N, 4>,
-                                            tile<F, N, 5>,
-                                            tile<F, N, 6>};
+  static constexpr TileFunction kTiles[] = {nullptr,           tile_of<F, N, 1>(), tile_of<F, N, 2>(), tile_of<F, N, 3>(),
+                                            tile_of<F, N, 4>(), tile_of<F, N, 5>(), tile_of<F, N, 6>()};
   const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
   const int64_t num_groups = product.in_features / kGroup;
   const int64_t num_chunks = (num_groups + kChunkGroups - 1) / kChunkGroups;
@@ -178,12 +190,11 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
       unpack<F>(weights + first * bytes_of_group(F), count, chunk);
       const uint8_t* next = weights + (first + count) * bytes_of_group(F);
-      const int64_t next_bytes = (count * bytes_of_group(F) / num_tiles + 63) / 64 * 64;
+      const int64_t next_bytes = (bytes_of_group(F) / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
-        prefetch(next + t * next_bytes, next_bytes);
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
         kTiles[stop - row](product, chunk, first, count, part.first_row + row,
-                           part.out + row * part.out_stride + panel * kPanel, part.out_stride);
+                           part.out + row * part.out_stride + panel * kPanel, part.out_stride, next + t * count * next_bytes, next_bytes);
       }
     }
   }
@@ -191,17 +202,21 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
 
 template <Format F, int N>
 void rounded(const Product& product, const Part& part, void* scratch) {
-  using FewRowsFunction = void (*)(const Product&, const Part&);
   static constexpr FewRowsFunction kFewRows[] = {nullptr,
-                                                 few_rows<F, N, 1>,
-                                                 few_rows<F, N, 2>,
-                                                 few_rows<F, N, 3>,
-                                                 few_rows<F, N, 4>,
-                                                 few_rows<F, N, 5>,
-                                                 few_rows<F, N, 6>};
+                                                 few_rows_of<F, N, 1>(),
+                                                 few_rows_of<F, N, 2>(),
+                                                 few_rows_of<F, N, 3>(),
+                                                 few_rows_of<F, N, 4>(),
+                                                 few_rows_of<F, N, 5>(),
+                                                 few_rows_of<F, N, 6>()};
   static_assert(sizeof(Chunk) <= kScratchBytes);
-  if (part.num_rows > kMaxFewRows<N>) return many_rows<F, N>(product, part, *static_cast<Chunk*>(scratch));
-  kFewRows[part.num_rows](product, part);
+  if (part.num_rows > kMaxFewRows) return many_rows<F, N>(product, part, *static_cast<Chunk*>(scratch));
+  const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
+  for (int64_t panel = 0; panel < part.num_panels; ++panel)
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
+      kFewRows[stop - row](product, part, panel, row);
+    }
 }
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
@@ -273,31 +288,29 @@ struct Inputs {
 #endif
 
 
-// The scale that gives a group's largest input the largest number, and what inputs are multiplied by.
+// The scale of a group, and what its inputs are multiplied by.
 struct Unit {
   float scale, inverse;
 };
 
+// One digit: the largest input becomes 127; a group whose scale has no reciprocal counts as zero. Three digits: a power of
+// two that brings the largest input to 2**22 .. 2**23, or to 0.4 % less, which is as far as digits of -128 .. 127 reach.
 template <int N>
-Unit unit_of(float largest);
-
-template <>
-Unit unit_of<1>(float largest) {
-  const float scale = largest / 127.0f, inverse = 1.0f / scale;
-  return {scale, scale > 0.0f && inverse < INFINITY ? inverse : 0.0f};
-}
-
-// A power of two that brings the largest magnitude to 2**22 .. 2**23. Digits of -128 .. 127 reach 0.4 % less than 2**23.
-template <>
-Unit unit_of<3>(float largest) {
-  const float limit = largest * 1.0041f;
-  uint32_t exponent;
-  std::memcpy(&exponent, &limit, sizeof exponent);
-  exponent = exponent >> 23 > 23 ? exponent >> 23 : 23;  // smaller inputs are multiples of the smallest normal number
-  const uint32_t scale = (exponent - 22) << 23, inverse = (276 - exponent) << 23;
+Unit unit_of(float largest) {
   Unit unit;
-  std::memcpy(&unit.scale, &scale, sizeof scale);
-  std::memcpy(&unit.inverse, &inverse, sizeof inverse);
+  if constexpr (N == 1) {
+    unit.scale = largest / 127.0f;
+    unit.inverse = 1.0f / unit.scale;
+    if (!(unit.scale > 0.0f && unit.inverse < INFINITY)) unit.inverse = 0.0f;
+  } else {
+    const float limit = largest * 1.0041f;
+    uint32_t exponent;
+    std::memcpy(&exponent, &limit, sizeof exponent);
+    exponent = exponent >> 23 > 23 ? exponent >> 23 : 23;  // smaller inputs are multiples of the smallest normal number
+    const uint32_t scale = (exponent - 22) << 23, inverse = (276 - exponent) << 23;
+    std::memcpy(&unit.scale, &scale, sizeof scale);
+    std::memcpy(&unit.inverse, &inverse, sizeof inverse);
+  }
   return unit;
 }
 
@@ -341,8 +354,12 @@ Method method_of(int64_t format) {
 
 Method int8_method(int64_t format) { return method_of<1>(format); }
 
+#if defined(__AVX512VNNI__)
 Method fixed_method(int64_t format) { return method_of<3>(format); }
-
-bool fixed_is_faster(int64_t format) { return kUnsignedBytes && W > 4 && !is_dense(static_cast<Format>(format)); }
+bool fixed_is_faster(int64_t format) { return !is_dense(static_cast<Format>(format)); }
+#else
+Method fixed_method(int64_t) { return {}; }
+bool fixed_is_faster(int64_t) { return false; }
+#endif
 
 }  // namespace octavo
