@@ -19,7 +19,7 @@ SIBLINGS = {
     "kvcache": {"octavo-kernels; extra == 'torch'"},
     "engine": {"octavo-kvcache", "octavo-kernels; extra == 'local'", "octavo-kvcache[torch]; extra == 'local'"},
     "client": set(),
-    "server": {"octavo-client", "octavo-engine", "octavo-engine[local]; extra == 'local'"},
+    "server": {"octavo-client", "octavo-engine", "octavo-engine[local,structured]; extra == 'local'"},
 }
 
 
