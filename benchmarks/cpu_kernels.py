@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import Call, seconds
 from torch import Tensor
 
 from octavo_kernels import PackedWeight, Recording, WeightFormat, cpu_isa, pack_weight, packed_linear, paged_attention
@@ -44,7 +45,6 @@ CONTEXTS = (256, 512, 1024, 2048)
 NUM_ROWS = (1, 8, 16, 32, 64)
 BLOCK_FORMATS = (WeightFormat.Q4_1, WeightFormat.Q4_0, WeightFormat.Q8_0)
 
-Call = Callable[[], object]
 Rate = Callable[[], float]
 
 
@@ -68,16 +68,6 @@ class Figure:
             parts.append(f"(target {self.target_percent:g} %, {verdict})")
         parts.append(f"{self.times_torch:.2f} x torch")
         return "  ".join(parts)
-
-
-def seconds(call: Call, at_least: float = 0.05) -> float:
-    """Time enough calls to fill `at_least` seconds; return the seconds of one."""
-    started = time.perf_counter()
-    num_calls = 0
-    while not num_calls or time.perf_counter() - started < at_least:
-        call()
-        num_calls += 1
-    return (time.perf_counter() - started) / num_calls
 
 
 _REST = 0.02  # seconds: torch's threads go on spinning after a call, and would take a core from the next one

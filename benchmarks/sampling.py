@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from timing import Call, seconds
 from torch import Tensor
 
 import octavo_kernels as ok
@@ -35,8 +34,6 @@ SETTINGS: dict[str, dict[str, float]] = {
 }
 TARGET_MS = 0.1  # per row and thread, for a plain temperature
 
-Call = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -53,16 +50,6 @@ class Figure:
         if self.setting != "temperature":
             return f"{parts}  {ratio}"
         return f"{parts}  {ratio}  (target {TARGET_MS:g}, {'met' if self.native_ms <= TARGET_MS else 'NOT met'})"
-
-
-def seconds(call: Call, at_least: float = 0.05) -> float:
-    """Time enough calls to fill `at_least` seconds; return the seconds of one."""
-    started = time.perf_counter()
-    num_calls = 0
-    while not num_calls or time.perf_counter() - started < at_least:
-        call()
-        num_calls += 1
-    return (time.perf_counter() - started) / num_calls
 
 
 def measure(setting: str, logits: Tensor, num_rounds: int) -> Figure:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from timing import Call, seconds
 from torch import Tensor
 
 from octavo_kernels import Recording, cpu_isa, host_empty, paged_attention
@@ -30,8 +29,6 @@ SHARED = (64, 300, 1000, 4000)
 OWN = (1, 150)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ_BYTES = 100_000_000  # by all layers together, with sharing
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,6 @@ def make_tables(num_groups: int, num_siblings: int, shared: int, own: int) -> Ta
     original = torch.empty(num_seqs * total, dtype=torch.int64)
     original[copies.long()] = table.long()
     return Tables(table, copies, original, num_blocks)
-
-
-def seconds(call: Call, at_least: float = 0.05) -> float:
-    """Time enough calls to fill `at_least` seconds; return the seconds of one."""
-    started = time.perf_counter()
-    num_calls = 0
-    while not num_calls or time.perf_counter() - started < at_least:
-        call()
-        num_calls += 1
-    return (time.perf_counter() - started) / num_calls
 
 
 def random_cache(num_blocks: int, dtype: torch.dtype) -> Tensor:

@@ -45,8 +45,8 @@ struct Method {
 // Inputs as they are: an FMA chain per output, over the inputs in their order. Any format.
 Method fma_method(int64_t format);
 
-// Inputs as whole numbers of 24 bits, with a scale for each group of 32: nearer the true sum than a chain, and faster where
-// there is an instruction for sums of products of bytes. It exists only there, for block formats.
+// Inputs as whole numbers of 24 bits, with a scale for each group of 32: mostly nearer the true sum than a chain, and faster
+// where there is an instruction for sums of products of bytes. It exists only there, for block formats.
 Method fixed_method(int64_t format);
 bool fixed_is_faster(int64_t format);
 

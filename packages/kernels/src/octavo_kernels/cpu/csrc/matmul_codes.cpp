@@ -3,7 +3,7 @@
 // groups' sums are scaled and added in fp32 in their order. So an output does not depend on how many rows there are, nor
 // on how an instruction set multiplies bytes.
 //
-// Three digits are as exact as fp32: a group's scale is a power of two, at most 2**-22 of its largest magnitude, so that an
+// Three digits are about as exact as fp32: a group's scale is a power of two, at most 2**-22 of its largest magnitude, so that an
 // input is off by at most half of that, and a group's sum has no error of its own, where a chain of fp32 additions rounds
 // at every input. They take three multiplications of bytes where a chain takes four of floats, and nothing is decoded.
 
