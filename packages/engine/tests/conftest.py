@@ -1,4 +1,4 @@
-"""Fixtures for the tests that read model files: the demo model, and a writer of small GGUF files."""
+"""Fixtures of the engine's tests: late answers, the demo model, and a writer of small GGUF files."""
 
 import os
 import struct
@@ -15,6 +15,12 @@ from octavo_engine.weights.source import GGUFSource
 
 _SCALAR_CODES = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?"), "u64": (10, "<Q")}
 _BLOCK_ELEMENTS = {2: 32, 3: 32, 8: 32}
+
+
+@pytest.fixture(params=[0, 1, 3], ids=lambda late: f"{late}-late")
+def num_late(request: pytest.FixtureRequest) -> int:
+    """By how many steps a fake executor answers late."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

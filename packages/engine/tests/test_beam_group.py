@@ -22,11 +22,6 @@ CANDIDATES = hashed_candidates(VOCAB_SIZE)
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@pytest.fixture(params=[0, 1, 3], ids=lambda late: f"{late}-late")
-def num_late(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
 @dataclass
 class Bench:
     """An engine on a fake executor, with everything it has said so far."""

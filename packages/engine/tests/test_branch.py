@@ -17,11 +17,6 @@ VOCAB_SIZE = 1000
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@pytest.fixture(params=[0, 1, 3], ids=lambda late: f"{late}-late")
-def num_late(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
 @dataclass
 class Bench:
     """An engine on a fake executor, and what it has said."""
