@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memory import peak_rss_mb
 from throughput.process import MeasurementFailed, measure
 from workload import WorkloadRequest, describe, english_ids, make_workload, with_text
 
@@ -93,8 +94,6 @@ RUNNERS = {"octavo": run_octavo, "transformers": run_transformers}
 
 def run_here(engine: str, workload: Path, width: int) -> None:
     """Measure an engine in this process and print its line."""
-    from offline_throughput import peak_rss_mb
-
     requests: list[WorkloadRequest] = json.loads(workload.read_text())
     started = time.perf_counter()
     search = RUNNERS[engine](requests, width)

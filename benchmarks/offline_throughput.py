@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
+from memory import peak_rss_mb
 from workload import WorkloadRequest
 
 from octavo_engine import LLM, SamplingParams
@@ -42,12 +42,6 @@ def run(llm: LLM, requests: list[WorkloadRequest], n: int = 1) -> float:
 def reversed_prompts(requests: list[WorkloadRequest]) -> list[WorkloadRequest]:
     """Return requests as long, whose prompts share no block with these."""
     return [WorkloadRequest(prompt_ids=r["prompt_ids"][::-1], out=r["out"]) for r in requests]
-
-
-def peak_rss_mb() -> int:
-    """Return the most memory that this process and the largest of its children have had, in MiB."""
-    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return kib // 1024
 
 
 def main() -> None:
