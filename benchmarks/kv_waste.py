@@ -2,6 +2,7 @@
 
     python benchmarks/kv_waste.py                 # the demo model
     python benchmarks/kv_waste.py --fake          # the same scheduler and cache on a model of 0 ms
+    python benchmarks/kv_waste.py --n 3           # three samples a request, which share their prompt's blocks
 
 Waste of a step = 1 - live unique tokens / (allocated blocks x block size), where live tokens are those computed so far
 and those that the step computes; counted exactly, averaged over the steps during which requests are waiting. Beside it
@@ -33,6 +34,7 @@ class Waste:
 
     block_size: int
     num_requests: int
+    num_samples: int
     num_steps: int
     num_saturated_steps: int
     num_preemptions: int
@@ -41,10 +43,11 @@ class Waste:
     waste_if_maximum_reserved: float
 
 
-def measure(engine: Engine, requests: list[WorkloadRequest], block_size: int) -> Waste:
-    """Offer all requests at once and follow the waste step by step."""
+def measure(engine: Engine, requests: list[WorkloadRequest], block_size: int, n: int) -> Waste:
+    """Offer all requests at once, each with n samples, and follow the waste step by step."""
+    temperature = 0.0 if n == 1 else 1.0
     for place, request in enumerate(requests):
-        sampling = SamplingParams(temperature=0, max_tokens=request["out"], ignore_eos=True)
+        sampling = SamplingParams(n=n, temperature=temperature, max_tokens=request["out"], ignore_eos=True)
         inputs = (TokenSpan(tuple(request["prompt_ids"])),)
         engine.add(Request(request_id=str(place), inputs=inputs, sampling=sampling))
     scheduler = engine.scheduler
@@ -62,6 +65,7 @@ def measure(engine: Engine, requests: list[WorkloadRequest], block_size: int) ->
     return Waste(
         block_size=block_size,
         num_requests=len(requests),
+        num_samples=n,
         num_steps=len(all_steps),
         num_saturated_steps=len(paged),
         num_preemptions=scheduler.counters.num_preemptions,
@@ -107,7 +111,8 @@ def plot(rows: list[Waste], path: Path) -> None:
     bars = axes.bar(labels, values, color=["tab:blue"] * len(rows) + ["tab:gray"])
     axes.bar_label(bars, fmt="%.1f %%")
     axes.set_ylabel("KV slots without a live token, %")
-    axes.set_title("KV waste at saturation, ShareGPT-like lengths")
+    samples = f", n = {rows[0].num_samples}" if rows[0].num_samples > 1 else ""
+    axes.set_title(f"KV waste at saturation, ShareGPT-like lengths{samples}")
     axes.tick_params(axis="x", labelrotation=15)
     figure.savefig(path, dpi=120)
 
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, help="a workload file; drawn from --requests and --seed if left out")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--n", type=int, default=1, help="samples a request; above 1 at temperature 1")
     parser.add_argument("--model", default=None)
     parser.add_argument("--fake", action="store_true", help="a model of 0 ms; the figures are the same")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16])
@@ -142,7 +148,7 @@ def main() -> None:
             "budget": arguments.budget,
         }
         engine = fake_engine(**size) if arguments.fake else real_engine(arguments.model, **size)
-        row = measure(engine, requests, block_size)
+        row = measure(engine, requests, block_size, arguments.n)
         engine.close()
         rows.append(row)
         print(

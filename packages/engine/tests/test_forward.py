@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.unquantized import Unquantized
 from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.forward import Likeliest, OpByOp, RecordedForward
+from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.testing import Driver, make_runner, random_model, tiny_config
@@ -134,6 +136,9 @@ class Filled:
         self._keep(model_input)
         return self._forward.greedy(model_input)
 
+    def threads(self) -> AbstractContextManager[None]:
+        return self._forward.threads()
+
     def _keep(self, given: ModelInput) -> None:
         ((block_table, slot_mapping),) = given.groups
         own = [given.token_ids, given.positions, given.query_start_loc, given.seq_lens, given.logits_indices]
@@ -182,3 +187,28 @@ def test_another_backend_runs_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runner_of(quant: QuantMethod[Any]) -> ModelRunner:
     return make_runner(model_of(quant))
+
+
+@native
+@pytest.mark.parametrize(("quant", "expected"), [(Packed(), (1, 2)), (Unquantized(), (2, 2))], ids=["native", "torch"])
+def test_torch_keeps_to_one_thread_in_a_recorded_step_alone(
+    quant: QuantMethod[Any], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    update = InputBuilder.build
+
+    def watched(*arguments: Any) -> ModelInput:
+        seen.append((torch.get_num_threads(), octavo_kernels.num_native_threads()))
+        return update(*arguments)
+
+    monkeypatch.setattr(InputBuilder, "build", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        driver = Driver(make_runner(model_of(quant)))
+        driver.add(0, [1, 2, 3])
+        driver.step({0: 3})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [expected]

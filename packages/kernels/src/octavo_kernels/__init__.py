@@ -25,6 +25,7 @@ from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write
 from octavo_kernels.sampling import sample_tokens
+from octavo_kernels.threads import native_threads, num_native_threads
 
 __all__ = [
     "Backend",
@@ -56,6 +57,8 @@ __all__ = [
     "gumbel_noise_at",
     "host_empty",
     "merge_states",
+    "native_threads",
+    "num_native_threads",
     "pack_weight",
     "packed_argmax",
     "packed_embedding",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from octavo_engine.models.registry import Model
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import ModelInput
-from octavo_kernels import NotRecordable, Recording
+from octavo_kernels import NotRecordable, Recording, native_threads
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class Forward(Protocol):
 
     def greedy(self, model_input: ModelInput) -> Likeliest:
         """Return what follows each token of a step in which every sequence computes one."""
+        ...
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Return what to open around a step, so that its threads do not get into each other's way."""
         ...
 
 
@@ -79,6 +84,10 @@ class OpByOp:
         token_ids, logits = self._greedy(self._hidden(model_input))
         return Likeliest(token_ids.cpu().numpy(), logits.cpu().numpy())
 
+    def threads(self) -> AbstractContextManager[None]:
+        """Return nothing to open: products are torch's, and have its threads."""
+        return nullcontext()
+
 
 class RecordedForward:
     """Runs a model by one native call per step, on the buffers of the InputBuilder that makes its inputs.
@@ -88,6 +97,7 @@ class RecordedForward:
     """
 
     def __init__(self, model: Model, inputs: InputBuilder) -> None:
+        self._num_threads = torch.get_num_threads()
         largest = inputs.largest()
         with torch.inference_mode():
             with Recording(len(largest.token_ids)) as body:
@@ -111,3 +121,7 @@ class RecordedForward:
         self._greedy_program.run(num_seqs, num_seqs)
         token_ids, logits = self._likeliest
         return Likeliest(token_ids[:num_seqs], logits[:num_seqs])
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Give native ops the threads that torch had when the model was recorded, and torch's own ops one."""
+        return native_threads(self._num_threads)

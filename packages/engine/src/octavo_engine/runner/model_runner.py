@@ -93,6 +93,10 @@ class ModelRunner:
 
         The answer is on the host when this returns.
         """
+        with self.forward.threads():
+            return self._run(batch)
+
+    def _run(self, batch: ScheduledBatch) -> ModelOutput:
         self._update(batch)
         if not batch.num_rows:
             return ModelOutput(token_ids=())

@@ -5,10 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.load import library
+from octavo_kernels.threads import num_native_threads
 
 
 class _Clock:
@@ -22,7 +21,7 @@ _clock = _Clock()
 
 
 def run_ops(ops: Any, num_ops: int, step: abi.Step | None) -> None:
-    """Run an array of ops natively on as many threads as torch uses; the interpreter lock is released meanwhile."""
+    """Run an array of ops natively, on `num_native_threads()`; the interpreter lock is released meanwhile."""
     prepare_ops(ops, num_ops, step)()
 
 
@@ -31,7 +30,7 @@ def prepare_ops(ops: Any, num_ops: int, step: abi.Step | None) -> Callable[[], N
     call = functools.partial(_entry(), ctypes.byref(ops), num_ops, None if step is None else ctypes.byref(step))
 
     def run() -> None:
-        _clock.num_nanoseconds += call(torch.get_num_threads())
+        _clock.num_nanoseconds += call(num_native_threads())
 
     return run
 

@@ -16,7 +16,7 @@ from octavo_engine.errors import InvalidRequest
 from octavo_engine.runner.rules.base import RowsFailed
 from octavo_engine.runner.rules.changes import on_device
 from octavo_engine.structured.compiler import GrammarCompiler, error_of
-from octavo_kernels import apply_token_bitmask
+from octavo_kernels import apply_token_bitmask, num_native_threads
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -145,5 +145,5 @@ class GrammarRule:
             from llguidance import LLExecutor
 
             self._bitmask = torch.empty(self._shape, dtype=torch.int32)
-            self._executor = LLExecutor(num_threads=torch.get_num_threads())
+            self._executor = LLExecutor(num_threads=num_native_threads())
         return self._bitmask, self._executor
