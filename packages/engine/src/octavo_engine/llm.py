@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict
 
@@ -16,20 +15,15 @@ from octavo_engine.branch import Branch, Parent
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequest, RequestFailed
+from octavo_engine.offline_request import Choice, OfflineRequest
 from octavo_engine.stats import collect_stats
-from octavo_engine.text.assemble import best_first
-from octavo_engine.text.processor import RequestStream
 from octavo_engine.types import (
     CompletionDelta,
-    CompletionOutput,
     EmbeddingOutput,
-    FinishReason,
     Pooling,
-    Request,
     RequestOutput,
     SamplingParams,
     SequenceUpdate,
-    TokenLogprobs,
 )
 
 
@@ -42,97 +36,6 @@ class TokensPrompt(TypedDict):
 Prompt = str | TokensPrompt
 Message = Mapping[str, Any]
 _Params = SamplingParams | BeamSearchParams
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One sample of a request; `held` are tokens, and their log-probabilities, that have not been made text yet."""
-
-    held: list[int] = field(default_factory=list)
-    held_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    score: float | None = None
-
-    @property
-    def logprob_sum(self) -> float:
-        return sum(entry.logprob for entry in self.logprobs)
-
-
-@dataclass(slots=True)
-class _Running:
-    """A request of the batch and what has come of it so far; `error` says why it failed, if it did."""
-
-    place: int
-    request: Request
-    prompt: str | None
-    stream: RequestStream
-    choices: list[_Choice]
-    num_cached_tokens: int = 0
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    error: str | None = None
-
-    def take(self, update: SequenceUpdate) -> CompletionDelta | None:
-        """Take in an update; return what it adds, None if that is nothing yet.
-
-        Without stop strings nobody needs text before the end, so that tokens are collected and made text at once.
-        """
-        choice = self.choices[update.index]
-        self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
-        if update.finish_reason is None and not self.request.sampling.stop_strings:
-            choice.held += update.token_ids
-            choice.held_logprobs += update.logprobs or ()
-            return None
-        if choice.held:
-            logprobs = (*choice.held_logprobs, *(update.logprobs or ()))
-            update = update._replace(token_ids=(*choice.held, *update.token_ids), logprobs=logprobs or None)
-        delta = self.stream.push(update)
-        if delta is not None:
-            self._add(choice, delta)
-        return delta
-
-    def _add(self, choice: _Choice, delta: CompletionDelta) -> None:
-        choice.text.append(delta.text)
-        choice.token_ids.extend(delta.token_ids)
-        choice.logprobs.extend(delta.logprobs or ())
-        choice.finish_reason = delta.finish_reason
-        choice.stop_reason = delta.stop_reason
-        choice.score = delta.score
-        self.num_cached_tokens = delta.num_cached_tokens
-
-    def output(self) -> RequestOutput:
-        sampling = self.request.sampling
-        choices = self.choices
-        if sampling.ranks:
-            best = best_first([choice.logprob_sum for choice in choices], sampling.n)
-            choices = [choices[place] for place in best]
-        outputs = []
-        for index, choice in enumerate(choices):
-            assert choice.finish_reason is not None
-            outputs.append(
-                CompletionOutput(
-                    index=index,
-                    text="".join(choice.text),
-                    token_ids=choice.token_ids,
-                    logprobs=choice.logprobs if sampling.reports_logprobs else None,
-                    finish_reason=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                    score=choice.score,
-                    cumulative_logprob=choice.logprob_sum if sampling.wants_logprobs else None,
-                )
-            )
-        return RequestOutput(
-            request_id=self.request.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
-            outputs=outputs,
-            seed=self.request.seed,
-            num_cached_tokens=self.num_cached_tokens,
-            prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(self.prompt_logprobs or ())],
-        )
 
 
 class LLM:
@@ -320,7 +223,7 @@ class LLM:
         *,
         parents: Sequence[Parent] | None = None,
         keep: bool = False,
-    ) -> list[_Running]:
+    ) -> list[OfflineRequest]:
         if sampling is None:
             sampling = self.sampling_params()
         if isinstance(sampling, SamplingParams | BeamSearchParams):
@@ -334,11 +237,11 @@ class LLM:
         for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
             parent = None if parents is None else parents[place]
             request = self._text.make_request(token_ids, own, request_id=self._next_id(), parent=parent, keep=keep)
-            choices = [_Choice() for _ in range(request.sampling.num_sequences)]
-            running.append(_Running(place, request, prompt, self._text.stream(request), choices))
+            choices = [Choice() for _ in range(request.sampling.num_sequences)]
+            running.append(OfflineRequest(place, request, prompt, self._text.stream(request), choices))
         return running
 
-    def _run(self, running: list[_Running]) -> list[RequestOutput]:
+    def _run(self, running: list[OfflineRequest]) -> list[RequestOutput]:
         by_id = {r.request.request_id: r for r in running}
         num_tokens = 0
         try:
@@ -364,7 +267,7 @@ class LLM:
         outputs = [r.output() if r.error is None else None for r in running]
         return _all_or_raise(outputs, [r.error for r in running if r.error is not None])
 
-    def _take(self, own: _Running, update: SequenceUpdate) -> CompletionDelta | None:
+    def _take(self, own: OfflineRequest, update: SequenceUpdate) -> CompletionDelta | None:
         """Take in an update; what fails one request leaves the others alone."""
         if own.error is not None:
             return None
