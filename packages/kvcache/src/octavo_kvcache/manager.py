@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from octavo_kvcache.allocation import UNCHANGED, Allocation
-from octavo_kvcache.block import NULL_BLOCK, BlockHash
+from octavo_kvcache.block import BlockHash
 from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
 from octavo_kvcache.growth import Growth, num_wanted_together, plan_growth
 from octavo_kvcache.parked import ParkedBlocks
 from octavo_kvcache.pool import BlockPool
-from octavo_kvcache.prefix import BlockHasher, PrefixCache, group_hash, num_blocks_behind
+from octavo_kvcache.prefix_index import PrefixIndex
 from octavo_kvcache.sequence import NEVER, SequenceBlocks
 from octavo_kvcache.spec import KVCacheSpec
 from octavo_kvcache.stats import CacheStats
@@ -20,6 +20,7 @@ SeqId = int | str
 """What a caller names its sequences by."""
 
 _NO_EXTRA_KEYS: Mapping[int, bytes] = MappingProxyType({})
+_NO_HASH = BlockHash(b"")
 
 
 class CacheManager:
@@ -62,9 +63,8 @@ class CacheManager:
             raise InvalidArgument(f"block_size must be at least 1 token, got {block_size}")
         self.block_size = block_size
         self._windows = tuple(spec.window for spec in groups) or (None,)
-        self._prefix = PrefixCache() if prefix_cache else None
         self._pool = BlockPool(num_blocks, on_evict=self._forget)
-        self._hasher = BlockHasher(block_size, root)
+        self._prefix = PrefixIndex(self._pool, block_size, self._windows, root) if prefix_cache else None
         self._sequences: dict[SeqId, SequenceBlocks] = {}
         self._empty_slots = EmptySlots(self._pool)
         self._parked = ParkedBlocks(self._pool)
@@ -110,9 +110,11 @@ class CacheManager:
         if seq_id in self._sequences:
             raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
         tables = tuple(BlockTable(self.block_size) for _ in self._windows)
-        seq = SequenceBlocks(tables, self._hasher.root_hash(salt, adapter), extra_keys)
         if self._prefix is None:
+            seq = SequenceBlocks(tables, _NO_HASH, extra_keys)
             seq.next_commit = NEVER
+        else:
+            seq = SequenceBlocks(tables, self._prefix.root_hash(salt, adapter), extra_keys)
         self._sequences[seq_id] = seq
 
     def match(
@@ -147,10 +149,7 @@ class CacheManager:
             return 0
         seq = self._sequences[seq_id]
         try:
-            # at least the last token is left to compute
-            num_blocks = (len(token_ids) - 1) // self.block_size
-            hashes = self._hasher.chain(seq.root_hash, token_ids, 0, num_blocks, extra_keys)
-            self._attach(seq, self._prefix, self._prefix.match_groups(hashes, self._windows, self.block_size))
+            self._prefix.attach(seq, token_ids)
         except InvalidArgument:
             del self._sequences[seq_id]
             raise
@@ -298,15 +297,14 @@ class CacheManager:
                 f"for sequence {seq_id!r}; allocate before commit"
             )
         if num_computed_tokens >= seq.next_commit and self._prefix is not None:
-            self._register(seq, self._prefix, token_ids, num_computed_tokens // self.block_size)
+            self._prefix.register(seq, token_ids, num_computed_tokens // self.block_size)
         seq.num_committed = num_computed_tokens
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content, as after a change of weights. Running sequences go on, but cache nothing more."""
         if self._prefix is None:
             return
-        for block_id in self._prefix.clear():
-            self._pool.drop_hash(block_id)
+        self._prefix.clear()
         for seq in self._sequences.values():
             seq.next_commit = NEVER
 
@@ -387,43 +385,10 @@ class CacheManager:
             return UNCHANGED
         return Allocation(tuple(copies), tuple(updates))
 
-    # Prefix cache
-
-    def _attach(self, seq: SequenceBlocks, prefix: PrefixCache, hashes: list[BlockHash]) -> None:
-        num_tokens = len(hashes) * self.block_size
-        for group, (table, window) in enumerate(zip(seq.tables, self._windows, strict=True)):
-            first = 0 if window is None else num_blocks_behind(window, num_tokens, self.block_size)
-            block_ids = prefix.match(group_hash(block_hash, group) for block_hash in hashes[first:])
-            assert first + len(block_ids) == len(hashes)
-            self._pool.retain(block_ids)
-            table.grow([NULL_BLOCK] * first)
-            table.grow(block_ids)
-            table.num_null = first
-            table.num_tokens = num_tokens
-        seq.hashes = hashes
-        seq.num_committed = seq.first_writable = num_tokens
-        seq.next_commit = num_tokens + self.block_size
-
-    def _register(self, seq: SequenceBlocks, prefix: PrefixCache, token_ids: Sequence[int], num_blocks: int) -> None:
-        pool, first = self._pool, len(seq.hashes)
-        parent = seq.hashes[-1] if seq.hashes else seq.root_hash
-        hashes = self._hasher.chain(parent, token_ids, first, num_blocks, seq.extra_keys)
-        for index, block_hash in enumerate(hashes, first):
-            for group, table in enumerate(seq.tables):
-                block_id, key = table.block_ids[index], group_hash(block_hash, group)
-                if block_id != NULL_BLOCK and pool.block_hash(block_id) is None and prefix.insert(key, block_id):
-                    pool.set_hash(block_id, key)
-            seq.hashes.append(block_hash)
-            seq.next_commit += self.block_size
-            seq.first_writable = max(seq.first_writable, (index + 1) * self.block_size)
-
     def _uncache(self, block_id: int) -> None:
-        block_hash = self._pool.block_hash(block_id)
-        assert block_hash is not None
-        self._forget(block_hash, block_id)
-        self._pool.drop_hash(block_id)
+        assert self._prefix is not None, "only a prefix cache gives blocks a hash"
+        self._prefix.uncache(block_id)
 
     def _forget(self, block_hash: BlockHash, block_id: int) -> None:
-        assert self._prefix is not None
-        assert self._prefix.get(block_hash) == block_id
-        self._prefix.remove(block_hash)
+        assert self._prefix is not None, "only a prefix cache gives blocks a hash"
+        self._prefix.forget(block_hash, block_id)
