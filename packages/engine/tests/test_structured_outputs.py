@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="LLM needs the extra [local]")
@@ -25,7 +27,9 @@ from octavo_engine import (
     SamplingParams,
 )
 from octavo_engine import StructuredOutputsParams as Params
+from octavo_engine.runner.rules import grammar
 from octavo_engine.runner.rules.grammar import GrammarRule
+from octavo_engine.structured.compiler import GrammarCompiler
 
 EOS = 2
 SCHEMA = {
@@ -125,6 +129,47 @@ def test_jumping_ahead_changes_no_token(make_llm: MakeLLM, monkeypatch: pytest.M
     monkeypatch.setattr(GrammarRule, "forced", lambda self, row: [])
     step_by_step = make_llm()
     assert [chosen(o) for o in step_by_step.generate([PROMPT] * len(MIXED), MIXED)] == [chosen(o) for o in expected]
+
+
+@pytest.mark.parametrize("jumps", [True, False], ids=["jumps", "steps"])
+def test_a_token_that_is_tried_is_the_one_drawn_under_a_mask(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM, jumps: bool
+) -> None:
+    if not jumps:
+        monkeypatch.setattr(GrammarRule, "forced", lambda self, row: [])
+    many = [replace(own, seed=seed, top_p=top_p) for seed in range(3) for own in MIXED for top_p in (1.0, 0.9)]
+    found: list[bool] = []
+    allows = GrammarRule.allows
+
+    def watched(rule: GrammarRule, row: int, token_id: int) -> bool:
+        found.append(allows(rule, row, token_id))
+        return found[-1]
+
+    monkeypatch.setattr(GrammarRule, "allows", watched)
+    tried = llm.generate([PROMPT] * len(many), many)
+    assert {*found} == {True, False}
+    monkeypatch.setattr(grammar, "_may_draw_first", lambda sampling: False)
+    found.clear()
+    assert [chosen(o) for o in llm.generate([PROMPT] * len(many), many)] == [chosen(o) for o in tried]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "params",
+    [Params(json=SCHEMA), Params(regex="(foo|bar)+[0-9]{2,4}@x"), Params(grammar='start: "a"* "b" "c"?')],
+    ids=["json", "regex", "lark"],
+)
+def test_a_token_is_allowed_if_its_mask_has_it(llm: LLM, params: Params) -> None:
+    grammars = GrammarCompiler(llm._text.tokenizer, vocab_size=llm.info.vocab_size, eos_token_ids=[EOS])
+    rule, source = GrammarRule(1, grammars.vocab_size, grammars), random.Random(4)
+    for _ in range(5):
+        rule._matchers[0] = matcher = grammars.matcher(params)
+        while not matcher.is_stopped():
+            words = rule.masks(np.array([0]), np.array([0])).bitmask.numpy().view(np.uint8)
+            bits = np.unpackbits(words, bitorder="little")[: grammars.vocab_size]
+            expected = bits * 0 if matcher.compute_ff_tokens() else bits  # forced text is always drawn under its mask
+            assert [rule.allows(0, token_id) for token_id in range(grammars.vocab_size)] == expected.tolist()
+            matcher.consume_token(source.choice(np.flatnonzero(bits).tolist()))
 
 
 def test_preemption_changes_no_token(make_llm: MakeLLM, llm: LLM) -> None:

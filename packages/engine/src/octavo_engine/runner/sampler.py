@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.runner.rules.base import LogitChange, RowsFailed
+from octavo_engine.runner.rules.grammar import Trial
 from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
 from octavo_kernels import sample_tokens
@@ -58,7 +59,8 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
 
     The order: raw log-probabilities are taken; then come the rules' changes; then processed log-probabilities; then
     `sample_tokens`, which takes the arg-max or applies temperature, min_p, top_k and top_p and draws. Its noise is a
-    function of seed, sequence index and position, so that a token depends on its own logits alone.
+    function of seed, sequence index and position, so that a token depends on its own logits alone. Rows of a trial
+    whose token their grammar does not allow draw once more.
 
     Args:
         logits: [sources, vocab_size] fp32; modified.
@@ -72,6 +74,24 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     errors = _apply(batch.changes, logits)
     if batch.logprobs is not None and logprobs is not None:
         batch.logprobs.replace_processed(logprobs, logits, shared)
+    token_ids, best = _draw(logits, batch, shared)
+    sound = np.isfinite(best)
+    if given_best is not None and not sound.all():
+        barred = np.flatnonzero(~sound & np.isfinite(given_best))
+        errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
+    if batch.trial is not None:
+        errors = _try(batch.trial, token_ids, sound, logits, batch, shared) | errors
+    sound[[*errors]] = False
+    entries = None
+    if batch.logprobs is not None and logprobs is not None:
+        entries = batch.logprobs.entries(logprobs, _to(token_ids, logits), len(sound))
+    return Drawn(token_ids, sound, entries, errors)
+
+
+def _draw(
+    logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the tokens that logits [sources, vocab_size], which are not modified, give, and the logits of these."""
     token_ids, best = sample_tokens(
         logits,
         _to(batch.temperature, logits),
@@ -83,15 +103,27 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         min_p=_to(batch.min_p, logits),
         source_rows=None if shared is None else _to(shared, logits),
     )
-    sound = np.isfinite(best.cpu().numpy())
-    if given_best is not None and not sound.all():
-        barred = np.flatnonzero(~sound & np.isfinite(given_best))
-        errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
-    sound[[*errors]] = False
-    entries = None
-    if batch.logprobs is not None and logprobs is not None:
-        entries = batch.logprobs.entries(logprobs, token_ids, len(sound))
-    return Drawn(token_ids.cpu().numpy(), sound, entries, errors)
+    return token_ids.cpu().numpy(), best.cpu().numpy()
+
+
+def _try(
+    trial: Trial,
+    token_ids: NDArray[np.int64],
+    sound: NDArray[np.bool_],
+    logits: Tensor,
+    batch: SamplingBatch,
+    shared: NDArray[np.int64] | None,
+) -> dict[int, str]:
+    """Draw again, now with their masks, the tokens that grammars do not allow; return why rows failed, by place."""
+    places, mask = trial.masks(token_ids)
+    if not len(places):
+        return {}
+    again = logits[_to(places if shared is None else shared[places], logits)]
+    mask.remove(again)
+    token_ids[places], best = _draw(again, batch.drawing(places), None)
+    barred = places[sound[places] & ~np.isfinite(best)]
+    sound[places] &= np.isfinite(best)
+    return dict.fromkeys(barred.tolist(), _BARRED) | dict(mask.errors)
 
 
 def _largest(logits: Tensor) -> NDArray[np.float32]:

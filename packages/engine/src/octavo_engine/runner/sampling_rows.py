@@ -13,7 +13,7 @@ from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.rules.distribution import filters_whole_rows
-from octavo_engine.runner.rules.grammar import GrammarRule, TokenMask
+from octavo_engine.runner.rules.grammar import GrammarRule, TokenMask, Trial
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 from octavo_engine.sampling_params import SamplingParams
@@ -36,6 +36,7 @@ class SamplingBatch:
         positions: int64, position of the token that is drawn.
         logprobs: which are wanted; None if none are.
         changes: what is done to the logits before the draw, in order.
+        trial: the rows whose tokens are tried on grammars after the draw; None if there are none.
     """
 
     temperature: NDArray[np.float32]
@@ -47,6 +48,19 @@ class SamplingBatch:
     positions: NDArray[np.int64]
     logprobs: WantedLogprobs | None = None
     changes: tuple[LogitChange, ...] = ()
+    trial: Trial | None = None
+
+    def drawing(self, places: NDArray[np.int64]) -> SamplingBatch:
+        """Return how some of the rows are drawn, without what comes before and after the draw."""
+        return SamplingBatch(
+            temperature=self.temperature[places],
+            top_k=self.top_k[places],
+            top_p=self.top_p[places],
+            min_p=self.min_p[places],
+            seeds=self.seeds[places],
+            sequence_index=self.sequence_index[places],
+            positions=self.positions[places],
+        )
 
 
 class SamplingRows:
@@ -135,6 +149,7 @@ class SamplingRows:
             positions=positions,
             logprobs=self._wanted_logprobs(rows),
             changes=self._rules.of(rows, positions),
+            trial=self._grammar.trial(rows),
         )
 
     def _wanted_logprobs(self, rows: NDArray[np.int64]) -> WantedLogprobs | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,8 @@ from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.runner.rules.base import RowsFailed
 from octavo_engine.runner.rules.changes import on_device
+from octavo_engine.runner.rules.distribution import filters_whole_rows
+from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.structured.compiler import GrammarCompiler, error_of
 from octavo_kernels import apply_token_bitmask, num_native_threads
 
@@ -49,10 +51,43 @@ class TokenMask:
             raise RowsFailed(self.errors)
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Rows whose tokens are drawn from all there are and tried on their grammars afterwards.
+
+    A draw takes the largest of the scores with noise: if a grammar allows that token, it is the largest of those that
+    the grammar allows too. So a mask, which takes far longer than a trial, is made for the other rows alone.
+
+    Attributes:
+        rule: knows the grammars.
+        places: [num_rows] int64, where the rows stand among the draws.
+        rows: [num_rows] int64.
+    """
+
+    rule: GrammarRule
+    places: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    def masks(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], TokenMask]:
+        """Return the places whose tokens need a mask to tell if they are allowed, and these masks in order.
+
+        Args:
+            token_ids: [num_draws], the token that was drawn in each place.
+        """
+        drawn = token_ids[self.places]
+        misses = [
+            not self.rule.allows(row, token) for row, token in zip(self.rows.tolist(), drawn.tolist(), strict=True)
+        ]
+        places = self.places[misses]
+        mask = self.rule.masks(places, self.rows[misses])
+        return places, replace(mask, places=np.arange(len(places)))
+
+
 class GrammarRule:
     """A matcher for each row with a constraint; it follows the row's output.
 
-    A row that enters with output, as it does after preemption, has its matcher follow that first.
+    A row that enters with output, as it does after preemption, has its matcher follow that first. Rows whose draw does
+    not depend on what else is allowed are tried, not masked.
 
     Args:
         max_num_rows: rows there can be.
@@ -65,6 +100,7 @@ class GrammarRule:
         self._grammars = grammars
         self._matchers: dict[int, LLMatcher] = {}
         self._refused: dict[int, str] = {}
+        self._tried: set[int] = set()
         self._bitmask: Tensor | None = None
         self._executor: LLExecutor | None = None
 
@@ -73,8 +109,11 @@ class GrammarRule:
         params = new.sampling.structured_outputs
         self._matchers.pop(new.row, None)
         self._refused.pop(new.row, None)
+        self._tried.discard(new.row)
         if params is None:
             return False
+        if _may_draw_first(new.sampling):
+            self._tried.add(new.row)
         assert self._grammars is not None, "a request with a constraint reached a runner without grammars"
         try:
             matcher = self._grammars.matcher(params)
@@ -85,9 +124,28 @@ class GrammarRule:
         self._matchers[new.row] = matcher
         return True
 
-    def of(self, places: NDArray[np.int64], rows: NDArray[np.int64], positions: NDArray[np.int64]) -> TokenMask:  # noqa: ARG002
-        """Compute the masks of some rows, many of them on several threads."""
-        return self._masks(places, rows)
+    def of(
+        self,
+        places: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],  # noqa: ARG002
+    ) -> TokenMask | None:
+        """Compute the masks of those of some rows that are masked before the draw."""
+        masked = [row not in self._tried for row in rows.tolist()]
+        return self.masks(places[masked], rows[masked]) if any(masked) else None
+
+    def trial(self, rows: NDArray[np.int64]) -> Trial | None:
+        """Return the trial of those of some rows that are tried after the draw; None if none is."""
+        places = np.array([place for place, row in enumerate(rows.tolist()) if row in self._tried], np.int64)
+        return Trial(self, places, rows[places]) if len(places) else None
+
+    def allows(self, row: int, token_id: int) -> bool:
+        """Return whether it is sure without a mask that a row's mask has a token.
+
+        It is not where the text that comes next is forced: a mask has one of its spellings alone.
+        """
+        matcher = self._matchers.get(row)
+        return matcher is not None and matcher.validate_tokens([token_id]) == 1 and not matcher.compute_ff_tokens()
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Follow one drawn token in each of some different rows."""
@@ -111,14 +169,15 @@ class GrammarRule:
         places = np.array(
             [p for p, r in enumerate(rows.tolist()) if r in self._matchers or r in self._refused], np.int64
         )
-        return self._masks(places, rows[places]) if len(places) else None
+        return self.masks(places, rows[places]) if len(places) else None
 
     def forced(self, row: int) -> list[int]:
         """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""
         matcher = self._matchers.get(row)
         return [] if matcher is None else matcher.compute_ff_tokens()
 
-    def _masks(self, places: NDArray[np.int64], rows: NDArray[np.int64]) -> TokenMask:
+    def masks(self, places: NDArray[np.int64], rows: NDArray[np.int64]) -> TokenMask:
+        """Compute the masks of some rows, many of them on several threads; they hold until the next ones."""
         bitmask, executor = self._scratch()
         errors: dict[int, str] = {}
         tasks: list[tuple[LLMatcher, int]] = []
@@ -147,3 +206,10 @@ class GrammarRule:
             self._bitmask = torch.empty(self._shape, dtype=torch.int32)
             self._executor = LLExecutor(num_threads=num_native_threads())
         return self._bitmask, self._executor
+
+
+def _may_draw_first(sampling: SamplingParams) -> bool:
+    """Return whether the token that a row draws is the same, allowed, whether others are allowed or not."""
+    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0 or filters_whole_rows(sampling)
+    shown = sampling.wants_logprobs and sampling.logprobs_mode == "processed"
+    return not shown and not sampling.mirostat_mode and (sampling.greedy or not filtered)
