@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason="structured output needs the extra octavo-engine[structured]")
 
-from octavo_engine.errors import InvalidRequest
+from octavo_engine.errors import EngineBusy, InvalidRequest
 from octavo_engine.structured import compiler as module
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
@@ -190,6 +191,30 @@ def test_the_time_budget_is_kept(monkeypatch: pytest.MonkeyPatch, tokenizer: Tok
     with pytest.raises(InvalidRequest, match="s to compile") as caught:
         grammars.check(StructuredOutputsParams(regex="a"))
     assert caught.value.code == "grammar_too_complex"
+
+
+def test_those_that_take_too_long_hold_up_no_other(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    real, goes_on = module.grammar_of, threading.Event()
+
+    def stuck(params: StructuredOutputsParams, own: Tokenizer) -> str:
+        if params.regex == "stuck":
+            goes_on.wait(20)
+        return real(params, own)
+
+    monkeypatch.setattr(module, "grammar_of", stuck)
+    grammars = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, eos_token_ids=[EOS], time_budget=0.2)
+    grammars.check(StructuredOutputsParams(regex="a"))
+    for _ in range(module._MAX_NUM_COMPILING - 1):
+        with pytest.raises(InvalidRequest, match="s to compile"):
+            grammars.check(StructuredOutputsParams(regex="stuck"))
+    grammars.check(StructuredOutputsParams(regex="b"))
+    with pytest.raises(InvalidRequest, match="s to compile"):
+        grammars.check(StructuredOutputsParams(regex="stuck"))
+    with pytest.raises(EngineBusy, match="try again later"):
+        grammars.check(StructuredOutputsParams(regex="c"))
+    grammars.check(StructuredOutputsParams(regex="b"))  # is compiled already
+    goes_on.set()
+    grammars.check(StructuredOutputsParams(regex="c"))
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:

@@ -42,6 +42,7 @@ REFUSED = {
     "draft 4's exclusive bound": ({"minimum": 1, "exclusiveMinimum": True}, "/exclusiveMinimum"),
     "items as a list": ({"items": [{}]}, "/items"),
     "required as a string": ({"required": "a"}, "/required"),
+    "a multiple of many remainders": ({"items": {"multipleOf": 2 * 10.007}}, "/items/multipleOf"),
     "a depth without need": (nested(MAX_DEPTH + 1), "/items/items"),
     "many schemas": ({"properties": {str(i): {} for i in range(MAX_NUM_SCHEMAS)}}, "/properties/"),
 }
@@ -65,6 +66,7 @@ ACCEPTED = {
     "unused definitions": {"$defs": {"x": {"not": {}}}, "type": "string"},
     "a keyword that restricts nothing": {"type": "array", "uniqueItems": False},
     "annotations and unknown keywords": {"title": "x", "discriminator": {}, "nullable": True},
+    "multiples of few remainders": {"anyOf": [{"multipleOf": 999.9}, {"multipleOf": 1e9}, {"multipleOf": 1e-9}]},
     "depth": nested(MAX_DEPTH),
     "properties named like keywords": {"properties": {"not": {"type": "string"}, "if": {}}},
 }

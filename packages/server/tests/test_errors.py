@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from octavo_engine.errors import EngineDead, EngineError, InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.errors import EngineBusy, EngineDead, EngineError, InvalidRequest, PromptTooLong, RequestFailed
 from octavo_server.errors import ApiError, to_api_error
 
 TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
@@ -298,6 +298,7 @@ def test_an_unforeseen_error_is_500_without_details(make_client, engine):
         (InvalidRequest("m", param="top_p"), 400, "top_p", None),
         (PromptTooLong("m"), 400, "prompt", "context_length_exceeded"),
         (RequestFailed("m"), 500, None, "request_failed"),
+        (EngineBusy("m"), 503, None, "engine_busy"),
         (EngineDead("m"), 503, None, "engine_dead"),
         (EngineError("m"), 500, None, "engine_error"),
         (RuntimeError("m"), 500, None, "internal_error"),

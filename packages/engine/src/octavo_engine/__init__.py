@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import (
         CorruptModelFile,
+        EngineBusy,
         EngineDead,
         EngineError,
         InvalidConfig,
@@ -46,6 +47,7 @@ _EXPORTS = {
     "config": ("EngineConfig",),
     "errors": (
         "CorruptModelFile",
+        "EngineBusy",
         "EngineDead",
         "EngineError",
         "InvalidConfig",
@@ -79,6 +81,7 @@ __all__ = [
     "CompletionOutput",
     "CorruptModelFile",
     "EmbeddingOutput",
+    "EngineBusy",
     "EngineClient",
     "EngineConfig",
     "EngineDead",

@@ -9,6 +9,7 @@
         ├── InvalidRequest       (also ValueError)  a request's value is wrong; names the parameter
         │   └── PromptTooLong    the prompt does not fit the context
         ├── RequestFailed        the engine could not compute this request; the others go on
+        ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         └── EngineDead           the engine has stopped and serves nobody
 
 The server maps this tree to HTTP in one table.
@@ -78,6 +79,10 @@ class RequestFailed(EngineError):
     def __init__(self, message: str, outputs: Sequence[RequestOutput | None] = ()) -> None:
         super().__init__(message)
         self.outputs = outputs
+
+
+class EngineBusy(EngineError):
+    """The engine had no room for this request when it came; nothing of it was begun, and it may succeed later."""
 
 
 class EngineDead(EngineError):

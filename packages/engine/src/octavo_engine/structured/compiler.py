@@ -7,8 +7,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -18,6 +16,7 @@ from octavo_engine.structured.grammars import grammar_of, json_grammar
 from octavo_engine.structured.json_schema import refuse
 from octavo_engine.structured.locate import find_keyword
 from octavo_engine.structured.params import KINDS, StructuredOutputsParams
+from octavo_engine.structured.timed_calls import TimedCalls
 from octavo_engine.structured.vocabulary import make_vocabulary
 from octavo_engine.text.tokenizer import Tokenizer
 
@@ -28,7 +27,7 @@ NUM_CACHED = 256
 TIME_BUDGET = 5.0
 """Seconds that one constraint may take to compile; llguidance's own limits bound its memory and each later mask."""
 
-_NUM_THREADS = 2
+_MAX_NUM_COMPILING = 8  # at once, those that have run out of time included
 _MAX_REASON = 500  # characters; llguidance repeats what it was given
 
 
@@ -58,11 +57,10 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._num_cached = num_cached
-        self._time_budget = time_budget
+        self._calls = TimedCalls(time_budget, _MAX_NUM_COMPILING)
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._cache: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
-        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="octavo-grammar")
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Compile a constraint and compute its first mask, so that `matcher` finds it ready.
@@ -70,6 +68,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: if it is malformed, not supported, too large or too slow, or nothing fits it; a JSON Schema
                 is refused with a pointer to the keyword.
+            EngineBusy: if others have been compiling for too long.
         """
         self._compiled(params)
 
@@ -77,7 +76,7 @@ class GrammarCompiler:
         """Return a matcher at the start of a constraint's text.
 
         Raises:
-            InvalidRequest: see `check`.
+            InvalidRequest, EngineBusy: see `check`.
         """
         return self._compiled(params).deep_copy()
 
@@ -99,13 +98,11 @@ class GrammarCompiler:
         return compiled
 
     def _compile_in_time(self, params: StructuredOutputsParams, vocabulary: LLTokenizer) -> LLMatcher:
-        future = self._pool.submit(self._compile, params, vocabulary)
         try:
-            return future.result(self._time_budget)
-        except FutureTimeout as error:
-            future.cancel()
+            return self._calls.run(lambda: self._compile(params, vocabulary))
+        except TimeoutError as error:
             raise InvalidRequest(
-                f"structured_outputs takes more than {self._time_budget:g} s to compile; make it simpler",
+                f"structured_outputs takes more than {self._calls.time_budget:g} s to compile; make it simpler",
                 param="structured_outputs",
                 code="grammar_too_complex",
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -14,6 +15,9 @@ MAX_DEPTH = 100
 
 MAX_NUM_SCHEMAS = 20_000
 """Subschemas of one schema."""
+
+MAX_NUM_REMAINDERS = 10_000
+"""How many remainders of `multipleOf` a grammar may tell apart."""
 
 _MAX_NUM_PASSES = 50  # sound schemas need a few
 
@@ -154,6 +158,23 @@ def _check_values(pointer: str, node: Mapping[str, Any]) -> None:
     for keyword in ("required", "type"):
         if isinstance(node.get(keyword), list) and not all(isinstance(name, str) for name in node[keyword]):
             refuse(f"{pointer}/{keyword}", f"expected strings, got {str(node[keyword])[:100]}")
+    multiple = node.get("multipleOf")
+    if isinstance(multiple, int | float) and not isinstance(multiple, bool):
+        _check_multiple(f"{pointer}/multipleOf", multiple)
+
+
+def _check_multiple(pointer: str, value: float) -> None:
+    """Refuse a number with too many remainders: a grammar follows them digit by digit, powers of 10 cost it nothing."""
+    num_remainders = abs(Fraction(str(value)).numerator)
+    for factor in (2, 5):
+        while num_remainders and num_remainders % factor == 0:
+            num_remainders //= factor
+    if num_remainders > MAX_NUM_REMAINDERS:
+        refuse(
+            pointer,
+            f"{value} has {num_remainders} remainders, its factors 2 and 5 left out; "
+            f"at most {MAX_NUM_REMAINDERS} are taken",
+        )
 
 
 def _children(pointer: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

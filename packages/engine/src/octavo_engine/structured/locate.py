@@ -30,15 +30,17 @@ def find_keyword(schema: Any, error_in: Callable[[Any], str | None]) -> tuple[st
             return None
         error = error_in({"$defs": {"root": moved}, "$ref": _HOME + pointer})
         if error is not None:
-            return pointer + _keyword_in(node, moved, error, error_in), error
+            return pointer + _keyword_in(node, moved, error, error_in, stop), error
     return None
 
 
-def _keyword_in(node: Any, root: Any, error: str, error_in: Callable[[Any], str | None]) -> str:
-    """Return "/keyword" for the one without which a failing schema is sound; "" if it is no single one."""
+def _keyword_in(node: Any, root: Any, error: str, error_in: Callable[[Any], str | None], stop: float) -> str:
+    """Return "/keyword" for the one without which a failing schema is sound; "" if none is found before `stop`."""
     if not isinstance(node, Mapping):
         return ""
     for keyword in sorted(node, key=lambda name: name not in error):  # those that the error names come first
+        if time.monotonic() > stop:
+            break
         rest = {key: _moved(value) for key, value in node.items() if key != keyword}
         if error_in({**rest, "$defs": {"root": root}}) is None:
             return f"/{keyword}"

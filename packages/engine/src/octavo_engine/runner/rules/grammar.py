@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.batch import NewRow, RowMove
-from octavo_engine.errors import InvalidRequest
+from octavo_engine.errors import EngineBusy, InvalidRequest
 from octavo_engine.runner.rules.base import RowsFailed
 from octavo_engine.runner.rules.changes import on_device
 from octavo_engine.runner.rules.distribution import filters_whole_rows
@@ -117,7 +117,10 @@ class GrammarRule:
         assert self._grammars is not None, "a request with a constraint reached a runner without grammars"
         try:
             matcher = self._grammars.matcher(params)
-        except InvalidRequest as error:  # it was compiled at submission; a later failure ends this request alone
+        except (
+            InvalidRequest,
+            EngineBusy,
+        ) as error:  # it was compiled at submission; a later failure ends this request alone
             self._refused[new.row] = str(error)
             return True
         matcher.consume_tokens(list(new.token_ids[new.num_prompt_tokens :]))
