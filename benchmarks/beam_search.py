@@ -8,7 +8,7 @@ RUNNERS holds `run_vllm.py`, which takes a workload file and `--beam-width`; FOL
 in this environment, on the demo model's file. Engines alternate: a round measures each once. Every request searches
 for exactly its output length (end-of-text ignored); output tokens are those of the best hypothesis alone, for every
 engine. The table, the ratios against the project's targets (at least 20 times vLLM, 4 times Transformers) and OUT.json
-come last.
+with its plot come last.
 """
 
 from __future__ import annotations
@@ -145,6 +145,22 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def plot(lines: list[dict[str, Any]], width: int, path: Path) -> None:
+    """Draw the median rate of each engine; the axis is logarithmic, for the rates are far apart."""
+    import matplotlib.pyplot as plt
+
+    engines = list(dict.fromkeys(line["engine"] for line in lines))
+    rates = [statistics.median(ln["output_tokens_per_s"] for ln in lines if ln["engine"] == e) for e in engines]
+    figure, axes = plt.subplots(figsize=(6, 2.5), layout="constrained")
+    bars = axes.barh(engines[::-1], rates[::-1], color="tab:blue")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_xscale("log")
+    axes.margins(x=0.2)
+    axes.set_xlabel("output tokens per second, best hypotheses alone")
+    axes.set_title(f"Beam search, width {width}")
+    figure.savefig(path, dpi=120)
+
+
 def make_requests(arguments: argparse.Namespace) -> list[WorkloadRequest]:
     """Draw prompts of ShareGPT-like lengths; outputs have one length, since a padded batch ends with its longest."""
     requests = make_workload(arguments.requests, arguments.seed)
@@ -168,7 +184,7 @@ def main() -> None:
         "--peers-home", type=Path, default=Path(os.environ.get("PEERS_HOME", "~/.cache/octavo-peers")).expanduser()
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a run may take")
-    parser.add_argument("--out", type=Path, help="write OUT.json")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     arguments = parser.parse_args()
     if arguments.run:
         run_here(arguments.run, arguments.workload, arguments.width)
@@ -194,6 +210,7 @@ def main() -> None:
     if arguments.out:
         text = json.dumps({"beam_width": arguments.width, "targets": TARGETS, "lines": lines}, indent=1)
         arguments.out.with_suffix(".json").write_text(text + "\n")
+        plot(lines, arguments.width, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

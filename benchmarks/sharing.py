@@ -175,6 +175,31 @@ def table(rows: list[Saved]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[Saved], path: Path) -> None:
+    """Draw what sharing saves by data set and kind, with the paper's range for 2 to 6 as a line beside the bars."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    groups = list(dict.fromkeys((row.case, row.kind) for row in rows))
+    for group, (case, kind) in enumerate(groups):
+        own = {row.width: 100 * row.saved for row in rows if (row.case, row.kind) == (case, kind)}
+        for place, width in enumerate(WIDTHS):
+            bar = axes.bar(group + 0.22 * (place - 1.2), own.get(width, 0), 0.2, color=f"C{place}")
+            axes.bar_label(bar, fmt="%.0f", fontsize=8)
+        paper = CASES[case].paper_samples if kind == "samples" else CASES[case].paper_beams
+        low, high = map(float, paper.split(" to "))
+        axes.plot([group + 0.42] * 2, [low, high], color="tab:gray", linewidth=4, solid_capstyle="butt")
+    axes.set_xticks(range(len(groups)), [f"{case}\n{kind}" for case, kind in groups])
+    axes.set_ylabel("blocks saved, %")
+    axes.legend(
+        [*(plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(3)), plt.Line2D([], [], color="tab:gray", lw=4)],
+        [*(f"{width} of a prompt" for width in WIDTHS), "the paper, 2 to 6"],
+        fontsize=8,
+    )
+    axes.set_title(f"Memory saved by sharing, blocks of {BLOCK_SIZE}")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="alpaca,sharegpt")
@@ -184,7 +209,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the lengths, for a trial")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--model", default=None, help="of the beams; the demo model if left out")
-    parser.add_argument("--out", type=Path, help="write OUT.json")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     arguments = parser.parse_args()
     rows = []
     for row in measurements(arguments):
@@ -194,6 +219,7 @@ def main() -> None:
     if arguments.out:
         document = {"block_size": BLOCK_SIZE, "scale": arguments.scale, "rows": [asdict(row) for row in rows]}
         arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+        plot(rows, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
