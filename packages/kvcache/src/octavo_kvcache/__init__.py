@@ -9,13 +9,17 @@ from octavo_kvcache.allocation import UNCHANGED, Allocation, TableUpdate
 from octavo_kvcache.block import NULL_BLOCK, Block, BlockCopy, BlockHash
 from octavo_kvcache.errors import (
     CacheFull,
+    DuplicatePin,
     DuplicateSequence,
     InvalidArgument,
     InvalidBlock,
     KVCacheError,
+    PinLimit,
+    UnknownPin,
     UnknownSequence,
     UnsupportedSpec,
 )
+from octavo_kvcache.lookups import LookupCounts
 from octavo_kvcache.manager import CacheManager, SeqId
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix import BlockHasher, PrefixCache
@@ -39,6 +43,7 @@ __all__ = [
     "CacheFull",
     "CacheManager",
     "CacheStats",
+    "DuplicatePin",
     "DuplicateSequence",
     "InvalidArgument",
     "InvalidBlock",
@@ -46,9 +51,12 @@ __all__ = [
     "KVCacheSpec",
     "KVGroup",
     "KVStorage",
+    "LookupCounts",
+    "PinLimit",
     "PrefixCache",
     "SeqId",
     "TableUpdate",
+    "UnknownPin",
     "UnknownSequence",
     "UnsupportedSpec",
     "group_specs",

@@ -2,8 +2,11 @@
 
 KVCacheError
 ├── CacheFull            fewer blocks are free than the call needs; nothing was changed
+├── PinLimit             pins would hold more blocks than they may; nothing was changed
 ├── UnknownSequence      no sequence has this id (also a KeyError)
 ├── DuplicateSequence    a sequence with this id exists already (also a ValueError)
+├── UnknownPin           no pin has this id (also a KeyError)
+├── DuplicatePin         a pin with this id exists already (also a ValueError)
 ├── InvalidArgument      a size, range or token id that cannot be right (also a ValueError)
 ├── InvalidBlock         a block that nobody holds was retained or released (also a ValueError)
 └── UnsupportedSpec      a kind or dtype of KV cache that this version does not implement (also a ValueError)
@@ -37,6 +40,29 @@ class CacheFull(KVCacheError):
         return type(self), (self.wanted, self.free, self.total)
 
 
+class PinLimit(KVCacheError):
+    """A pin that would take more blocks than pins may hold together.
+
+    Attributes:
+        wanted: blocks of the new pin.
+        held: blocks of the pins there are, those of several once for each.
+        limit: the most blocks that pins may hold.
+
+    """
+
+    def __init__(self, wanted: int, held: int, limit: int) -> None:
+        super().__init__(
+            f"a pin of {wanted} blocks was asked for, pins hold {held} and may hold {limit}; "
+            "drop a pin, pin a shorter prefix, or let pins hold more"
+        )
+        self.wanted = wanted
+        self.held = held
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[type["PinLimit"], tuple[int, int, int]]:
+        return type(self), (self.wanted, self.held, self.limit)
+
+
 class UnknownSequence(KVCacheError, KeyError):
     """A sequence id that was never added, or was freed."""
 
@@ -46,6 +72,17 @@ class UnknownSequence(KVCacheError, KeyError):
 
 class DuplicateSequence(KVCacheError, ValueError):
     """A sequence id that is in use."""
+
+
+class UnknownPin(KVCacheError, KeyError):
+    """A pin id that was never given, or was dropped."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print the repr
+
+
+class DuplicatePin(KVCacheError, ValueError):
+    """A pin id that is in use."""
 
 
 class InvalidArgument(KVCacheError, ValueError):

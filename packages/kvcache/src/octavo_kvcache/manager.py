@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from octavo_kvcache.allocation import UNCHANGED, Allocation
-from octavo_kvcache.block import BlockHash
+from octavo_kvcache.census import Census
 from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
-from octavo_kvcache.growth import Growth, num_wanted_together, plan_growth
+from octavo_kvcache.grower import Grower
+from octavo_kvcache.lookups import Lookup
 from octavo_kvcache.parked import ParkedBlocks
+from octavo_kvcache.pins import Pins
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix_index import PrefixIndex
 from octavo_kvcache.sequence import NEVER, SequenceBlocks
@@ -20,7 +22,6 @@ SeqId = int | str
 """What a caller names its sequences by."""
 
 _NO_EXTRA_KEYS: Mapping[int, bytes] = MappingProxyType({})
-_NO_HASH = BlockHash(b"")
 
 
 class CacheManager:
@@ -32,6 +33,11 @@ class CacheManager:
         num_blocks: blocks in storage, null block 0 included.
         block_size: tokens per block.
         prefix_cache: keep the blocks of finished sequences and attach them to new ones with the same beginning.
+        min_partial_hit: fewest tokens for which a cached block is shared, and copied, up to where the tokens differ. To
+            copy a block costs less than to compute one token of it; `block_size` leaves whole blocks alone to be hit.
+        deduplicate: let a block that becomes full give way to a cached one with the same content. Only where computing
+            the same tokens twice gives the same bits, whatever else is in the step: the blocks change places.
+        max_num_pinned: the most blocks that pins may hold.
         root: digest of all that cached content depends on besides tokens: weights, tokenizer, KV dtype.
         groups: one spec per group of layers with equal specs; () means one group with full attention.
 
@@ -56,21 +62,27 @@ class CacheManager:
         block_size: int,
         *,
         prefix_cache: bool = True,
+        min_partial_hit: int = 1,
+        deduplicate: bool = False,
+        max_num_pinned: int = 0,
         root: bytes = b"",
         groups: Sequence[KVCacheSpec] = (),
     ) -> None:
-        if block_size < 1:
-            raise InvalidArgument(f"block_size must be at least 1 token, got {block_size}")
+        if block_size < 1 or min_partial_hit < 1:
+            raise InvalidArgument(f"block_size {block_size} and min_partial_hit {min_partial_hit} must be at least 1")
         self.block_size = block_size
         self._windows = tuple(spec.window for spec in groups) or (None,)
-        self._pool = BlockPool(num_blocks, on_evict=self._forget)
-        self._prefix = PrefixIndex(self._pool, block_size, self._windows, root) if prefix_cache else None
+        self._pool = BlockPool(num_blocks, on_evict=lambda *evicted: self._prefix.forget(*evicted))
+        self.prefix_cache = prefix_cache
+        self._prefix = PrefixIndex(
+            self._pool, block_size, self._windows, root, min_partial_hit=min_partial_hit, deduplicates=deduplicate
+        )
         self._sequences: dict[SeqId, SequenceBlocks] = {}
         self._empty_slots = EmptySlots(self._pool)
         self._parked = ParkedBlocks(self._pool)
-        self._num_query_tokens = 0
-        self._num_hit_tokens = 0
-        self._num_copies = 0
+        self._pins = Pins(self._pool, max_num_pinned)
+        self._census = Census(block_size, self._pool, self._parked, self._pins, self._empty_slots)
+        self._grower = Grower(self._windows, self._pool, self._prefix, self._empty_slots, self._census)
 
     @property
     def num_blocks(self) -> int:
@@ -107,14 +119,11 @@ class CacheManager:
             DuplicateSequence: the id is in use.
 
         """
-        if seq_id in self._sequences:
-            raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
+        self._refuse_duplicate(seq_id)
         tables = tuple(BlockTable(self.block_size) for _ in self._windows)
-        if self._prefix is None:
-            seq = SequenceBlocks(tables, _NO_HASH, extra_keys)
+        seq = SequenceBlocks(tables, self._prefix.root_hash(salt, adapter), extra_keys)
+        if not self.prefix_cache:
             seq.next_commit = NEVER
-        else:
-            seq = SequenceBlocks(tables, self._prefix.root_hash(salt, adapter), extra_keys)
         self._sequences[seq_id] = seq
 
     def match(
@@ -125,12 +134,14 @@ class CacheManager:
         *,
         adapter: bytes = b"",
         extra_keys: Mapping[int, bytes] = _NO_EXTRA_KEYS,
+        resumed: bool = False,
     ) -> int:
         """Start a sequence with the longest cached prefix of its tokens; return the number of cached tokens.
 
-        The number is a multiple of the block size and leaves at least the last token to compute. The cached blocks are
-        held from now on: if the sequence can not be scheduled, `free` it and match again later. The look-up is
-        counted in the statistics with the first allocation that succeeds, so trying again does not inflate them.
+        It leaves at least the last token to compute. What it is beyond a multiple of the block size lies in a block
+        that is cached for other tokens and agrees up to there; the first write copies it. The cached blocks are held
+        from now on: if the sequence can not be scheduled, `free` it and match again later. The look-up is counted in
+        the statistics with the first allocation that succeeds, so trying again does not inflate them.
 
         Args:
             seq_id: a new id.
@@ -138,6 +149,7 @@ class CacheManager:
             salt: as for `add`.
             adapter: as for `add`.
             extra_keys: as for `add`.
+            resumed: whether the sequence was admitted before and lost its blocks; such look-ups are counted apart.
 
         Raises:
             DuplicateSequence: the id is in use.
@@ -145,7 +157,7 @@ class CacheManager:
 
         """
         self.add(seq_id, salt=salt, adapter=adapter, extra_keys=extra_keys)
-        if self._prefix is None:
+        if not self.prefix_cache:
             return 0
         seq = self._sequences[seq_id]
         try:
@@ -153,8 +165,9 @@ class CacheManager:
         except InvalidArgument:
             del self._sequences[seq_id]
             raise
-        seq.num_query_tokens = len(token_ids)
-        seq.num_hit_tokens = seq.num_tokens
+        self._empty_slots.enter(seq)
+        num_partial = seq.num_tokens % self.block_size
+        seq.lookup = Lookup(len(token_ids), seq.num_tokens - num_partial, num_partial, resumed)
         return seq.num_tokens
 
     def fork(self, parent_id: SeqId, child_id: SeqId, *, num_tokens: int | None = None) -> None:
@@ -175,8 +188,7 @@ class CacheManager:
 
         """
         parent = self._get(parent_id)
-        if child_id in self._sequences:
-            raise DuplicateSequence(f"sequence {child_id!r} exists already; free it first or take another id")
+        self._refuse_duplicate(child_id)
         child = parent.fork(num_tokens)
         self._empty_slots.leave(parent)
         for table in child.tables:
@@ -199,10 +211,7 @@ class CacheManager:
         seq = self._get(seq_id)
         self._empty_slots.leave(seq)
         del self._sequences[seq_id]
-        if after is None:
-            self._pool.release(seq.held())
-        else:
-            self._parked.add(seq.held(), after)
+        self._parked.add(seq.held(), after)
 
     def step_done(self, step_id: int) -> None:
         """Release what was parked for this step and for all before it. Steps end in the order of their ids."""
@@ -240,7 +249,7 @@ class CacheManager:
                 self._empty_slots.num_settled += table.num_tokens - stop
                 table.num_tokens = stop
             return UNCHANGED
-        return self._grow(seq, plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool))
+        return self._grower.grow(seq, num_computed_tokens, stop)
 
     def allocate_together(self, seq_ids: Sequence[SeqId], num_computed_tokens: int) -> list[Allocation]:
         """Make the slot of one token writable in each of several sequences of one length: in all of them, or in none.
@@ -256,12 +265,7 @@ class CacheManager:
             UnknownSequence, InvalidArgument: as `allocate` does.
 
         """
-        if self._pool.num_free < len(seq_ids) * len(self._windows):  # a token takes one block at most
-            stop = num_computed_tokens + 1
-            sequences = (self._get(seq_id) for seq_id in seq_ids)
-            growths = [plan_growth(seq, num_computed_tokens, stop, self._windows, self._pool) for seq in sequences]
-            self._pool.require(num_wanted_together(growths, self._pool))
-        return [self.allocate(seq_id, num_computed_tokens, 1) for seq_id in seq_ids]
+        return self._grower.grow_together([self._get(seq_id) for seq_id in seq_ids], num_computed_tokens)
 
     def can_allocate(self, seq_id: SeqId, num_computed_tokens: int, num_new_tokens: int) -> bool:
         """Say whether `allocate` with the same arguments would succeed. Changes nothing.
@@ -270,20 +274,22 @@ class CacheManager:
             UnknownSequence, InvalidArgument: as `allocate` does.
 
         """
-        stop = num_computed_tokens + num_new_tokens
-        growth = plan_growth(self._get(seq_id), num_computed_tokens, stop, self._windows, self._pool)
-        return growth.num_wanted <= self._pool.num_free
+        return self._grower.can_grow(self._get(seq_id), num_computed_tokens, num_computed_tokens + num_new_tokens)
 
-    def commit(self, seq_id: SeqId, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+    def commit(
+        self, seq_id: SeqId, token_ids: Sequence[int], num_computed_tokens: int, *, in_flight: int | None = None
+    ) -> None:
         """Declare tokens final: computed and never to be overwritten. Call it with each step's result.
 
         Blocks that became full can be hit from now on. If a block with the same content is cached already, ours stays
-        private: tables are not rewritten under a running sequence. Costs O(new full blocks).
+        private, or, with `deduplicate`, gives way to it: the next allocation reports the change as a `TableUpdate`, and
+        steps in flight go on with ours. Costs O(new full blocks).
 
         Args:
             seq_id: the sequence.
             token_ids: all its tokens, at least the first `num_computed_tokens`.
             num_computed_tokens: tokens whose keys and values are computed.
+            in_flight: the last step in flight that may use the sequence's blocks; None if there is none.
 
         Raises:
             UnknownSequence: there is no such sequence.
@@ -296,17 +302,60 @@ class CacheManager:
                 f"num_computed_tokens {num_computed_tokens} is more than the {seq.num_tokens} tokens allocated "
                 f"for sequence {seq_id!r}; allocate before commit"
             )
-        if num_computed_tokens >= seq.next_commit and self._prefix is not None:
-            self._prefix.register(seq, token_ids, num_computed_tokens // self.block_size)
+        if num_computed_tokens >= seq.next_commit:
+            dropped = self._prefix.register(seq, token_ids, num_computed_tokens // self.block_size)
+            self._parked.add(dropped, in_flight)
         seq.num_committed = num_computed_tokens
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached content, as after a change of weights. Running sequences go on, but cache nothing more."""
-        if self._prefix is None:
-            return
+        """Forget all cached content and drop all pins, as after a change of weights.
+
+        Running sequences go on, but cache nothing more.
+        """
+        self._pins.clear()
         self._prefix.clear()
         for seq in self._sequences.values():
             seq.next_commit = NEVER
+
+    # Pins
+
+    def reserve_pin(self, pin_id: str, num_tokens: int) -> None:
+        """Set room aside for a pin of the full blocks of `num_tokens` tokens, which may have yet to be computed.
+
+        Raises:
+            PinLimit: pins would hold more than `max_num_pinned` blocks.
+            DuplicatePin: the id is in use.
+            InvalidArgument: too few tokens for a block, or there is no prefix cache.
+
+        """
+        if not self.prefix_cache:
+            raise InvalidArgument(f"pin {pin_id!r} needs the prefix cache, which is switched off")
+        self._pins.reserve(pin_id, num_tokens // self.block_size * len(self._windows))
+
+    def pin(self, pin_id: str, seq_id: SeqId) -> int:
+        """Hold the committed full blocks of a sequence against eviction; return the number of their tokens.
+
+        They are held until `unpin` or `reset_prefix_cache`, whatever becomes of the sequence. If a reset came since
+        room was set aside, the pin is gone: nothing is held, and 0 returned.
+
+        Raises:
+            UnknownSequence: there is no such sequence.
+
+        """
+        seq = self._get(seq_id)
+        if pin_id not in self._pins:
+            return 0
+        self._pins.hold(pin_id, self._prefix.cached_blocks(seq))
+        return len(seq.hashes) * self.block_size
+
+    def unpin(self, pin_id: str) -> None:
+        """Drop a pin; blocks that nobody else holds can be evicted again.
+
+        Raises:
+            UnknownPin: there is no such pin.
+
+        """
+        self._pins.drop(pin_id)
 
     # What there is
 
@@ -331,64 +380,18 @@ class CacheManager:
     @property
     def waste(self) -> float:
         """`stats().waste`, cheap enough for every step: O(parked blocks) while no forks share a partial block."""
-        num_used = self._pool.num_used
-        if not num_used:
-            return 0.0
-        return 1 - self._num_live_tokens() / (num_used * self.block_size)
+        return self._census.waste
 
     def stats(self) -> CacheStats:
         """Count blocks and tokens: O(parked blocks), and O(forks that share a partial block)."""
-        pool, parked = self._pool, self._parked
-        return CacheStats(
-            num_blocks=pool.num_blocks,
-            block_size=self.block_size,
-            num_sequences=len(self._sequences),
-            num_free=pool.num_free,
-            num_used=pool.num_used,
-            num_cached=pool.num_cached,
-            num_shared=pool.num_shared,
-            num_parked=parked.num_blocks,
-            num_table_blocks=pool.num_refs - parked.refs.total(),
-            num_live_tokens=self._num_live_tokens(),
-            num_query_tokens=self._num_query_tokens,
-            num_hit_tokens=self._num_hit_tokens,
-            num_copies=self._num_copies,
-            num_evictions=pool.num_evictions,
-        )
+        return self._census.stats(len(self._sequences), self._prefix.num_deduplicated)
 
-    def _num_live_tokens(self) -> int:
-        num_unique = self._pool.num_used - self._parked.num_blocks
-        return num_unique * self.block_size - self._empty_slots.count(self._parked.refs)
+    def _refuse_duplicate(self, seq_id: SeqId) -> None:
+        if seq_id in self._sequences:
+            raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
 
     def _get(self, seq_id: SeqId) -> SequenceBlocks:
         try:
             return self._sequences[seq_id]
         except KeyError:
             raise UnknownSequence(f"sequence {seq_id!r} does not exist: it was never added or has been freed") from None
-
-    def _grow(self, seq: SequenceBlocks, growth: Growth) -> Allocation:
-        self._pool.require(growth.num_wanted)
-        self._empty_slots.leave(seq)
-        copies, updates = growth.apply(self._pool)
-        for group in growth.groups:
-            for block_id in group.cached:
-                self._uncache(block_id)
-        seq.rewind(growth.start)
-        seq.first_writable = growth.first_block * self.block_size
-        # A sequence that is not settled is looked at in full each time it grows.
-        seq.writable_stop = growth.end_block * self.block_size if self._empty_slots.enter(seq) else 0
-        self._num_copies += len(copies)
-        self._num_query_tokens += seq.num_query_tokens
-        self._num_hit_tokens += seq.num_hit_tokens
-        seq.num_query_tokens = seq.num_hit_tokens = 0
-        if not any(update.block_ids for update in updates):
-            return UNCHANGED
-        return Allocation(tuple(copies), tuple(updates))
-
-    def _uncache(self, block_id: int) -> None:
-        assert self._prefix is not None, "only a prefix cache gives blocks a hash"
-        self._prefix.uncache(block_id)
-
-    def _forget(self, block_hash: BlockHash, block_id: int) -> None:
-        assert self._prefix is not None, "only a prefix cache gives blocks a hash"
-        self._prefix.forget(block_hash, block_id)

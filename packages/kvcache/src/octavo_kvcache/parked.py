@@ -30,11 +30,11 @@ class ParkedBlocks:
         """Blocks that nobody but a step in flight holds."""
         return sum(num_refs == self._pool.ref_count(block_id) for block_id, num_refs in self.refs.items())
 
-    def add(self, block_ids: list[int], after: int) -> None:
-        """Release references when step `after` ends: at once if it has."""
-        if self._last_step_done is not None and after <= self._last_step_done:
+    def add(self, block_ids: list[int], after: int | None) -> None:
+        """Release references when step `after` ends: at once if it has, or is None."""
+        if after is None or (self._last_step_done is not None and after <= self._last_step_done):
             self._pool.release(block_ids)
-        else:
+        elif block_ids:
             self._parked.append((after, block_ids))
             self.refs.update(block_ids)
 

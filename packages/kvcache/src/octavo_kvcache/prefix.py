@@ -40,6 +40,18 @@ class BlockHasher:
         data = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
         return BlockHash(blake2b(data, digest_size=_DIGEST_SIZE).digest())
 
+    def pack(self, token_ids: Sequence[int]) -> bytes:
+        """Return token ids as bytes, 4 each.
+
+        Raises:
+            InvalidArgument: one that is no unsigned 32-bit integer.
+
+        """
+        try:
+            return struct.pack(f"<{len(token_ids)}I", *token_ids)
+        except struct.error as error:
+            raise InvalidArgument(f"token_ids must be integers in [0, 2**32), got {list(token_ids)}") from error
+
     def block_hash(self, parent: BlockHash, token_ids: Sequence[int], extra: bytes = b"") -> BlockHash:
         """Hash a full block.
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 
 from octavo_kvcache.block import BlockHash
+from octavo_kvcache.lookups import Lookup
 from octavo_kvcache.table import BlockTable
 
 NEVER = sys.maxsize
@@ -22,7 +23,7 @@ class SequenceBlocks:
         num_committed: tokens whose keys and values are computed and final.
         first_writable, writable_stop: the tokens [first_writable, writable_stop) lie in blocks that nobody else
             holds and that have no hash, so writing there needs no look at the blocks. A fork empties the range.
-        num_query_tokens, num_hit_tokens: prefix cache look-ups that are to be counted when the sequence is admitted.
+        lookup: look into the prefix cache that is to be counted when the sequence is admitted; None when it has been.
 
     """
 
@@ -30,10 +31,9 @@ class SequenceBlocks:
         "extra_keys",
         "first_writable",
         "hashes",
+        "lookup",
         "next_commit",
         "num_committed",
-        "num_hit_tokens",
-        "num_query_tokens",
         "root_hash",
         "tables",
         "writable_stop",
@@ -48,8 +48,7 @@ class SequenceBlocks:
         self.num_committed = 0
         self.first_writable = 0
         self.writable_stop = 0
-        self.num_query_tokens = 0
-        self.num_hit_tokens = 0
+        self.lookup: Lookup | None = None
 
     @property
     def block_size(self) -> int:
@@ -59,6 +58,11 @@ class SequenceBlocks:
     def num_tokens(self) -> int:
         """Tokens written, or scheduled to be written by the current step."""
         return self.tables[0].num_tokens
+
+    @property
+    def last_hash(self) -> BlockHash:
+        """The hash that the next block's continues."""
+        return self.hashes[-1] if self.hashes else self.root_hash
 
     def held(self) -> list[int]:
         """All blocks that the sequence holds a reference to, heads of all groups before tails."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from octavo_kvcache.lookups import LookupCounts
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.table import BlockTable
 
@@ -17,14 +18,17 @@ class CacheStats:
         block_size: tokens per block.
         num_sequences: sequences that exist.
         num_free: blocks that can be allocated now; num_free + num_used = num_usable.
-        num_used: blocks that a sequence, or a step in flight, holds.
+        num_used: blocks that a sequence, a pin, or a step in flight holds.
         num_cached: free blocks whose content can still be hit.
         num_shared: blocks that more than one holder has.
         num_parked: used blocks that only steps in flight hold.
-        num_table_blocks: sum of the lengths of all block tables, null blocks not counted.
+        num_pins: pins, those still to be computed included.
+        num_pinned: blocks that pins hold.
+        num_table_blocks: sum of the lengths of all block tables, and of all pins, null blocks not counted.
         num_live_tokens: tokens computed, or scheduled in the current step; those in a shared block count once.
-        num_query_tokens: tokens looked up in the prefix cache for sequences then admitted, since the start.
-        num_hit_tokens: those of them that were cached.
+        lookups: look-ups in the prefix cache for sequences that were admitted for the first time.
+        resumed_lookups: those for sequences that had lost their blocks and were admitted again.
+        num_deduplicated: blocks given back because another one had the same content, since the start.
         num_copies: blocks copied on write, since the start.
         num_evictions: cached blocks that were given to new content, since the start.
 
@@ -38,10 +42,13 @@ class CacheStats:
     num_cached: int
     num_shared: int
     num_parked: int
+    num_pins: int
+    num_pinned: int
     num_table_blocks: int
     num_live_tokens: int
-    num_query_tokens: int
-    num_hit_tokens: int
+    lookups: LookupCounts
+    resumed_lookups: LookupCounts
+    num_deduplicated: int
     num_copies: int
     num_evictions: int
 
@@ -69,8 +76,8 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the looked-up tokens that were cached; 0 before the first look-up."""
-        return self.num_hit_tokens / self.num_query_tokens if self.num_query_tokens else 0.0
+        """Share of the tokens looked up for sequences admitted for the first time that were cached."""
+        return self.lookups.hit_rate
 
 
 def count_empty_slots(tables: Iterable[BlockTable], pool: BlockPool, parked: Counter[int]) -> int:

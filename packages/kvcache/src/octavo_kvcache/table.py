@@ -16,16 +16,19 @@ class BlockTable:
         block_ids: block of the tokens [i * block_size, (i + 1) * block_size) at index i.
         num_tokens: tokens written, or scheduled to be written by the current step.
         num_null: leading blocks that are behind a window and were replaced by the null block.
+        deduplicated: indices of blocks that gave way to others with the same content, which the runner does not know
+            yet: the next `TableUpdate` tells it.
 
     """
 
-    __slots__ = ("block_ids", "block_size", "num_null", "num_tokens")
+    __slots__ = ("block_ids", "block_size", "deduplicated", "num_null", "num_tokens")
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.block_ids: list[int] = []
         self.num_tokens = 0
         self.num_null = 0
+        self.deduplicated: list[int] = []
 
     @property
     def capacity(self) -> int:
@@ -40,6 +43,12 @@ class BlockTable:
     def grow(self, block_ids: Sequence[int]) -> None:
         """Append blocks."""
         self.block_ids.extend(block_ids)
+
+    def deduplicate(self, index: int, block_id: int) -> int:
+        """Take another block with the same content at an index; return the one that was there."""
+        own, self.block_ids[index] = self.block_ids[index], block_id
+        self.deduplicated.append(index)
+        return own
 
     def skip(self, num_blocks: int) -> list[int]:
         """Replace all blocks before index `num_blocks` by the null block; return the ids that were replaced."""
@@ -83,4 +92,5 @@ class BlockTable:
             child.block_ids = self.block_ids[: -(-num_tokens // self.block_size)]
             child.num_tokens = num_tokens
         child.num_null = self.num_null
+        child.deduplicated = [index for index in self.deduplicated if index < len(child.block_ids)]
         return child
