@@ -52,7 +52,7 @@ class Bench:
         return [token_id for update in own for token_id in update.token_ids]
 
     def num_cached(self, request_id: str) -> int:
-        return next(u.num_cached_tokens for u in self.updates if u.request_id == request_id)
+        return next(u.cached.total for u in self.updates if u.request_id == request_id)
 
     @property
     def num_used(self) -> int:

@@ -19,6 +19,7 @@ from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
 from octavo_engine.types import (
+    CachedTokens,
     CompletionDelta,
     EmbeddingOutput,
     FinishReason,
@@ -27,7 +28,7 @@ from octavo_engine.types import (
     SequenceUpdate,
     TokenLogprobs,
 )
-from octavo_kvcache import CacheStats
+from octavo_kvcache import CacheStats, LookupCounts
 from octavo_server import ServerSettings, create_app
 from octavo_server.serving import listen, make_server
 
@@ -65,10 +66,13 @@ CACHE = CacheStats(
     num_cached=10,
     num_shared=5,
     num_parked=0,
+    num_pins=2,
+    num_pinned=7,
     num_table_blocks=50,
     num_live_tokens=390,
-    num_query_tokens=640,
-    num_hit_tokens=320,
+    lookups=LookupCounts(9, 640, 304, 16),
+    resumed_lookups=LookupCounts(2, 100, 48, 3),
+    num_deduplicated=4,
     num_copies=3,
     num_evictions=2,
 )
@@ -195,7 +199,7 @@ class FakeEngine:
             token_ids=tuple(tokens),
             logprobs=logprobs,
             finish_reason=reason,
-            num_cached_tokens=self.num_cached_tokens,
+            cached=CachedTokens(full=self.num_cached_tokens),
             times=RequestTimes(arrival, arrival + 0.25, arrival + 0.5, arrival + 1.0) if last else None,
             prompt_logprobs=prompt_logprobs,
         )
@@ -223,7 +227,7 @@ class FakeEngine:
             num_steps=7,
             num_preemptions=1,
             num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_prompt_tokens=self.num_cached_tokens,
+            cached_prompt_tokens=CachedTokens(full=self.num_cached_tokens),
             num_generation_tokens=self.num_generation_tokens,
             mean_waste=0.025,
             cache=CACHE,

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
         InvalidConfig,
         InvalidRequest,
         ModelNotFound,
+        PinLimitReached,
         PromptTooLong,
         RequestFailed,
+        UnknownPin,
         UnsupportedModel,
     )
     from octavo_engine.llm import LLM
+    from octavo_engine.pins import Pin
     from octavo_engine.structured.params import StructuredOutputsParams
     from octavo_engine.types import (
+        CachedTokens,
         CompletionDelta,
         CompletionOutput,
         EmbeddingOutput,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
         RequestOutput,
         SamplingParams,
         TokenLogprobs,
+        WarmOutput,
     )
 
 _EXPORTS = {
@@ -53,13 +58,17 @@ _EXPORTS = {
         "InvalidConfig",
         "InvalidRequest",
         "ModelNotFound",
+        "PinLimitReached",
         "PromptTooLong",
         "RequestFailed",
+        "UnknownPin",
         "UnsupportedModel",
     ),
     "llm": ("LLM",),
+    "pins": ("Pin",),
     "structured.params": ("StructuredOutputsParams",),
     "types": (
+        "CachedTokens",
         "CompletionDelta",
         "CompletionOutput",
         "EmbeddingOutput",
@@ -68,6 +77,7 @@ _EXPORTS = {
         "RequestOutput",
         "SamplingParams",
         "TokenLogprobs",
+        "WarmOutput",
     ),
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -77,6 +87,7 @@ __all__ = [
     "AsyncEngine",
     "BeamSearchParams",
     "Branch",
+    "CachedTokens",
     "CompletionDelta",
     "CompletionOutput",
     "CorruptModelFile",
@@ -92,6 +103,8 @@ __all__ = [
     "InvalidConfig",
     "InvalidRequest",
     "ModelNotFound",
+    "Pin",
+    "PinLimitReached",
     "PromptTooLong",
     "Request",
     "RequestFailed",
@@ -99,7 +112,9 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "TokenLogprobs",
+    "UnknownPin",
     "UnsupportedModel",
+    "WarmOutput",
 ]
 
 

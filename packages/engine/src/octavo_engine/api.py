@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo_engine.branch import Branch
+from octavo_engine.pins import Pin
 from octavo_engine.text.processor import TextProcessor
-from octavo_engine.types import CompletionDelta, EmbeddingOutput, Request
+from octavo_engine.types import CachedTokens, CompletionDelta, EmbeddingOutput, Request, WarmOutput
 from octavo_kvcache import CacheStats
 
 
@@ -44,7 +45,9 @@ class EngineStats:
     """Gauges of the present and counters since the start, counted exactly by the engine.
 
     `mean_waste` is 1 - live unique tokens / (allocated blocks x block size), averaged over all steps so far.
-    `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the wanted backend.
+    `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
+    that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
+    wanted backend.
     """
 
     num_running: int
@@ -52,12 +55,17 @@ class EngineStats:
     num_steps: int
     num_preemptions: int
     num_prompt_tokens: int
-    num_cached_prompt_tokens: int
+    cached_prompt_tokens: CachedTokens
     num_generation_tokens: int
     mean_waste: float
     cache: CacheStats
     finished: Mapping[str, int] = field(default_factory=dict)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        """Prompt tokens that were not computed."""
+        return self.cached_prompt_tokens.total
 
 
 class EngineClient(Protocol):
@@ -96,6 +104,41 @@ class EngineClient(Protocol):
             InvalidRequest: if the parent neither runs nor is kept, or has fewer tokens.
             EngineDead: if the engine has stopped.
         """
+        ...
+
+    async def warm(self, request: Request) -> WarmOutput:
+        """Run a request of `warming.warm_request`: compute its prompt into the prefix cache; same errors as `generate`.
+
+        Raises:
+            InvalidRequest: if there is no prefix cache.
+        """
+        ...
+
+    async def pin(self, request: Request) -> Pin:
+        """Do as `warm` does, with a request that pins: its full blocks stay in the cache, under the request's id.
+
+        A pin whose caller leaves before it is there is dropped.
+
+        Raises:
+            PinLimitReached: if pins would hold more than they may; nothing has been computed then.
+            InvalidRequest: if the prompt is shorter than a block, or there is no prefix cache.
+        """
+        ...
+
+    async def unpin(self, pin_id: str, salt: bytes | None = None) -> None:
+        """Let go of a pin; with a salt, only if it is the pin's.
+
+        Raises:
+            UnknownPin: if there is none of this id and salt.
+        """
+        ...
+
+    async def pins(self, salt: bytes | None = None) -> list[Pin]:
+        """Return the pins of one salt, or of all, oldest first."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached content and drop all pins; requests that run go on."""
         ...
 
     def stats(self) -> EngineStats:

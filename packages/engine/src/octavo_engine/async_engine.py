@@ -10,22 +10,25 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
 from octavo_engine.errors import EngineDead, InvalidRequest, RequestFailed
+from octavo_engine.pins import Pin
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.stats import collect_stats
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.processor import TextProcessor
-from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate
+from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate, WarmOutput
+from octavo_engine.warming import warm_output
 
 if TYPE_CHECKING:
     from octavo_engine.build import Progress
     from octavo_engine.config import EngineConfig
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,7 @@ class AsyncEngine:
         self._info = info
         self._mailboxes: dict[str, _Mailbox] = {}
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
-        self._answers: set[Future[list[int]]] = set()  # asked for and not given
+        self._answers: set[Future[Any]] = set()  # asked for and not given
         self._wake = threading.Condition()
         self._closing = False
         self._dead: EngineDead | None = None
@@ -111,29 +114,56 @@ class AsyncEngine:
 
     async def embed(self, request: Request) -> EmbeddingOutput:
         """Run a request with task `embed`."""
+        update = await self._pooled(request)
+        assert update.pooled is not None
+        return EmbeddingOutput(
+            request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, embedding=list(update.pooled)
+        )
+
+    async def _pooled(self, request: Request) -> SequenceUpdate:
+        """Run a request with task `embed` to its end; return the update that has the vector."""
         async with self._submitted(request) as mailbox:
             while True:
                 for update in await mailbox.take():
                     if update.pooled is not None:
-                        return EmbeddingOutput(
-                            request_id=request.request_id,
-                            prompt_token_ids=request.prompt_token_ids,
-                            embedding=list(update.pooled),
-                        )
+                        return update
                     if update.finish_reason is not None:
                         raise RequestFailed(update.error or f"the request ended: {update.finish_reason}")
 
+    async def warm(self, request: Request) -> WarmOutput:
+        """Compute a prompt into the prefix cache. See `EngineClient.warm`."""
+        await self._ask(lambda: self._engine.pins.prepare(request))
+        return warm_output(request, await self._pooled(request), self._info.block_size)
+
+    async def pin(self, request: Request) -> Pin:
+        """Compute a prompt into the prefix cache and hold it there. See `EngineClient.pin`."""
+        pins, pin_id = self._engine.pins, request.request_id
+        try:
+            await self._ask(lambda: pins.prepare(request))
+            await self._pooled(request)
+            return await self._ask(lambda: pins.get(pin_id))
+        except InvalidRequest:
+            raise  # nothing was set aside
+        except BaseException:
+            self._do(lambda: pins.cancel(pin_id))  # nobody will know its id
+            raise
+
+    async def unpin(self, pin_id: str, salt: bytes | None = None) -> None:
+        """Let go of a pin. See `EngineClient.unpin`."""
+        await self._ask(lambda: self._engine.pins.drop(pin_id, salt))
+
+    async def pins(self, salt: bytes | None = None) -> list[Pin]:
+        """Return the pins of one salt, or of all. See `EngineClient.pins`."""
+        return await self._ask(lambda: self._engine.pins.listed(salt))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached content and drop all pins. See `EngineClient.reset_prefix_cache`."""
+        await self._ask(self._engine.pins.reset)
+
     async def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
         """Return the tokens that a branch begins with. See `EngineClient.branch_tokens`."""
-        self.check_health()
-        answer: Future[list[int]] = Future()
-        self._answers.add(answer)
-        self._command(lambda: _answer(answer, lambda: self._engine.branch_tokens(branch, salt)))
-        try:
-            self.check_health()  # again: a loop that ended before the question stood there does not answer it
-            return await asyncio.wrap_future(answer) + self._text.encode_continuation(branch.continuation)
-        finally:
-            self._answers.discard(answer)
+        token_ids = await self._ask(lambda: self._engine.branch_tokens(branch, salt))
+        return token_ids + self._text.encode_continuation(branch.continuation)
 
     async def fork(
         self, branch: Branch, sampling: SamplingParams, *, request_id: str, keep: bool = False, salt: bytes = b""
@@ -149,12 +179,7 @@ class AsyncEngine:
 
     def release(self, request_id: str) -> None:
         """Drop what is kept of an ended request; its blocks are free at the next step."""
-
-        def release() -> list[SequenceUpdate]:
-            self._engine.release(request_id)
-            return []
-
-        self._command(release)
+        self._do(lambda: self._engine.release(request_id))
 
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""
@@ -182,18 +207,35 @@ class AsyncEngine:
         self._mailboxes[request_id] = mailbox
         try:
             self.check_health()  # again: a loop that ended before the mailbox stood there cannot have told it
-            self._command(lambda: self._add(request))
+            self._do(lambda: self._engine.add(request))
             yield mailbox
         finally:
             del self._mailboxes[request_id]
             self._abort(request_id, None)  # unknown to the engine if it has ended
 
-    def _add(self, request: Request) -> list[SequenceUpdate]:
-        self._engine.add(request)
-        return []
-
     def _abort(self, request_id: str, index: int | None) -> None:
         self._command(lambda: self._engine.abort(request_id, index))
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Ask the engine something, in its thread."""
+        self.check_health()
+        answer: Future[T] = Future()
+        self._answers.add(answer)
+        self._command(lambda: _answer(answer, question))
+        try:
+            self.check_health()  # again: a loop that ended before the question stood there does not answer it
+            return await asyncio.wrap_future(answer)
+        finally:
+            self._answers.discard(answer)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """Let the engine do something that brings no updates, in its thread."""
+
+        def command() -> list[SequenceUpdate]:
+            action()
+            return []
+
+        self._command(command)
 
     def _command(self, command: Callable[[], list[SequenceUpdate]]) -> None:
         with self._wake:
@@ -243,12 +285,12 @@ class AsyncEngine:
             _post(loop, letters)
 
 
-def _answer(answer: Future[list[int]], question: Callable[[], list[int]]) -> list[SequenceUpdate]:
+def _answer(answer: Future[T], question: Callable[[], T]) -> list[SequenceUpdate]:
     """Answer a question about the engine, in its thread, unless the asker has left."""
     if answer.set_running_or_notify_cancel():
         try:
             answer.set_result(question())
-        except InvalidRequest as error:
+        except (InvalidRequest, RequestFailed) as error:
             answer.set_exception(error)
     return []
 

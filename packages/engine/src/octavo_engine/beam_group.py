@@ -146,7 +146,7 @@ class BeamGroup:
                 hypothesis.logprobs,
                 finish_reason=reason,
                 stop_token_id=hypothesis.token_ids[-1] if hypothesis.stopped else None,
-                num_cached_tokens=leader.num_cached_tokens,
+                cached=leader.cached,
                 times=times,
                 score=hypothesis.score,
             )

@@ -14,7 +14,7 @@ class BeamLimits:
 
     Attributes:
         max_width: beams that one step can compute.
-        num_blocks: blocks that can be allocated.
+        num_blocks: blocks that can be allocated beside the most that may be pinned.
         block_size: tokens in a block.
     """
 

@@ -86,7 +86,13 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         grammars=grammars,
     )
     root = digest.result() + numerics.root
-    cache = CacheManager(plan.num_blocks, config.block_size, prefix_cache=config.prefix_cache, root=root)
+    cache = CacheManager(
+        plan.num_blocks,
+        config.block_size,
+        prefix_cache=config.prefix_cache,
+        max_num_pinned=plan.num_pinnable(config.block_size, config.max_pinned_share),
+        root=root,
+    )
     scheduler = Scheduler(
         cache,
         max_num_seqs=config.max_num_seqs,
@@ -149,7 +155,7 @@ def _text_processor(
         vocab_size=source.config.vocab_size,
         beam_limits=BeamLimits(
             max_width=min(config.max_num_seqs, config.max_num_batched_tokens),
-            num_blocks=plan.num_blocks - 1,
+            num_blocks=plan.num_blocks - 1 - plan.num_pinnable(config.block_size, config.max_pinned_share),
             block_size=config.block_size,
         ),
         default_sampling=_default_sampling(source.generation_config),

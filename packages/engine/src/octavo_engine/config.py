@@ -31,6 +31,7 @@ class EngineConfig:
         max_num_seqs: sequences that may run in one step.
         max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks.
         prefix_cache: whether finished blocks are kept for prompts that begin alike.
+        max_pinned_share: share of the KV cache that pins may hold; less if the longest sequence would not fit beside.
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         num_threads: of the CPU kernels; None is torch's choice.
 
@@ -49,6 +50,7 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
     prefix_cache: bool = True
+    max_pinned_share: float = 0.25
     max_num_kept: int = 64
     num_threads: int | None = None
 
@@ -59,6 +61,8 @@ class EngineConfig:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.block_size not in _BLOCK_SIZES:
             raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
+        if not 0 <= self.max_pinned_share < 1:
+            raise InvalidConfig(f"max_pinned_share must be at least 0 and below 1, got {self.max_pinned_share}")
         limits = {
             "max_model_len": 1,
             "num_blocks": 2,  # block 0 is reserved

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from octavo_engine.types import NOTHING_CACHED, CachedTokens
+
 
 @dataclass(slots=True)
 class SchedulerCounters:
@@ -13,10 +15,15 @@ class SchedulerCounters:
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
+    cached_prompt_tokens: CachedTokens = NOTHING_CACHED
     num_generation_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     sum_waste: float = 0.0
+
+    def count_cached(self, cached: CachedTokens) -> None:
+        """Count what was cached of a prompt that was admitted for the first time."""
+        if any(cached):
+            self.cached_prompt_tokens = CachedTokens(*map(sum, zip(self.cached_prompt_tokens, cached, strict=True)))
 
     @property
     def mean_waste(self) -> float:

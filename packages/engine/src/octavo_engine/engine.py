@@ -19,10 +19,15 @@ class Engine:
 
     With an executor that takes several steps at once, the next step is scheduled and submitted before the oldest
     one's result is read.
+
+    Attributes:
+        scheduler: chooses the steps.
+        pins: prefixes that stay in the cache.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler = scheduler
+        self.pins = scheduler.pins
         self._executor = executor
         self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
 

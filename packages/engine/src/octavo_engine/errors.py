@@ -7,7 +7,9 @@
         ├── CorruptModelFile     a model file is truncated, damaged or contradicts itself
         ├── UnsupportedModel     the file is sound, but we cannot run this architecture, tensor type or tokenizer
         ├── InvalidRequest       (also ValueError)  a request's value is wrong; names the parameter
-        │   └── PromptTooLong    the prompt does not fit the context
+        │   ├── PromptTooLong    the prompt does not fit the context
+        │   ├── PinLimitReached  pins hold as much of the cache as they may
+        │   └── UnknownPin       no pin has this id
         ├── RequestFailed        the engine could not compute this request; the others go on
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         └── EngineDead           the engine has stopped and serves nobody
@@ -65,6 +67,20 @@ class PromptTooLong(InvalidRequest):
     def __init__(
         self, message: str, *, param: str | None = "prompt", code: str | None = "context_length_exceeded"
     ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class PinLimitReached(InvalidRequest):
+    """Pins would hold more blocks of the cache than they may; the message has the numbers."""
+
+    def __init__(self, message: str, *, param: str | None = "prompt", code: str | None = "pin_limit_reached") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class UnknownPin(InvalidRequest):
+    """No pin has this id, or it belongs to another salt."""
+
+    def __init__(self, message: str, *, param: str | None = "pin_id", code: str | None = "pin_not_found") -> None:
         super().__init__(message, param=param, code=code)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -16,24 +16,21 @@ from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidRequest, RequestFailed
 from octavo_engine.offline_request import Choice, OfflineRequest
+from octavo_engine.pins import Pin
+from octavo_engine.prompts import EncodedPrompt, Prompt, encode_all, encode_salt
 from octavo_engine.stats import collect_stats
 from octavo_engine.types import (
     CompletionDelta,
     EmbeddingOutput,
     Pooling,
+    Request,
     RequestOutput,
     SamplingParams,
     SequenceUpdate,
+    WarmOutput,
 )
+from octavo_engine.warming import warm_output, warm_request
 
-
-class TokensPrompt(TypedDict):
-    """A prompt that is token ids already."""
-
-    prompt_token_ids: Sequence[int]
-
-
-Prompt = str | TokensPrompt
 Message = Mapping[str, Any]
 _Params = SamplingParams | BeamSearchParams
 
@@ -78,7 +75,8 @@ class LLM:
         """Complete prompts; one output per prompt, in order.
 
         Args:
-            prompts: one prompt or several: text, or `{"prompt_token_ids": [...]}`.
+            prompts: one prompt or several: text, `{"prompt": ...}`, or `{"prompt_token_ids": [...]}`. With a
+                "cache_salt" in it cached prefixes are shared only with prompts of the same one.
             sampling: for all prompts, or one for each; None uses the model's own defaults.
             keep: let the outputs be forked later, until they are released.
 
@@ -87,7 +85,7 @@ class LLM:
             RequestFailed: if the engine could not compute one of them; the others have run to their ends and are its
                 `outputs`.
         """
-        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
+        encoded = encode_all(self._text, prompts)
         return self._run(self._requests(encoded, sampling, keep=keep))
 
     def fork(
@@ -96,6 +94,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         keep: bool = False,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Go on from any token of outputs that were kept; one output per branch, in order.
 
@@ -107,6 +106,7 @@ class LLM:
             branches: where to go on; `RequestOutput.branch` makes one.
             sampling: for all branches, or one for each; None uses the model's own defaults.
             keep: let the new outputs be forked too.
+            cache_salt: that of the parents.
 
         Raises:
             InvalidRequest: if a parent is not kept or has fewer tokens, or a parameter cannot be run; nothing has been
@@ -118,7 +118,11 @@ class LLM:
             >>> best = llm.fork(drafts[0].branch(2), SamplingParams(n=4, max_tokens=8))  # doctest: +SKIP
         """
         each = [branches] if isinstance(branches, Branch) else list(branches)
-        encoded = [(None, self._engine.branch_tokens(b) + self._text.encode_continuation(b.continuation)) for b in each]
+        salt = encode_salt(cache_salt)
+        encoded = []
+        for branch in each:
+            continuation = self._text.encode_continuation(branch.continuation)
+            encoded.append(EncodedPrompt(None, self._engine.branch_tokens(branch, salt) + continuation, salt))
         parents = [Parent(branch.request_id, branch.index) for branch in each]
         return self._run(self._requests(encoded, sampling, parents=parents, keep=keep))
 
@@ -133,12 +137,19 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several at once; each is a list of `{"role": ..., "content": ...}`."""
+        """Answer one conversation, or several at once; each is a list of `{"role": ..., "content": ...}`.
+
+        Cached prefixes are shared only with requests of the same `cache_salt`.
+        """
         if not messages:
             raise InvalidRequest("messages is empty; give at least one message", param="messages")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
-        encoded = [(None, self._text.encode_chat(c, template_kwargs=template_kwargs)) for c in conversations]
+        salt = encode_salt(cache_salt)
+        encoded = [
+            EncodedPrompt(None, self._text.encode_chat(c, template_kwargs=template_kwargs), salt) for c in conversations
+        ]
         return self._run(self._requests(encoded, sampling))
 
     def beam_search(
@@ -149,37 +160,86 @@ class LLM:
         The beams of a prompt share the blocks that they have in common, and all prompts of a call run at once.
 
         Args:
-            prompts: one prompt or several: text, or `{"prompt_token_ids": [...]}`.
+            prompts: one prompt or several: text, `{"prompt": ...}`, or `{"prompt_token_ids": [...]}`. With a
+                "cache_salt" in it cached prefixes are shared only with prompts of the same one.
             params: for all prompts, or one for each.
 
         Raises:
             InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
             RequestFailed: if the engine could not compute one of them.
         """
-        encoded = [(p if isinstance(p, str) else None, self._encode(p)) for p in _many(prompts)]
+        encoded = encode_all(self._text, prompts)
         return self._run(self._requests(encoded, params))
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
         """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
         requests = [
             self._text.make_request(
-                self._encode(prompt), SamplingParams(), request_id=self._next_id(), task="embed", pooling=pooling
+                token_ids, SamplingParams(), request_id=self._next_id(), task="embed", pooling=pooling, salt=salt
             )
-            for prompt in _many(prompts)
+            for _, token_ids, salt in encode_all(self._text, prompts)
         ]
-        pooled: dict[str, tuple[float, ...]] = {}
-        for request in requests:
-            self._engine.add(request)
-        for update in self._updates():
-            if update.pooled is None:
-                raise RequestFailed(update.error or "the engine returned no embedding")
-            pooled[update.request_id] = update.pooled
+        updates = self._run_pooled(requests)
         return [
             EmbeddingOutput(
-                request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(pooled[r.request_id])
+                request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(update.pooled or ())
             )
-            for r in requests
+            for r, update in zip(requests, updates, strict=True)
         ]
+
+    def warm(self, prompts: Prompt | Sequence[Prompt]) -> list[WarmOutput]:
+        """Compute prompts into the prefix cache and generate nothing; later prompts that begin alike are cheaper.
+
+        What is warm is used like any cached prefix, and evicted like it; `pin` keeps it.
+
+        Args:
+            prompts: as for `generate`.
+
+        Raises:
+            InvalidRequest: if a prompt cannot be run, or the prefix cache is switched off; nothing has been started.
+            RequestFailed: if the engine could not compute one of them.
+        """
+        requests = [self._warm_request(prompt) for prompt in encode_all(self._text, prompts)]
+        updates = self._run_pooled(requests)
+        block_size = self.info.block_size
+        return [warm_output(r, update, block_size) for r, update in zip(requests, updates, strict=True)]
+
+    def pin(self, prompt: Prompt) -> Pin:
+        """Compute a prompt into the prefix cache and hold its full blocks there, until `unpin`.
+
+        Raises:
+            PinLimitReached: if pins would hold more than `max_pinned_share`; nothing has been computed then.
+            InvalidRequest: if the prompt is shorter than a block or cannot be run, or there is no prefix cache.
+            RequestFailed: if the engine could not compute it.
+
+        Example:
+            >>> pin = llm.pin("You are a helpful assistant. ...")  # doctest: +SKIP
+            >>> llm.unpin(pin)  # doctest: +SKIP
+        """
+        (encoded,) = encode_all(self._text, [prompt])
+        request = self._warm_request(encoded, pin=True)
+        try:
+            self._run_pooled([request])
+            return self._engine.pins.get(request.request_id)
+        except BaseException:
+            self._engine.pins.cancel(request.request_id)  # nobody will know its id
+            raise
+
+    def unpin(self, pin: Pin | str) -> None:
+        """Let go of a pin, by itself or by its id; its blocks stay cached until they are evicted.
+
+        Raises:
+            UnknownPin: if there is no such pin.
+        """
+        self._engine.pins.drop(pin if isinstance(pin, str) else pin.pin_id)
+
+    def pins(self) -> list[Pin]:
+        """Return the pins that there are, oldest first."""
+        return self._engine.pins.listed()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes and drop all pins."""
+        self._engine.pins.reset()
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:
@@ -210,15 +270,17 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self._text.encode_prompt(prompt if isinstance(prompt, str) else prompt["prompt_token_ids"])
+    def _warm_request(self, prompt: EncodedPrompt, *, pin: bool = False) -> Request:
+        request = warm_request(self._text, prompt.token_ids, request_id=self._next_id(), salt=prompt.salt, pin=pin)
+        self._engine.pins.prepare(request)
+        return request
 
     def _next_id(self) -> str:
         return str(next(self._request_ids))
 
     def _requests(
         self,
-        encoded: Sequence[tuple[str | None, list[int]]],
+        encoded: Sequence[EncodedPrompt],
         sampling: _Params | Sequence[_Params] | None,
         *,
         parents: Sequence[Parent] | None = None,
@@ -234,9 +296,11 @@ class LLM:
                 f"there are {len(encoded)} prompts and {len(each)} parameters; give one, or one for each"
             )
         running = []
-        for place, ((prompt, token_ids), own) in enumerate(zip(encoded, each, strict=True)):
+        for place, ((prompt, token_ids, salt), own) in enumerate(zip(encoded, each, strict=True)):
             parent = None if parents is None else parents[place]
-            request = self._text.make_request(token_ids, own, request_id=self._next_id(), parent=parent, keep=keep)
+            request = self._text.make_request(
+                token_ids, own, request_id=self._next_id(), salt=salt, parent=parent, keep=keep
+            )
             choices = [Choice() for _ in range(request.sampling.num_sequences)]
             running.append(OfflineRequest(place, request, prompt, self._text.stream(request), choices))
         return running
@@ -278,20 +342,24 @@ class LLM:
             self._engine.abort(update.request_id)
             return None
 
-    def _updates(self) -> Iterator[SequenceUpdate]:
-        while self._engine.has_work:
-            yield from self._engine.step()
+    def _run_pooled(self, requests: Sequence[Request]) -> list[SequenceUpdate]:
+        """Run requests of task `embed`; return the update of each that has its vector."""
+        by_id: dict[str, SequenceUpdate] = {}
+        try:
+            for request in requests:
+                self._engine.add(request)
+            while self._engine.has_work:
+                for update in self._engine.step():
+                    if update.pooled is None:
+                        raise RequestFailed(update.error or "the engine returned no embedding")
+                    by_id[update.request_id] = update
+        finally:
+            for request in requests:
+                self._engine.abort(request.request_id)  # after an error or an interrupt nothing goes on unseen
+        return [by_id[request.request_id] for request in requests]
 
 
 def _all_or_raise(outputs: list[RequestOutput | None], errors: list[str]) -> list[RequestOutput]:
     if errors:
         raise RequestFailed(f"{len(errors)} of {len(outputs)} requests failed, the first with: {errors[0]}", outputs)
     return [output for output in outputs if output is not None]
-
-
-def _many(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Mapping):
-        return [prompts]
-    return prompts

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from octavo_engine.text.assemble import best_first
 from octavo_engine.text.processor import RequestStream
 from octavo_engine.types import (
+    NOTHING_CACHED,
+    CachedTokens,
     CompletionDelta,
     CompletionOutput,
     FinishReason,
@@ -54,7 +56,7 @@ class OfflineRequest:
     prompt: str | None
     stream: RequestStream
     choices: list[Choice]
-    num_cached_tokens: int = 0
+    cached: CachedTokens = NOTHING_CACHED
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None
 
@@ -84,7 +86,7 @@ class OfflineRequest:
         choice.finish_reason = delta.finish_reason
         choice.stop_reason = delta.stop_reason
         choice.score = delta.score
-        self.num_cached_tokens = delta.num_cached_tokens
+        self.cached = delta.cached
 
     def output(self) -> RequestOutput:
         """Return the request, which has ended, as the user gets it."""
@@ -114,6 +116,6 @@ class OfflineRequest:
             prompt_token_ids=self.request.prompt_token_ids,
             outputs=outputs,
             seed=self.request.seed,
-            num_cached_tokens=self.num_cached_tokens,
+            cached=self.cached,
             prompt_logprobs=None if sampling.prompt_logprobs is None else [None, *(self.prompt_logprobs or ())],
         )

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.counters import SchedulerCounters
 from octavo_engine.kept import KeptSequences
+from octavo_engine.pins import Pins
 from octavo_engine.row_pool import RowPool
 from octavo_engine.sequence import Sequence, SequenceStatus, num_common
 from octavo_engine.step import ScheduledSequence
-from octavo_engine.types import FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
+from octavo_engine.types import CachedTokens, FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
 from octavo_engine.waiting import WaitingQueue
 from octavo_kvcache import CacheManager
 
@@ -33,6 +34,7 @@ class Residents:
         in_flight: the steps whose answers have not been read, oldest first.
         rows: the runner's rows.
         kept: sequences that have ended and can still be forked.
+        pins: prefixes that stay in the cache.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Residents:
         self.clock = clock
         self.counters = SchedulerCounters()
         self.kept = KeptSequences(cache, max_num_kept)
+        self.pins = Pins(cache)
         self.rows = RowPool(max_num_seqs)
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
@@ -49,21 +52,26 @@ class Residents:
         self.in_flight: deque[tuple[int, list[ScheduledSequence]]] = deque()
         self._next_seq_id = 0
 
+    @property
+    def last_step(self) -> int | None:
+        """The last step in flight."""
+        return self.in_flight[-1][0] if self.in_flight else None
+
     def take_seq_id(self) -> int:
         """Return an id that no sequence has had."""
         self._next_seq_id += 1
         return self._next_seq_id
 
-    def enter(self, sequence: Sequence, num_computed_tokens: int) -> None:
+    def enter(self, sequence: Sequence, cached: CachedTokens) -> None:
         """Give a sequence that waited, and has blocks now, a row; rows for its forks are set aside."""
         sequence.status = SequenceStatus.RUNNING
         sequence.row = self.rows.take()
         self.rows.reserve(sequence.num_forks_wanted)
-        sequence.num_computed_tokens = num_computed_tokens
+        sequence.num_computed_tokens = cached.total
         if sequence.scheduled_time is None:
             sequence.scheduled_time = self.clock()
-            sequence.num_cached_tokens = num_computed_tokens
-            self.counters.num_cached_prompt_tokens += num_computed_tokens
+            sequence.cached = cached
+            self.counters.count_cached(cached)
         insort(self.running, sequence)
 
     def add_fork(self, parent: Sequence, index: int) -> Sequence:
@@ -79,7 +87,7 @@ class Residents:
             status=SequenceStatus.RUNNING,
             row=self.rows.take(),
             num_computed_tokens=parent.num_computed_tokens,
-            num_cached_tokens=parent.num_cached_tokens,
+            cached=parent.cached,
             scheduled_time=parent.scheduled_time,
         )
         self.cache.fork(parent.seq_id, child.seq_id)
@@ -159,8 +167,7 @@ class Residents:
         self.rows.unreserve(sequence.num_forks_wanted)
         self.rows.release(sequence.row)
         sequence.row = None
-        last_step = self.in_flight[-1][0] if self.in_flight else None
-        self.cache.free(sequence.seq_id, after=last_step)
+        self.cache.free(sequence.seq_id, after=self.last_step)
 
     def finish(
         self,
@@ -174,6 +181,8 @@ class Residents:
         error: str | None = None,
     ) -> SequenceUpdate:
         """End a sequence wherever it stands, and report its last tokens."""
+        if sequence.request.pin:
+            self.pins.end(sequence, reason)
         if sequence.status is SequenceStatus.RUNNING:
             if sequence.request.keep and reason in (FinishReason.STOP, FinishReason.LENGTH):
                 self.kept.add(sequence)
@@ -193,7 +202,7 @@ class Residents:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             error=error,
-            num_cached_tokens=sequence.num_cached_tokens,
+            cached=sequence.cached,
             times=self.times(sequence),
         )
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+from octavo_engine.admission import Admission
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_group import BeamGroup
 from octavo_engine.beam_params import BeamSearchParams
@@ -20,7 +21,7 @@ from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
-from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from octavo_engine.types import CachedTokens, FinishReason, Request, SequenceUpdate, TokenLogprobs
 from octavo_kvcache import Allocation, CacheFull, CacheManager
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Scheduler:
             cache, max_num_seqs=max_num_seqs, max_num_kept=max_num_kept, clock=clock
         )
         self.counters = residents.counters
+        self.pins = residents.pins
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -67,8 +69,10 @@ class Scheduler:
         self._running = residents.running
         self._rows = residents.rows
         self._in_flight = residents.in_flight
+        self._admission = Admission(residents)
         self._beams = BeamScheduler(cache, self._find_blocks)
         self._next_step_id = 0
+        self._last_step: int | None = None  # in flight when an answer is taken in
 
     @property
     def num_running(self) -> int:
@@ -236,44 +240,22 @@ class Scheduler:
         while step.budget > 0 and (sequence := self._waiting.first()) is not None:
             if sequence.num_rows > self._rows.num_available or sequence.num_placeholders:
                 return
-            start = self._match(sequence)
+            cached = self._admission.match(sequence)
+            start = cached.total
             num_new = min(sequence.num_tokens_to_enter - start, step.budget)
-            if not self._fits(num_new) or (allocation := self._try_allocate(sequence, start, num_new)) is None:
+            allocation = self._admission.try_allocate(sequence, start, num_new)
+            if allocation is None:
                 self.cache.free(sequence.seq_id)
                 if not self.cache.stats().num_parked and self._residents.kept.give_up_blocks():
                     continue
                 return
             self._waiting.pop()
-            self._enter(step, sequence, start, num_new, allocation)
+            self._enter(step, sequence, cached, num_new, allocation)
 
-    def _match(self, sequence: Sequence) -> int:
-        """Attach cached blocks to a sequence about to enter, unless each token of its prompt must be computed."""
-        request = sequence.request
-        if sequence.needs_whole_prompt:
-            self.cache.add(sequence.seq_id, salt=request.salt)
-            return 0
-        token_ids = sequence.token_ids
-        if sequence.num_tokens_to_enter < len(token_ids):  # leave one to compute
-            token_ids = token_ids[: sequence.num_tokens_to_enter]
-        if request.parent is not None and (num_shared := self._residents.share(sequence, token_ids)):
-            return num_shared
-        return self.cache.match(sequence.seq_id, token_ids, salt=request.salt)
-
-    def _fits(self, num_new: int) -> bool:
-        """Leave a free block for each running sequence to grow into, so that entering does not cause preemption."""
-        if not self._running:
-            return True
-        num_blocks = -(-num_new // self.cache.block_size)
-        return self.cache.num_free >= num_blocks + len(self._running)
-
-    def _try_allocate(self, sequence: Sequence, start: int, num_new: int) -> Allocation | None:
-        try:
-            return self.cache.allocate(sequence.seq_id, start, num_new)
-        except CacheFull:
-            return None
-
-    def _enter(self, step: StepBuilder, sequence: Sequence, start: int, num_new: int, allocation: Allocation) -> None:
-        self._residents.enter(sequence, start)
+    def _enter(
+        self, step: StepBuilder, sequence: Sequence, cached: CachedTokens, num_new: int, allocation: Allocation
+    ) -> None:
+        self._residents.enter(sequence, cached)
         samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
         if samples and sequence.num_forks_wanted and sequence.beams is None:
             self._fork(step, sequence)
@@ -294,6 +276,7 @@ class Scheduler:
         step_id, rows = self._in_flight.popleft()
         assert step_id == batch.step_id, "steps are read in the order of submission"
         self.cache.step_done(step_id)
+        self._last_step = self._residents.last_step
         return rows
 
     def _update_row(
@@ -309,10 +292,10 @@ class Scheduler:
         if output.sampler_states and place in output.sampler_states:
             sequence.sampler_state = output.sampler_states[place]
         if epoch == sequence.epoch:
-            self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens)
+            self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens, in_flight=self._last_step)
         if not token_ids:  # a part of a prompt, the end of one that is pooled, or a beam
-            if not samples or output.pooled is None or place not in output.pooled:
-                return None
+            if not samples or output.pooled is None or place not in output.pooled or epoch != sequence.epoch:
+                return None  # what was computed before a preemption is computed again, so that its blocks are there
             return self._residents.finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
         return self._report(sequence, token_ids, output.logprobs[place] if output.logprobs is not None else None)
 
@@ -360,7 +343,7 @@ class Scheduler:
             sequence.index,
             token_ids,
             logprobs,
-            num_cached_tokens=sequence.num_cached_tokens,
+            cached=sequence.cached,
         )
 
     def _end(

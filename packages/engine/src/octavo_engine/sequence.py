@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from octavo_engine.types import FinishReason, Request
+from octavo_engine.types import NOTHING_CACHED, CachedTokens, FinishReason, Request
 
 if TYPE_CHECKING:
     from octavo_engine.beam_group import BeamGroup
@@ -45,7 +45,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_placeholders: int = 0
     num_forks_wanted: int = 0
-    num_cached_tokens: int = 0
+    cached: CachedTokens = NOTHING_CACHED  # when it was first admitted
     num_preemptions: int = 0
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
     sampler_state: float | None = None  # what the next draw depends on beside the tokens

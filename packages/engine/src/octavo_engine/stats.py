@@ -18,7 +18,7 @@ def collect_stats(scheduler: Scheduler) -> EngineStats:
         num_steps=counters.num_steps,
         num_preemptions=counters.num_preemptions,
         num_prompt_tokens=counters.num_prompt_tokens,
-        num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
         num_generation_tokens=counters.num_generation_tokens,
         mean_waste=counters.mean_waste,
         cache=scheduler.cache.stats(),

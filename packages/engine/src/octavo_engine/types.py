@@ -43,7 +43,9 @@ class Request:
     With a `parent` the blocks of another request are shared as far as the tokens are the same. With `keep` the
     sequences can be forked after their ends, until they are released. With `beams` the prompt is searched, and
     `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`). Lower `priority` runs
-    first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone.
+    first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone, and
+    so does `pin`: the prompt's full blocks are held in the cache when it ends, under the request's id, if room was set
+    aside for them.
     `arrival_time` is in seconds of the monotonic clock. An unset seed is drawn here, so that every request can be
     repeated.
     """
@@ -54,6 +56,7 @@ class Request:
     beams: BeamSearchParams | None = None
     parent: Parent | None = None
     keep: bool = False
+    pin: bool = False
     task: Task = "generate"
     pooling: Pooling = "last"
     priority: int = 0
@@ -103,6 +106,26 @@ class RequestTimes:
     num_preemptions: int = 0
 
 
+class CachedTokens(NamedTuple):
+    """Tokens of a prompt that were not computed, by where their keys and values came from.
+
+    `full` lay in whole blocks of the prefix cache, `partial` at the start of one more that was copied, and `fork` with
+    the request's parent.
+    """
+
+    full: int = 0
+    partial: int = 0
+    fork: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.full + self.partial + self.fork
+
+
+NOTHING_CACHED = CachedTokens()
+
+
 class SequenceUpdate(NamedTuple):
     """What one step brought one sequence: the engine's own output, in token ids.
 
@@ -120,7 +143,7 @@ class SequenceUpdate(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
-    num_cached_tokens: int = 0
+    cached: CachedTokens = NOTHING_CACHED
     times: RequestTimes | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     score: float | None = None
@@ -140,7 +163,7 @@ class CompletionDelta(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    num_cached_tokens: int = 0
+    cached: CachedTokens = NOTHING_CACHED
     times: RequestTimes | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     score: float | None = None
@@ -169,7 +192,8 @@ class RequestOutput:
     """A finished request: its prompt and its choices in index order.
 
     `seed` is the one that was used, drawn at submission if none was given: passing it again repeats the tokens.
-    `prompt_logprobs`, if asked for, has an entry per token of the prompt, None for the first.
+    `prompt_logprobs`, if asked for, has an entry per token of the prompt, None for the first. `cached` says how many
+    tokens of the prompt were not computed when it was first admitted.
     """
 
     request_id: str
@@ -177,13 +201,31 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     seed: int
-    num_cached_tokens: int = 0
+    cached: CachedTokens = NOTHING_CACHED
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed."""
+        return self.cached.total
 
     def branch(self, index: int = 0, *, at: int | None = None, continuation: str | tuple[int, ...] = "") -> Branch:
         """Return a point to fork this request at, if it is kept: after `at` tokens of a choice; None: at its end."""
         num_tokens = len(self.outputs[index].token_ids) if at is None else at
         return Branch(self.request_id, index, num_tokens, continuation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmOutput:
+    """A prompt that was computed into the prefix cache.
+
+    `cached` are the tokens that were there before; `num_warm_tokens` those that prompts which go on from here need not
+    compute: the tokens of full blocks.
+    """
+
+    prompt_token_ids: list[int]
+    cached: CachedTokens
+    num_warm_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

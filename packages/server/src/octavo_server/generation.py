@@ -95,7 +95,7 @@ class Generation:
                         track.observe(delta, now)
                         self.prompt_logprobs[place] = delta.prompt_logprobs or self.prompt_logprobs[place]
                         self._num_tokens[first_choice + delta.index] = delta.num_tokens
-                        self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.num_cached_tokens)
+                        self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.cached.total)
                     yield [(first_choice + delta.index, delta) for delta in batch]
 
     async def _run_all(self) -> AsyncGenerator[ChoiceDeltas, None]:

@@ -191,6 +191,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"octavo_{name}", text, value=value)
         for name, text, count in _counters(stats):
             yield CounterMetricFamily(f"octavo_{name}", text, value=count)
+        yield _prompt_tokens_by_source(stats)
         fallbacks = CounterMetricFamily(
             "octavo_kernel_fallbacks", "Calls that ran on another backend than the wanted one.", labels=("kernel",)
         )
@@ -220,6 +221,17 @@ def _info(info: EngineInfo) -> Metric:
     return family
 
 
+def _prompt_tokens_by_source(stats: EngineStats) -> Metric:
+    family = CounterMetricFamily(
+        "octavo_prompt_tokens_by_source",
+        "Prompt tokens of admitted requests, by where their keys and values came from.",
+        labels=("source",),
+    )
+    for source, num_tokens in stats.cached_prompt_tokens._asdict().items():
+        family.add_metric((source,), num_tokens)
+    return family
+
+
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     cache = stats.cache
     usable = max(cache.num_usable, 1)
@@ -229,6 +241,8 @@ def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_cache_blocks_used", "Blocks of the KV cache in use.", cache.num_used
     yield "kv_cache_blocks_cached", "Free blocks whose content can still be hit.", cache.num_cached
     yield "kv_cache_blocks_shared", "Blocks that more than one sequence holds.", cache.num_shared
+    yield "kv_cache_blocks_pinned", "Blocks that pins hold.", cache.num_pinned
+    yield "kv_cache_pins", "Prefixes that are pinned.", cache.num_pins
     sharing = cache.num_table_blocks / cache.num_used if cache.num_used else 1.0
     yield "kv_cache_sharing_ratio", "Blocks in all block tables over blocks in use; above 1 is saved.", sharing
     yield "kv_cache_waste_ratio", "Slots in allocated blocks without a live token, mean over steps.", stats.mean_waste
@@ -241,7 +255,17 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
     yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens
     yield "generation_tokens", "Tokens generated.", stats.num_generation_tokens
-    yield "prefix_cache_queries", "Tokens looked up in the prefix cache.", cache.num_query_tokens
-    yield "prefix_cache_hits", "Tokens found in the prefix cache.", cache.num_hit_tokens
+    first, resumed = cache.lookups, cache.resumed_lookups
+    yield "prefix_cache_lookups", "Sequences that were looked up when they were first admitted.", first.num_lookups
+    yield "prefix_cache_queries", "Tokens looked up in the prefix cache for them.", first.num_query_tokens
+    yield "prefix_cache_hits", "Tokens found in the prefix cache for them.", first.num_hit_tokens
+    yield (
+        "prefix_cache_partial_hits",
+        "Those at the start of a block that goes on otherwise.",
+        first.num_partial_hit_tokens,
+    )
+    yield "prefix_cache_resumed_queries", "Tokens looked up for sequences that resumed.", resumed.num_query_tokens
+    yield "prefix_cache_resumed_hits", "Tokens found for sequences that resumed.", resumed.num_hit_tokens
+    yield "kv_cache_blocks_deduplicated", "Blocks given back for others with the same content.", cache.num_deduplicated
     yield "kv_cache_copies", "Blocks copied before a write because they were shared.", cache.num_copies
     yield "kv_cache_evictions", "Cached blocks given to new content.", cache.num_evictions

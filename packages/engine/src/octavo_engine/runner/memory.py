@@ -19,6 +19,11 @@ class MemoryPlan:
     max_model_len: int
     reason: str
 
+    def num_pinnable(self, block_size: int, share: float) -> int:
+        """Return how many blocks may be pinned: a share of all, as far as the longest sequence fits beside them."""
+        num_usable = self.num_blocks - 1
+        return max(0, min(int(share * num_usable), num_usable - -(-self.max_model_len // block_size)))
+
 
 def available_bytes() -> int:
     """Return the host memory that can be taken without swapping, in bytes."""

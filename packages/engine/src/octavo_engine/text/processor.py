@@ -294,7 +294,7 @@ class RequestStream:
             logprobs=update.logprobs[: len(token_ids)] if update.logprobs is not None else None,
             finish_reason=reason,
             stop_reason=delta.stop_reason if cut else hidden,
-            num_cached_tokens=update.num_cached_tokens,
+            cached=update.cached,
             times=update.times,
             prompt_logprobs=update.prompt_logprobs,
             score=update.score,
