@@ -69,6 +69,9 @@ def answer(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(200, json=EMBEDDING)
     if path.endswith("/models"):
         return httpx2.Response(200, json={"object": "list", "data": []})
+    if request.method == "DELETE" and "/v1/requests/" in path:
+        request_id = path.partition("/v1/requests/")[2]
+        return httpx2.Response(200, json={"id": request_id, "object": "request.released", "released": True})
     name = "/" + path.rpartition("/")[2]
     if name in ROOT:
         return httpx2.Response(200, json=ROOT[name])

@@ -1,5 +1,6 @@
 """Beams in the scheduler, on a fake model with a real paged memory, answering 0, 1 and 3 steps late."""
 
+import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
@@ -322,6 +323,28 @@ def test_fewer_tokens_than_beams_leave_places_empty_at_first(make):
         places = search.advance([few(beam, 6) for beam in beams])
         beams = [[*beams[place.source], place.token_id] for place in places if place is not None]
     assert [found["a", i] for i in range(6)] == [list(h.token_ids) for h in search.hypotheses]
+    bench.assert_empty()
+
+
+def test_fewer_texts_than_are_asked_for_are_returned(make):
+    bench = make()
+    bench.executor.candidates = hashed_candidates(3)
+    bench.add("a", prompt(5), BeamSearchParams(beam_width=6, max_tokens=1))
+    found = bench.run()
+    assert sorted(found.values()) == [[0], [1], [2]]
+    assert {(u.index, u.num_choices, u.finish_reason) for u in bench.updates} == {
+        (index, 3, FinishReason.LENGTH) for index in range(3)
+    }
+    assert bench.engine.scheduler.counters.finished[FinishReason.LENGTH.value] == 3
+    bench.assert_empty()
+
+
+def test_a_search_without_any_text_ends_with_an_error(make):
+    bench = make()
+    bench.executor.candidates = lambda token_ids, count: ([1, 2], [-math.inf, -math.inf])
+    bench.add("a", prompt(5), BeamSearchParams(beam_width=2, max_tokens=4))
+    bench.run()
+    assert [u.finish_reason for u in bench.updates] == [FinishReason.ERROR]
     bench.assert_empty()
 
 

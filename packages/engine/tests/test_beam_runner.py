@@ -1,5 +1,8 @@
 """Beam search on tiny models against Transformers' `generate`, and how the runner keeps the rows of beams."""
 
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,12 +10,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runner needs the extra octavo-engine[local]")
 transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
 
+from torch import Tensor
+
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.engine import Engine
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.llama import Llama
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.testing import make_runner
+from octavo_engine.text.stop_tokens import StopTokens
 from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import FolderSource
@@ -21,6 +27,98 @@ from octavo_kvcache import CacheManager
 VOCAB_SIZE = 131
 EOS = 2
 PROMPTS = [[5, 17, 99, 3], [64, 64, 8, 120, 33, 7, 7, 1, 90], [11]]
+TEXTS = ["abcdef", *(f"{'abc'[i % 3]}{'de'[i % 2]}{i}" for i in range(1, VOCAB_SIZE))]  # stop strings span tokens
+TOKENIZER: Any = SimpleNamespace(special_token_ids=frozenset(), token_bytes=lambda token_id: TEXTS[token_id].encode())
+STOP_TOKENS = StopTokens(TOKENIZER, VOCAB_SIZE)
+
+
+class Rule(transformers.LogitsProcessor):
+    """What Transformers has no processor of its own for, in its form."""
+
+    def __init__(self, change: Callable[[list[int], Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.stack([self.change(ids, row) for ids, row in zip(input_ids.tolist(), scores, strict=True)])
+
+
+def slower(token_ids: list[int], scores: Tensor) -> Tensor:
+    """Favour tokens near the last one."""
+    return scores - (torch.arange(VOCAB_SIZE) - token_ids[-1]).abs() / 40
+
+
+def penalised(num_prompt_tokens: int) -> Rule:
+    """Presence 0.4 and frequency 0.6, as OpenAI's documentation has them."""
+
+    def change(token_ids: list[int], scores: Tensor) -> Tensor:
+        counts = torch.bincount(torch.tensor(token_ids[num_prompt_tokens:], dtype=torch.int64), minlength=VOCAB_SIZE)
+        return scores - 0.6 * counts - 0.4 * (counts > 0)
+
+    return Rule(change)
+
+
+def only(*allowed: int) -> Rule:
+    keep = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    keep[list(allowed)] = True
+    return Rule(lambda _, scores: scores.masked_fill(~keep, float("-inf")))
+
+
+STOPS = ["2b", "7a", "ce5"]
+ODD = range(1, VOCAB_SIZE, 2)
+RULES: dict[str, tuple[dict[str, Any], Callable[[list[int]], dict[str, Any]]]] = {
+    "repetition": ({"repetition_penalty": 1.4}, lambda _: {"repetition_penalty": 1.4}),
+    "counts": (
+        {"presence_penalty": 0.4, "frequency_penalty": 0.6},
+        lambda prompt: {"logits_processor": [penalised(len(prompt))]},
+    ),
+    "bias": ({"logit_bias": {9: 3.0, 17: -4.0}}, lambda _: {"sequence_bias": {(9,): 3.0, (17,): -4.0}}),
+    "allowed": ({"allowed_token_ids": [EOS, *ODD]}, lambda _: {"logits_processor": [only(EOS, *ODD)]}),
+    "bad words": (
+        {"bad_words_ids": [[40], [8, 120], [3, 41]], "logit_bias": {8: 4.0, 120: 4.0, 41: 4.0}},
+        lambda _: {"bad_words_ids": [[40], [8, 120], [3, 41]], "sequence_bias": {(8,): 4.0, (120,): 4.0, (41,): 4.0}},
+    ),
+    "least length": (
+        {"min_tokens": 9, "logit_bias": {EOS: 5.0}},
+        lambda _: {"min_new_tokens": 9, "sequence_bias": {(EOS,): 5.0}},
+    ),
+    "processor": ({"logits_processors": [slower]}, lambda _: {"logits_processor": [Rule(slower)]}),
+    "stop strings": ({"stop": STOPS}, lambda _: {"stop_strings": STOPS, "tokenizer": transformers_tokenizer()}),
+    "together": (
+        {
+            "stop": STOPS, "stop_token_ids": [40, 41], "repetition_penalty": 1.2, "logit_bias": {9: 2.0},
+            "bad_words_ids": [[33]], "logits_processors": [slower],
+        },
+        lambda _: {
+            "stop_strings": STOPS, "tokenizer": transformers_tokenizer(), "repetition_penalty": 1.2,
+            "sequence_bias": {(9,): 2.0}, "bad_words_ids": [[33]], "logits_processor": [Rule(slower)],
+        },
+    ),
+}  # fmt: skip
+"""By name: fields of ours, and what says the same to Transformers, given the prompt."""
+
+
+EVERY_RULE: dict[str, Any] = {
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.5,
+    "dry_multiplier": 1.0,
+    "dry_allowed_length": 1,
+    "logit_bias": {9: 2.0},
+    "bad_words_ids": [[33], [9, 9]],
+    "allowed_token_ids": list(range(3, 100)),
+    "logits_processors": [slower],
+    "min_tokens": 25,
+    "stop": STOPS,
+    "stop_token_ids": [40],
+}
+
+
+@functools.cache
+def transformers_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {text: token_id for token_id, text in enumerate(TEXTS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=TEXTS[1]))
+    backend.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +155,16 @@ def make_engine(model: Llama, *, num_blocks: int = 256, max_num_seqs: int = 32) 
     return Engine(scheduler, InlineExecutor(runner))
 
 
-def request(place: int, prompt: list[int], beams: BeamSearchParams | None = None, **sampling) -> Request:
+def request_of(place: int | str, prompt: list[int], beams: BeamSearchParams | None = None, **sampling) -> Request:
+    stops = None
+    if beams is not None and beams.stop:
+        stops = STOP_TOKENS.automaton(beams.sampling().stop_strings, skip_special_tokens=False)
     return Request(
         request_id=str(place),
         inputs=(TokenSpan(tuple(prompt)),),
-        sampling=SamplingParams(seed=place, **sampling) if beams is None else beams.sampling(),
+        sampling=SamplingParams(seed=int(place), **sampling) if beams is None else beams.sampling(),
         beams=beams,
+        stops=stops,
     )
 
 
@@ -75,7 +177,7 @@ def run(engine: Engine) -> dict[str, list[SequenceUpdate]]:
     return updates
 
 
-def theirs(model: Any, prompt: list[int], params: BeamSearchParams) -> list[tuple[list[int], float]]:
+def theirs(model: Any, prompt: list[int], params: BeamSearchParams, **rules: Any) -> list[tuple[list[int], float]]:
     with torch.inference_mode():
         output = model.generate(
             torch.tensor([prompt]),
@@ -89,14 +191,23 @@ def theirs(model: Any, prompt: list[int], params: BeamSearchParams) -> list[tupl
             pad_token_id=0,
             return_dict_in_generate=True,
             output_scores=True,
+            **rules,
         )
+    ends = {EOS, *params.stop_token_ids}
     found = []
     for tokens, score in zip(
         output.sequences[:, len(prompt) :].tolist(), output.sequences_scores.tolist(), strict=True
     ):
-        ends = [i + 1 for i, token_id in enumerate(tokens) if token_id in (EOS, *params.stop_token_ids)]
-        found.append((tokens[: ends[0]] if ends else tokens, score))
+        length = 1
+        while length < len(tokens) and tokens[length - 1] not in ends and not holds_stop(tokens[:length], params):
+            length += 1
+        found.append((tokens[:length], score))
     return found
+
+
+def holds_stop(tokens: list[int], params: BeamSearchParams) -> bool:
+    text = "".join(TEXTS[token_id] for token_id in tokens)
+    return any(stop in text for stop in params.stop)
 
 
 @pytest.mark.parametrize("width", [2, 4, 6])
@@ -109,7 +220,7 @@ def test_searches_of_a_tiny_model_equal_transformers(checkpoint, width: int, ear
     )
     engine = make_engine(ours)
     for place, prompt in enumerate(PROMPTS):
-        engine.add(request(place, prompt, params))
+        engine.add(request_of(place, prompt, params))
     updates = run(engine)
     for place, prompt in enumerate(PROMPTS):
         expected = theirs(model, prompt, params)
@@ -117,12 +228,39 @@ def test_searches_of_a_tiny_model_equal_transformers(checkpoint, width: int, ear
         assert [u.score for u in updates[str(place)]] == pytest.approx([score for _, score in expected], abs=1e-4)
 
 
+@pytest.fixture(scope="module", params=[0.0, 1.0])
+def found_by_rule(checkpoint, request: pytest.FixtureRequest) -> tuple[float, dict[str, list[SequenceUpdate]]]:
+    """What searches of every prompt under every rule find side by side, for a length penalty."""
+    engine = make_engine(checkpoint[0], num_blocks=512, max_num_seqs=128)
+    for name, (fields, _) in RULES.items():
+        for place, prompt in enumerate(PROMPTS):
+            params = BeamSearchParams(beam_width=4, max_tokens=14, length_penalty=request.param, **fields)
+            engine.add(request_of(f"{name} {place}", prompt, params))
+    return request.param, run(engine)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_searches_under_rules_equal_transformers(checkpoint, found_by_rule, name: str):
+    penalty, updates = found_by_rule
+    fields, rules = RULES[name]
+    params = BeamSearchParams(beam_width=4, max_tokens=14, length_penalty=penalty, **fields)
+    plain = BeamSearchParams(beam_width=4, max_tokens=14, length_penalty=penalty)
+    num_changed = 0
+    for place, prompt in enumerate(PROMPTS):
+        expected = theirs(checkpoint[1], prompt, params, **rules(prompt))
+        own = updates[f"{name} {place}"]
+        assert [list(u.token_ids) for u in own] == [tokens for tokens, _ in expected]
+        assert [u.score for u in own] == pytest.approx([score for _, score in expected], abs=1e-4)
+        num_changed += expected != theirs(checkpoint[1], prompt, plain)
+    assert num_changed
+
+
 def test_beams_change_nothing_for_those_who_run_beside_them(checkpoint):
     ours, _ = checkpoint
     others = [
-        request(1, PROMPTS[1], temperature=0, max_tokens=12, ignore_eos=True),
-        request(2, PROMPTS[2], temperature=1.0, n=3, max_tokens=9, ignore_eos=True),
-        request(3, PROMPTS[0], temperature=0.7, repetition_penalty=1.3, logprobs=2, max_tokens=12, ignore_eos=True),
+        request_of(1, PROMPTS[1], temperature=0, max_tokens=12, ignore_eos=True),
+        request_of(2, PROMPTS[2], temperature=1.0, n=3, max_tokens=9, ignore_eos=True),
+        request_of(3, PROMPTS[0], temperature=0.7, repetition_penalty=1.3, logprobs=2, max_tokens=12, ignore_eos=True),
     ]
     beams = BeamSearchParams(beam_width=4, max_tokens=10, logprobs=3)
 
@@ -136,19 +274,22 @@ def test_beams_change_nothing_for_those_who_run_beside_them(checkpoint):
                 found.setdefault((request_id, update.index), []).append((update.token_ids, update.logprobs))
         return found
 
-    together = outputs([*others, request(0, PROMPTS[0], beams)])
+    together = outputs([*others, request_of(0, PROMPTS[0], beams)])
     assert {key: value for key, value in together.items() if key[0] != "0"} == outputs(others)
-    assert {key: value for key, value in together.items() if key[0] == "0"} == outputs([request(0, PROMPTS[0], beams)])
+    assert {key: value for key, value in together.items() if key[0] == "0"} == outputs(
+        [request_of(0, PROMPTS[0], beams)]
+    )
 
 
-def test_preemption_changes_no_hypothesis(checkpoint):
+@pytest.mark.parametrize("fields", [{}, EVERY_RULE], ids=["plain", "rules"])
+def test_preemption_changes_no_hypothesis(checkpoint, fields: dict[str, Any]):
     ours, _ = checkpoint
-    params = BeamSearchParams(beam_width=4, max_tokens=30, ignore_eos=True)
+    params = BeamSearchParams(beam_width=4, max_tokens=30, ignore_eos=True, **fields)
     found = []
     for num_blocks in (256, 36):
         engine = make_engine(ours, num_blocks=num_blocks)
         for place, prompt in enumerate(PROMPTS):
-            engine.add(request(place, prompt, params))
+            engine.add(request_of(place, prompt, params))
         found.append({key: [(u.token_ids, u.score) for u in updates] for key, updates in run(engine).items()})
     assert engine.scheduler.counters.num_preemptions > 0
     assert found[0] == found[1]
@@ -157,8 +298,8 @@ def test_preemption_changes_no_hypothesis(checkpoint):
 def test_a_model_that_answers_no_numbers_fails_the_search_alone(checkpoint):
     ours, _ = checkpoint
     engine = make_engine(ours)
-    engine.add(request(0, PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=8)))
-    engine.add(request(1, PROMPTS[1], temperature=0, max_tokens=8, ignore_eos=True))
+    engine.add(request_of(0, PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=8)))
+    engine.add(request_of(1, PROMPTS[1], temperature=0, max_tokens=8, ignore_eos=True))
     engine.step()
     scheduler = engine.scheduler
     block = scheduler.cache.block_ids(scheduler.sequences("0")[0].seq_id)[0][0]

@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_search import BeamSearch, Place
 from octavo_engine.errors import InvalidRequest
+from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.text.stop_tokens import StopTokens
 
 EARLY = st.sampled_from([True, False, "never"])
 PENALTIES = st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])
@@ -47,8 +51,8 @@ def run(search: BeamSearch, logprobs) -> list[tuple[tuple[int, ...], float]]:
     return [(hypothesis.token_ids, hypothesis.score) for hypothesis in search.hypotheses]
 
 
-def stated(logprobs, vocab_size, width, max_num_tokens, length_penalty, early_stopping, stop_ids):
-    """Beam search in as few words as possible: every token of every beam is looked at."""
+def stated(logprobs, vocab_size, width, max_num_tokens, length_penalty, early_stopping, num_stop_ids, ends):
+    """Beam search in as few words as possible; `ends` tells of some tokens whether the last one ends them."""
     running, ended, length = [((), 0.0)], [], 0
     while True:
         length += 1
@@ -58,7 +62,8 @@ def stated(logprobs, vocab_size, width, max_num_tokens, length_penalty, early_st
             for token_id, logprob in zip(range(vocab_size), logprobs(tokens), strict=True)
         ]
         extended.sort(key=lambda beam: -beam[1])
-        over = [length == max_num_tokens or tokens[-1] in stop_ids for tokens, _ in extended]
+        del extended[max(2, 1 + num_stop_ids) * width :]
+        over = [length == max_num_tokens or ends(tokens) for tokens, _ in extended]
         for (tokens, score), is_over in list(zip(extended, over, strict=True))[:width]:
             if is_over:
                 ended.append((tokens, score / length**length_penalty))
@@ -84,11 +89,49 @@ def test_a_search_does_what_the_rules_say(vocab_size, width, max_num_tokens, pen
     search = BeamSearch(
         width, max_num_tokens=max_num_tokens, length_penalty=penalty, early_stopping=early, stop_token_ids=stop_ids
     )
-    expected = stated(logprobs, vocab_size, width, max_num_tokens, penalty, early, stop_ids)
+    expected = stated(
+        logprobs,
+        vocab_size,
+        width,
+        max_num_tokens,
+        penalty,
+        early,
+        len(stop_ids),
+        lambda tokens: tokens[-1] in stop_ids,
+    )
     found = run(search, logprobs)
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-9)
     assert [h.stopped for h in search.hypotheses] == [tokens[-1] in stop_ids for tokens, _ in expected]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3), st.integers(0, 3), st.integers(1, 4),
+    st.integers(1, 8), PENALTIES, EARLY, st.integers(0, 999),
+)  # fmt: skip
+def test_stop_strings_end_hypotheses_as_stop_tokens_do(stops, min_tokens, width, max_num_tokens, penalty, early, seed):
+    words = ["a", "b", "ab", "ba", "c", ""]
+    tokenizer = SimpleNamespace(special_token_ids=frozenset(), token_bytes=lambda i: words[i].encode())
+    search = BeamSearch(
+        width,
+        max_num_tokens=max_num_tokens,
+        length_penalty=penalty,
+        early_stopping=early,
+        stops=StopTokens(tokenizer, len(words)).automaton(stops, skip_special_tokens=True),
+        min_tokens=min_tokens,
+    )
+
+    def ends(tokens: tuple[int, ...]) -> bool:
+        return any(stop in "".join(words[i] for i in tokens[min_tokens:]) for stop in stops)
+
+    logprobs = model(len(words), seed)
+    expected = stated(logprobs, len(words), width, max_num_tokens, penalty, early, 0, ends)
+    found = run(search, logprobs)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-9)
+    assert [h.stopped for h in search.hypotheses] == [ends(tokens) for tokens, _ in expected]
+    assert all(h.stop_token_id is None for h in search.hypotheses)
 
 
 def test_a_width_that_covers_everything_finds_the_best_of_all_sequences():
@@ -126,6 +169,17 @@ def test_logprobs_follow_a_hypothesis_through_its_beams():
         assert hypothesis.score == pytest.approx(sum(e.logprob for e in hypothesis.logprobs) / 5)
 
 
+def test_what_only_shapes_a_random_draw_is_no_parameter_of_a_search():
+    shared = {field.name for field in fields(BeamSearchParams)} & {field.name for field in fields(SamplingParams)}
+    assert {field.name for field in fields(SamplingParams)} - shared == {
+        "n", "best_of", "temperature", "top_p", "top_k", "min_p", "typical_p", "xtc_probability", "xtc_threshold",
+        "mirostat_mode", "mirostat_tau", "mirostat_eta", "seed", "logprobs_mode", "logprob_token_ids",
+        "prompt_logprobs", "output_kind",
+    }  # fmt: skip
+    defaults = {f.name: getattr(BeamSearchParams(beam_width=1), f.name) for f in fields(BeamSearchParams)}
+    assert {name: defaults[name] for name in shared} == {name: getattr(SamplingParams(), name) for name in shared}
+
+
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [
@@ -139,6 +193,14 @@ def test_logprobs_follow_a_hypothesis_through_its_beams():
         ({"beam_width": 2, "logprobs": -1}, "logprobs"),
         ({"beam_width": 2, "stop_token_ids": list(range(17))}, "stop_token_ids"),
         ({"beam_width": 2, "stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"beam_width": 2, "stop_token_ids": 5}, "stop_token_ids"),
+        ({"beam_width": 2, "stop": ["é" * 129]}, "stop"),
+        ({"beam_width": 2, "stop": [""]}, "stop"),
+        ({"beam_width": 2, "repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"beam_width": 2, "min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"beam_width": 2, "bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"beam_width": 2, "logit_bias": {3: 1000}}, "logit_bias"),
+        ({"beam_width": 2, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ],
     ids=str,
 )

@@ -259,76 +259,12 @@ def test_xtc_removes_the_likely_tokens_but_the_least_of_them() -> None:
     assert filters.xtc(scores, 0.5).tolist() == [True] * 5
 
 
-# -- what draws --------------------------------------------------------------------------------------------------
-
-
-def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int = 100_000) -> Tensor:
-    """Count the tokens of independent draws from one row of logits, by seed."""
-    num_rows = 2000
-    counts = torch.zeros(len(logits), dtype=torch.int64)
-    for round_number in range(num_draws // num_rows):
-        rows = [new_row(row, sampling, (1, 2, 3), seed=row + round_number * num_rows) for row in range(num_rows)]
-        drawn = Sampler(*rows, vocab_size=len(logits)).draw(logits.repeat(num_rows, 1))
-        counts += torch.bincount(torch.from_numpy(drawn.token_ids), minlength=len(logits))
-    return counts
-
-
-def assert_drawn_from(counts: Tensor, probabilities: NDArray[np.float64]) -> None:
-    """Chi-square: p above 1e-4, by the approximation of Wilson and Hilferty."""
-    possible = probabilities > 0
-    observed, expected = counts.numpy()[possible], probabilities[possible] * int(counts.sum())
-    assert counts.numpy()[~possible].sum() == 0
-    freedom = int(possible.sum()) - 1
-    statistic = float(((observed - expected) ** 2 / expected).sum())
-    normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
-    assert normal < 3.719, (statistic, freedom)
-
-
-LOGITS = torch.tensor([2.0, 1.7, 1.5, 0.9, 0.2, 0.1, -0.5, -1.0, -1.5, -3.0])
+# -- mirostat ----------------------------------------------------------------------------------------------------
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     powers = np.exp(scores - scores.max())
     return powers / powers.sum()
-
-
-def test_typical_draws_follow_what_is_left() -> None:
-    scores = LOGITS.double().numpy() / 0.9
-    p = softmax(scores)
-    distance = np.abs(-np.log(p) + (p * np.log(p)).sum())
-    order = np.argsort(distance)
-    num_left = int((np.cumsum(p[order]) < 0.6).sum()) + 1
-    expected = np.zeros(len(p))
-    expected[order[:num_left]] = softmax(scores[order[:num_left]])
-    assert_drawn_from(many_draws(LOGITS, SamplingParams(temperature=0.9, typical_p=0.6)), expected)
-
-
-def test_min_p_draws_follow_what_is_left() -> None:
-    scores = LOGITS.double().numpy() / 1.3
-    p = softmax(scores)
-    expected = np.where(p >= 0.2 * p.max(), p, 0)
-    assert 1 < np.count_nonzero(expected) < len(p)
-    assert_drawn_from(many_draws(LOGITS, SamplingParams(temperature=1.3, min_p=0.2)), expected / expected.sum())
-
-
-def test_xtc_draws_from_a_mixture() -> None:
-    p = softmax(LOGITS.double().numpy())
-    likely = np.flatnonzero(p >= 0.1)
-    assert len(likely) == 4
-    rest = p.copy()
-    rest[likely[np.argsort(p[likely])[1:]]] = 0
-    sampling = SamplingParams(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.1)
-    assert_drawn_from(many_draws(LOGITS, sampling), 0.7 * p + 0.3 * rest / rest.sum())
-
-
-@pytest.mark.parametrize("mode", [1, 2])
-def test_mirostat_draws_from_what_its_limit_leaves(mode: int) -> None:
-    p = np.sort(softmax(LOGITS.double().numpy() / 1.2))[::-1]
-    sampling = SamplingParams(temperature=1.2, mirostat_mode=mode, mirostat_tau=1.6)
-    num_left = int((-np.log2(p) <= 3.2).sum()) if mode == 2 else num_kept_v1(p, 3.2)
-    assert 1 < num_left < 10
-    expected = np.where(np.arange(10) < num_left, p, 0)
-    assert_drawn_from(many_draws(LOGITS, sampling), expected / expected.sum())
 
 
 def num_kept_v1(p: NDArray[np.float64], limit: float) -> int:

@@ -1,4 +1,4 @@
-"""The sampler: the distribution by chi-square, that rows stand alone, penalties, bans, and log-probabilities."""
+"""The sampler: greedy draws, rows that stand alone, penalties, bans, and log-probabilities; test_draws has the rest."""
 
 from __future__ import annotations
 
@@ -66,59 +66,7 @@ def random_logits(num_rows: int, vocab_size: int = VOCAB_SIZE, seed: int = 0) ->
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def many_draws(logits: Tensor, sampling: SamplingParams, num_draws: int) -> Tensor:
-    """Count the tokens of independent draws from one row of logits, by seed."""
-    rows = 20_000
-    counts = torch.zeros(len(logits), dtype=torch.int64)
-    state = SamplingRows(np.zeros((rows, 1), np.int32), len(logits), CPU)
-    for row in range(rows):
-        state.add(new_row(row, sampling, seed=row))
-    for round_number in range(num_draws // rows):
-        positions = np.full(rows, 3 + round_number, np.int64)
-        batch = state.batch(np.arange(rows), positions)
-        assert batch is not None
-        drawn = sample(logits.repeat(rows, 1), batch)
-        counts += torch.bincount(torch.from_numpy(drawn.token_ids), minlength=len(logits))
-    return counts
-
-
-def likeliest(scores: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return which tokens top_k and top_p leave, where no scores are equal."""
-    probabilities, order = scores.double().softmax(0).sort(descending=True)
-    num_left = sampling.top_k or int((probabilities.cumsum(0) < sampling.top_p).sum()) + 1
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, order[:num_left], True)
-
-
-def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, int]:
-    """Return the statistic over the cells that can occur, and its degrees of freedom."""
-    possible = probabilities > 0
-    expected = probabilities[possible] * counts.sum()
-    return float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
-
-
-# -- the distribution --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sampling", "keeps"),
-    [
-        (SamplingParams(temperature=1.0), 12),
-        (SamplingParams(temperature=0.5), 12),
-        (SamplingParams(temperature=1.5, top_k=5), 5),
-        (SamplingParams(temperature=1.0, top_p=0.8), None),
-    ],
-    ids=["plain", "cold", "top_k", "top_p"],
-)
-def test_draws_follow_the_softmax(sampling: SamplingParams, keeps: int | None) -> None:
-    logits = random_logits(1, 12, seed=5)[0] / 2
-    counts = many_draws(logits, sampling, 100_000)
-    scores = logits / sampling.temperature
-    left = likeliest(scores, sampling)
-    assert keeps in (None, int(left.sum()))
-    probabilities = scores.masked_fill(~left, float("-inf")).double().softmax(0)
-    assert counts[~left].sum() == 0
-    statistic, freedom = chi_square(counts, probabilities)
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5  # p below 1e-3; the noise is fixed, so the verdict is too
+# -- greedy ------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_rows_take_the_arg_max_beside_random_rows() -> None:

@@ -297,7 +297,13 @@ def test_beams_with_a_schema_fit_it_beside_others_and_after_preemption(make_llm:
     assert [[c.token_ids for c in o.outputs] for o in pressed] == [[c.token_ids for c in o.outputs] for o in outputs]
 
 
-def test_more_beams_than_choices_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="2 choices") as caught:
-        BeamSearchParams(beam_width=3, structured_outputs=Params(choice=["a", "b", "a"]))
-    assert caught.value.param == "num_return_sequences"
+def test_a_search_finds_no_more_texts_than_there_are(llm: LLM) -> None:
+    few = BeamSearchParams(beam_width=4, structured_outputs=Params(choice=["yes", "no", "yes"]), logprobs=1)
+    some, many = llm.beam_search([PROMPT, PROMPT], [few, replace(few, structured_outputs=None, max_tokens=3)])
+    assert {choice.text for choice in some.outputs} == {"yes", "no"}
+    assert [choice.finish_reason for choice in some.outputs] == [FinishReason.STOP] * 2
+    assert [choice.index for choice in some.outputs] == [0, 1]
+    assert len(many.outputs) == 4
+    none = replace(few, structured_outputs=Params(regex="[ab]{9}"), allowed_token_ids=[3])
+    with pytest.raises(RequestFailed, match="leave no text"):
+        llm.beam_search([PROMPT], none)

@@ -143,6 +143,10 @@ class FakeEngine:
         if self.broken is not None:
             raise self.broken
 
+    async def release(self, request_id: str) -> bool:
+        self.check_health()
+        return False
+
     async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
         self.check_health()
         self.requests.append(request)

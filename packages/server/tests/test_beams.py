@@ -1,5 +1,7 @@
 """Beam search over HTTP: the fields, what contradicts them, and answers of the real scheduler on a fake model."""
 
+import json
+
 import pytest
 from starlette.testclient import TestClient
 
@@ -17,10 +19,14 @@ CANDIDATES = hashed_candidates(LETTERS)
 
 
 @pytest.fixture
-def real(engine):
+def executor():
+    return FakeExecutor(16, hashed_next_token(LETTERS), candidates=CANDIDATES)
+
+
+@pytest.fixture
+def real(engine, executor):
     """An app on a real engine whose model is fake."""
     scheduler = Scheduler(CacheManager(100, 16), max_num_seqs=8, max_num_batched_tokens=64, max_model_len=200)
-    executor = FakeExecutor(16, hashed_next_token(LETTERS), candidates=CANDIDATES)
     running = AsyncEngine(Engine(scheduler, executor), engine.text, engine.info)
     with TestClient(create_app(running)) as client:
         yield client
@@ -60,6 +66,36 @@ def test_chat_searches_too(real):
     assert len({choice["message"]["content"] for choice in answer["choices"]}) == 2
 
 
+def test_a_stop_string_ends_hypotheses_and_is_cut_from_their_texts(real):
+    body = {"prompt": "abc", "use_beam_search": True, "n": 4, "max_tokens": 30, "length_penalty": 0}
+    free = real.post(TEXT, json=body).json()["choices"]
+    stop = free[0]["text"][1:3]
+    choices = real.post(TEXT, json=body | {"stop": stop}).json()["choices"]
+    kept = real.post(TEXT, json=body | {"stop": stop, "include_stop_str_in_output": True}).json()["choices"]
+    stopped = [choice["finish_reason"] == "stop" for choice in choices]
+    assert any(stopped)
+    assert [len(choice["text"]) < 30 for choice in choices] == stopped
+    assert [c["text"] + stop * s for c, s in zip(choices, stopped, strict=True)] == [c["text"] for c in kept]
+    assert not any(stop in choice["text"] for choice in choices)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_fewer_texts_than_are_asked_for_are_answered(real, executor, path):
+    executor.candidates = hashed_candidates(2)
+    prompts = {"prompt": ["abc", "x"]} if path == TEXT else {"messages": [{"role": "user", "content": "hi"}]}
+    body = {**prompts, "use_beam_search": True, "n": 3, "max_tokens": 1}
+    answer = real.post(path, json=body).json()
+    indices = [0, 1, 3, 4] if path == TEXT else [0, 1]  # those of the second prompt begin at 3 all the same
+    assert [choice["index"] for choice in answer["choices"]] == indices
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * len(indices)
+    assert answer["usage"]["completion_tokens"] == len(indices)
+    *events, done = real.post(path, json={**body, "stream": True, "echo": False}).text.split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert sorted({chunk["index"] for chunk in chunks}) == indices
+    assert sorted(chunk["index"] for chunk in chunks if chunk["finish_reason"] == "length") == indices
+
+
 def test_the_fields_reach_the_engine(client, engine):
     engine.replies = ["a", "b"]
     body = {
@@ -79,15 +115,51 @@ def test_the_fields_reach_the_engine(client, engine):
     assert engine.requests[0].sampling.n == 2
 
 
+def test_rules_reach_the_engine_and_the_models_own_penalty_holds(client, engine):
+    engine.text.default_sampling = {"repetition_penalty": 1.5, "temperature": 0.3}
+    rules = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "dry_multiplier": 0.8,
+        "allowed_token_ids": [1, 2],
+        "min_tokens": 3,
+        "truncate_prompt_tokens": 2,
+        "skip_special_tokens": False,
+    }
+    body = {
+        "prompt": "abc",
+        "use_beam_search": True,
+        "logit_bias": {"5": 2},
+        "bad_words": ["x"],
+        "stop": "END",
+        **rules,
+    }
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.post(TEXT, json=body | {"repetition_penalty": 1.1}).status_code == 200
+    sampling, beams = engine.requests[0].sampling, engine.requests[0].beams
+    own = {name: getattr(beams, name) for name in rules}
+    assert own == rules
+    assert (sampling.logit_bias, sampling.bad_words_ids, sampling.stop_strings) == (
+        {5: 2},
+        ((120,), (32, 120)),
+        ("END",),
+    )
+    assert [request.sampling.repetition_penalty for request in engine.requests] == [1.5, 1.1]
+    assert engine.requests[0].prompt_token_ids == [98, 99]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"temperature": 0.7}, "temperature"),
         ({"top_p": 0.9}, "top_p"),
         ({"top_k": 5}, "top_k"),
-        ({"presence_penalty": 1.0}, "presence_penalty"),
-        ({"stop": ["\n"]}, "stop"),
-        ({"min_tokens": 3}, "min_tokens"),
+        ({"mirostat_mode": 2}, "mirostat_mode"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"stop": ["x" * 300]}, "stop"),
+        ({"min_tokens": 30}, "min_tokens"),
+        ({"repetition_penalty": 0}, None),
         ({"best_of": 2, "n": 3}, "n"),
         ({"best_of": 9}, "best_of"),
         ({"n": 129}, None),

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from contextlib import aclosing
 
 import pytest
@@ -136,16 +135,39 @@ def test_release_frees_what_was_kept(running):
         async for _ in running.generate(request):
             pass
         assert running.stats().cache.num_used > 0
-        running.release("p")
-        deadline = time.monotonic() + 5
-        while running.stats().cache.num_used and time.monotonic() < deadline:
-            threading.Event().wait(0.005)
+        assert await running.release("p")
         assert running.stats().cache.num_used == 0
+        assert not await running.release("p")
 
     asyncio.run(main())
+
+
+def test_an_answer_is_released_by_its_id(real, running):
+    parent = complete(real, prompt="a prompt of some blocks", n=2, temperature=1, keep=True)
+    path = f"/v1/requests/{parent['id']}"
+    assert running.stats().cache.num_used > 0
+    released = real.delete(path)
+    assert released.status_code == 200
+    assert released.json() == {"id": parent["id"], "object": "request.released", "released": True}
+    assert running.stats().cache.num_used == 0
+    for unknown in (path, "/v1/requests/never", "/v1/requests/%00%F0%9F%98%80"):
+        response = real.delete(unknown)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "request_not_found"
+    assert real.post(TEXT, json={"parent_id": parent["id"]}).json()["error"]["code"] == "parent_not_found"
+
+
+def test_each_prompts_answer_is_released_by_itself(real, running):
+    parent = complete(real, prompt=["abc", "defg"], keep=True)
+    for place in range(2):
+        assert running.stats().cache.num_used > 0
+        assert real.delete(f"/v1/requests/{parent['id']}-{place}").status_code == 200
+    assert running.stats().cache.num_used == 0
 
 
 def test_an_engine_that_has_stopped_answers_no_branch(running):
     running.close()
     with pytest.raises(EngineDead):
         asyncio.run(running.branch_tokens(Branch("p")))
+    with pytest.raises(EngineDead):
+        asyncio.run(running.release("p"))

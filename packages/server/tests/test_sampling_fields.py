@@ -82,7 +82,6 @@ def test_contradictions_are_refused_by_name(client):
     assert refused(client, TEXT, best_of=9) == "best_of"
     assert refused(client, TEXT, prompt_logprobs=1, stream=True) == "prompt_logprobs"
     assert refused(client, CHAT, prompt_logprobs=1, stream=True) == "prompt_logprobs"
-    assert refused(client, TEXT, echo=True, logprobs=1, stream=True) == "echo"
 
 
 def test_the_models_own_defaults_hold_where_nothing_is_given(client, engine):
@@ -157,6 +156,27 @@ def test_each_choice_of_each_prompt_has_its_prompts_logprobs(client):
     answer = post(client, TEXT, prompt=["ab", "cde"], n=2, echo=True, logprobs=0)
     firsts = [choice["logprobs"]["tokens"][:2] for choice in answer["choices"]]
     assert firsts == [["a", "b"], ["a", "b"], ["c", "d"], ["c", "d"]]
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_a_stream_brings_an_echos_logprobs_before_the_text(client, engine, stream, step):
+    engine.step = step
+    engine.replies = ["first", "second"]
+    fields = {"prompt": ["ab", "cde"], "n": 2, "echo": True, "logprobs": 1}
+    chunks = [event["choices"][0] for event in stream(TEXT, **fields)[:-1]]
+    for whole in post(client, TEXT, **fields)["choices"]:
+        own = [chunk for chunk in chunks if chunk["index"] == whole["index"]]
+        assert own[0]["text"] == ("cde" if whole["index"] > 1 else "ab")
+        assert own[0]["logprobs"]["tokens"] == list(own[0]["text"])
+        assert "".join(chunk["text"] for chunk in own) == whole["text"]
+        for name, values in whole["logprobs"].items():
+            assert [value for chunk in own for value in chunk["logprobs"][name]] == values
+
+
+def test_an_echo_alone_is_streamed_with_its_logprobs(stream):
+    first, last, _ = stream(TEXT, prompt="abc", echo=True, logprobs=0, max_tokens=0)
+    assert first["choices"][0]["logprobs"]["tokens"] == ["a", "b", "c"]
+    assert (last["choices"][0]["text"], last["choices"][0]["finish_reason"]) == ("", "length")
 
 
 # -- prompt_logprobs, token ids, truncation ----------------------------------------------------------------------

@@ -18,6 +18,14 @@ from openai import DEFAULT_MAX_RETRIES, NotGiven, not_given
 
 from octavo_client import _sdk
 from octavo_client.errors import ConfigurationError
+from octavo_client.resources.requests import (
+    AsyncRequests,
+    AsyncRequestsWithRawResponse,
+    AsyncRequestsWithStreamingResponse,
+    Requests,
+    RequestsWithRawResponse,
+    RequestsWithStreamingResponse,
+)
 from octavo_client.resources.server import (
     AsyncServer,
     AsyncServerWithRawResponse,
@@ -116,6 +124,11 @@ class Octavo(openai.OpenAI):
         return Tokens(self)
 
     @cached_property
+    def requests(self) -> Requests:
+        """Let go of answers that the server keeps for forks."""
+        return Requests(self)
+
+    @cached_property
     def server(self) -> Server:
         """The server's health, readiness and version."""
         return Server(self)
@@ -180,6 +193,11 @@ class AsyncOctavo(openai.AsyncOpenAI):
         return AsyncTokens(self)
 
     @cached_property
+    def requests(self) -> AsyncRequests:
+        """Let go of answers that the server keeps for forks."""
+        return AsyncRequests(self)
+
+    @cached_property
     def server(self) -> AsyncServer:
         """The server's health, readiness and version."""
         return AsyncServer(self)
@@ -209,6 +227,11 @@ class OctavoWithRawResponse(_sdk.OpenAIWithRawResponse):
         return self._client.tokens.with_raw_response
 
     @cached_property
+    def requests(self) -> RequestsWithRawResponse:
+        """See `Octavo.requests`."""
+        return self._client.requests.with_raw_response
+
+    @cached_property
     def server(self) -> ServerWithRawResponse:
         """See `Octavo.server`."""
         return self._client.server.with_raw_response
@@ -223,6 +246,11 @@ class AsyncOctavoWithRawResponse(_sdk.AsyncOpenAIWithRawResponse):
     def tokens(self) -> AsyncTokensWithRawResponse:
         """See `AsyncOctavo.tokens`."""
         return self._client.tokens.with_raw_response
+
+    @cached_property
+    def requests(self) -> AsyncRequestsWithRawResponse:
+        """See `AsyncOctavo.requests`."""
+        return self._client.requests.with_raw_response
 
     @cached_property
     def server(self) -> AsyncServerWithRawResponse:
@@ -241,6 +269,11 @@ class OctavoWithStreamingResponse(_sdk.OpenAIWithStreamedResponse):
         return self._client.tokens.with_streaming_response
 
     @cached_property
+    def requests(self) -> RequestsWithStreamingResponse:
+        """See `Octavo.requests`."""
+        return self._client.requests.with_streaming_response
+
+    @cached_property
     def server(self) -> ServerWithStreamingResponse:
         """See `Octavo.server`."""
         return self._client.server.with_streaming_response
@@ -255,6 +288,11 @@ class AsyncOctavoWithStreamingResponse(_sdk.AsyncOpenAIWithStreamedResponse):
     def tokens(self) -> AsyncTokensWithStreamingResponse:
         """See `AsyncOctavo.tokens`."""
         return self._client.tokens.with_streaming_response
+
+    @cached_property
+    def requests(self) -> AsyncRequestsWithStreamingResponse:
+        """See `AsyncOctavo.requests`."""
+        return self._client.requests.with_streaming_response
 
     @cached_property
     def server(self) -> AsyncServerWithStreamingResponse:

@@ -21,6 +21,7 @@ __all__ = [
     "Health",
     "Pooling",
     "Ready",
+    "ReleasedRequest",
     "StructuredOutputs",
     "TokenId",
     "TokenizeRequest",
@@ -369,6 +370,14 @@ class Ready(_Answer):
 
     status: Literal["ready"] = "ready"
     models: list[str] = Field(default_factory=list, description="The names of the models being served.")
+
+
+class ReleasedRequest(_Answer):
+    """The answer of DELETE /v1/requests/{id}; for an answer that is not kept the status is 404."""
+
+    id: str = Field(description="The id of the answer that was kept.")
+    object: Literal["request.released"] = "request.released"
+    released: Literal[True] = True
 
 
 class Version(_Answer):

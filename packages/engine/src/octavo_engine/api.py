@@ -141,6 +141,14 @@ class EngineClient(Protocol):
         """Forget all cached content and drop all pins; requests that run go on."""
         ...
 
+    async def release(self, request_id: str) -> bool:
+        """Drop what is kept of an ended request, whose blocks are then free; False if nothing is.
+
+        Raises:
+            EngineDead: if the engine has stopped.
+        """
+        ...
+
     def stats(self) -> EngineStats:
         """Return the present figures."""
         ...

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(slots=True)
 class _Mailbox:
@@ -177,9 +179,9 @@ class AsyncEngine:
         parent = Parent(branch.request_id, branch.index)
         return self._text.make_request(token_ids, sampling, request_id=request_id, parent=parent, keep=keep, salt=salt)
 
-    def release(self, request_id: str) -> None:
-        """Drop what is kept of an ended request; its blocks are free at the next step."""
-        self._do(lambda: self._engine.release(request_id))
+    async def release(self, request_id: str) -> bool:
+        """Drop what is kept of an ended request. See `EngineClient.release`."""
+        return await self._ask(lambda: self._engine.release(request_id))
 
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""

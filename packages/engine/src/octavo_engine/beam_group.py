@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from octavo_engine.batch import RowMove
+from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_search import BeamSearch, Candidates, Place
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus, num_common
@@ -33,6 +34,21 @@ class BeamGroup:
     members: list[Sequence]
     moves: list[RowMove] = field(default_factory=list)
     unknown: set[Sequence] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, residents: Residents, beams: BeamSearchParams, sequence: Sequence) -> BeamGroup:
+        """Return the group of a search that begins with one beam, the prompt."""
+        search = BeamSearch(
+            beams.beam_width,
+            max_num_tokens=sequence.max_num_tokens - sequence.num_prompt_tokens,
+            length_penalty=beams.length_penalty,
+            early_stopping=beams.early_stopping,
+            stop_token_ids=sequence.stop_token_ids,
+            stops=sequence.request.stops,
+            min_tokens=beams.min_tokens,
+            num_top_logprobs=beams.logprobs,
+        )
+        return cls(residents, search, [sequence])
 
     @property
     def leader(self) -> Sequence:
@@ -128,14 +144,13 @@ class BeamGroup:
 
     def _end_with_hypotheses(self) -> list[SequenceUpdate]:
         leader, request, counters = self.leader, self.leader.request, self.residents.counters
-        num_found, num_wanted = len(self.search.hypotheses), request.sampling.n
-        if num_found < num_wanted:
-            reason = f"only {num_found} texts fit the grammar, {num_wanted} were asked for; lower num_return_sequences"
-            return [self.end(FinishReason.ERROR, reason)]
+        hypotheses = self.search.hypotheses[: request.sampling.n]
+        if not hypotheses:
+            return [self.end(FinishReason.ERROR, "the grammar, the bans and the processors together leave no text")]
         self._leave()
         times = self.residents.times(leader)
         updates = []
-        for index, hypothesis in enumerate(self.search.hypotheses[: request.sampling.n]):
+        for index, hypothesis in enumerate(hypotheses):
             reason = FinishReason.STOP if hypothesis.stopped else FinishReason.LENGTH
             counters.finished[reason.value] += 1
             counters.num_generation_tokens += len(hypothesis.token_ids)
@@ -145,10 +160,11 @@ class BeamGroup:
                 hypothesis.token_ids,
                 hypothesis.logprobs,
                 finish_reason=reason,
-                stop_token_id=hypothesis.token_ids[-1] if hypothesis.stopped else None,
+                stop_token_id=hypothesis.stop_token_id,
                 cached=leader.cached,
                 times=times,
                 score=hypothesis.score,
+                num_choices=len(hypotheses),
             )
             updates.append(update)
         return updates

@@ -44,9 +44,9 @@ class Engine:
         """End a request, or one of its sequences, at once; its blocks are free after the steps in flight."""
         return self.scheduler.abort(request_id, index)
 
-    def release(self, request_id: str) -> None:
-        """Drop what is kept of an ended request and free its blocks at once; unknown ids are ignored."""
-        self.scheduler.release(request_id)
+    def release(self, request_id: str) -> bool:
+        """Drop what is kept of an ended request and free its blocks at once; False if nothing is."""
+        return self.scheduler.release(request_id)
 
     def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
         """Return the tokens of a running or kept request that a branch takes over.

@@ -65,10 +65,12 @@ class KeptSequences:
         self._kept.move_to_end(parent)
         return _cache_id(parent), kept.num_computed_tokens
 
-    def release(self, request_id: str) -> None:
-        """Drop what is kept of a request, and free its blocks at once."""
-        for parent in [parent for parent in self._kept if parent.request_id == request_id]:
+    def release(self, request_id: str) -> bool:
+        """Drop what is kept of a request, and free its blocks at once; False if nothing is."""
+        own = [parent for parent in self._kept if parent.request_id == request_id]
+        for parent in own:
             self._free(parent, self._kept.pop(parent))
+        return bool(own)
 
     def give_up_blocks(self) -> bool:
         """Free the blocks of the least recently used sequence that has any; False if none has."""

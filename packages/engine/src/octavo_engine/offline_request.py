@@ -92,6 +92,8 @@ class OfflineRequest:
         """Return the request, which has ended, as the user gets it."""
         sampling = self.request.sampling
         choices = self.choices
+        if self.request.beams is not None:  # which may have found fewer than it was asked for
+            choices = [choice for choice in choices if choice.finish_reason is not None]
         if sampling.ranks:
             best = best_first([choice.logprob_sum for choice in choices], sampling.n)
             choices = [choices[place] for place in best]

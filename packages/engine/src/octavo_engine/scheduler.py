@@ -14,9 +14,8 @@ from typing import TypeVar
 from octavo_engine.admission import Admission
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_group import BeamGroup
-from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_scheduler import BeamScheduler
-from octavo_engine.beam_search import BeamSearch, Candidates
+from octavo_engine.beam_search import Candidates
 from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
@@ -114,7 +113,7 @@ class Scheduler:
         )
         if request.beams is not None:
             sequence.num_forks_wanted = request.beams.beam_width - 1
-            sequence.beams = BeamGroup(self._residents, _search(request.beams, sequence), [sequence])
+            sequence.beams = BeamGroup.begin(self._residents, request.beams, sequence)
         self._residents.by_request[request.request_id] = [sequence]
         self.counters.num_prompt_tokens += len(prompt)
         self._waiting.push(sequence)
@@ -128,9 +127,9 @@ class Scheduler:
                     self._residents.kept.add(sequence)
         return self._end_all(sequences, FinishReason.ABORT)
 
-    def release(self, request_id: str) -> None:
-        """Drop what is kept of an ended request and free its blocks at once; unknown ids are ignored."""
-        self._residents.kept.release(request_id)
+    def release(self, request_id: str) -> bool:
+        """Drop what is kept of an ended request and free its blocks at once; False if nothing is."""
+        return self._residents.kept.release(request_id)
 
     def known_tokens(self, parent: Parent) -> KnownTokens | None:
         """Return the tokens of a sequence that runs, waits or is kept; None if it does none of these."""
@@ -366,17 +365,6 @@ class Scheduler:
             logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
             stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
         )
-
-
-def _search(beams: BeamSearchParams, sequence: Sequence) -> BeamSearch:
-    return BeamSearch(
-        beams.beam_width,
-        max_num_tokens=sequence.max_num_tokens - sequence.num_prompt_tokens,
-        length_penalty=beams.length_penalty,
-        early_stopping=beams.early_stopping,
-        stop_token_ids=sequence.stop_token_ids,
-        num_top_logprobs=beams.logprobs,
-    )
 
 
 def _takes_part(sequence: Sequence, step: StepBuilder) -> bool:

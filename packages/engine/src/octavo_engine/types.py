@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.sampling_params import SamplingParams as SamplingParams
+from octavo_engine.stop_automaton import StopAutomaton
 
 
 class FinishReason(StrEnum):
@@ -42,7 +43,8 @@ class Request:
 
     With a `parent` the blocks of another request are shared as far as the tokens are the same. With `keep` the
     sequences can be forked after their ends, until they are released. With `beams` the prompt is searched, and
-    `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`). Lower `priority` runs
+    `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`), and `stops` are the
+    stop strings by token ids; those of other requests are looked for where there is text. Lower `priority` runs
     first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone, and
     so does `pin`: the prompt's full blocks are held in the cache when it ends, under the request's id, if room was set
     aside for them.
@@ -54,6 +56,7 @@ class Request:
     inputs: tuple[TokenSpan, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     beams: BeamSearchParams | None = None
+    stops: StopAutomaton | None = None
     parent: Parent | None = None
     keep: bool = False
     pin: bool = False
@@ -132,7 +135,7 @@ class SequenceUpdate(NamedTuple):
     A named tuple, since there is one per sequence in every step. `pooled` is the embedding of a request with task
     `embed`. `prompt_logprobs`, of the prompt's second token on, come with the first tokens of a request's first
     sequence. `error` explains finish reason `error`. `times` comes with the last update of a sequence, `score` with the
-    hypothesis of a beam search.
+    hypothesis of a beam search, which also says how many there are (`num_choices`): there may be fewer than `n`.
     """
 
     request_id: str
@@ -147,6 +150,7 @@ class SequenceUpdate(NamedTuple):
     times: RequestTimes | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     score: float | None = None
+    num_choices: int | None = None
 
 
 class CompletionDelta(NamedTuple):
@@ -189,7 +193,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A finished request: its prompt and its choices in index order.
+    """A finished request: its prompt and its choices in index order; of a beam search there may be fewer than `n`.
 
     `seed` is the one that was used, drawn at submission if none was given: passing it again repeats the tokens.
     `prompt_logprobs`, if asked for, has an entry per token of the prompt, None for the first. `cached` says how many

@@ -7,6 +7,7 @@ from typing import Any
 
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.errors import InvalidRequest
+from octavo_engine.text.processor import TextProcessor
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import summarise
 
@@ -16,28 +17,40 @@ _OF_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "min_p": (0,),
     "typical_p": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_tokens": (0,),
-    "stop": ([],),
-    "include_stop_str_in_output": (False,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "dry_multiplier": (0,),
     "xtc_probability": (0,),
     "mirostat_mode": (0,),
     "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
 }
 """Fields that a search does not go by, with the values that mean nothing."""
 
+_DEFAULTS = ("repetition_penalty",)
+_PLAIN = (
+    "length_penalty",
+    "early_stopping",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_sequence_breakers",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "truncate_prompt_tokens",
+)
+
 
 def beam_search_params(
-    body: GenerationBody, *, max_n: int, max_tokens: int | None, logprobs: int | None
+    body: GenerationBody, text: TextProcessor, *, max_n: int, max_tokens: int | None, logprobs: int | None
 ) -> BeamSearchParams:
     """Return the search that a body with `use_beam_search` asks for: `best_of`, or else `n`, beams; `n` are returned.
+
+    What the body leaves out comes from the model's own defaults, where a search goes by it.
 
     Raises:
         InvalidRequest: if a value is out of range or belongs to sampling; names it.
@@ -54,17 +67,17 @@ def beam_search_params(
         raise InvalidRequest(f"a search takes at most {max_n} beams here, got {width}", param="best_of")
     if num_returned > width:
         raise InvalidRequest(f"n is {num_returned}, more than best_of {width} beams; raise best_of", param="n")
+    chosen = {name: text.default_sampling[name] for name in _DEFAULTS if name in text.default_sampling}
+    chosen |= {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
     return BeamSearchParams(
         beam_width=width,
         num_return_sequences=num_returned,
         max_tokens=max_tokens,
-        length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
-        early_stopping=False if body.early_stopping is None else body.early_stopping,
-        stop_token_ids=body.stop_token_ids or (),
-        ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
-        skip_special_tokens=body.skip_special_tokens is not False,
+        stop=body.stop_strings,
+        logit_bias=body.biases,
         structured_outputs=body.constraint,
+        **chosen,
     )
 
 

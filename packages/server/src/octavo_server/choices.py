@@ -16,7 +16,8 @@ from octavo_server.logprobs import LogprobTrack, TokenEntry
 class Piece:
     """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for.
 
-    `token_ids` are those that came since the last piece; some of their text may be held back.
+    `token_ids` are those that came since the last piece; some of their text may be held back. `begins` says that no
+    piece of the choice came before.
     """
 
     index: int
@@ -24,6 +25,7 @@ class Piece:
     entries: list[TokenEntry] | None
     finish_reason: FinishReason | None
     token_ids: list[int] = field(default_factory=list)
+    begins: bool = True
 
 
 class Choice:
@@ -40,6 +42,7 @@ class Choice:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
+        self._begun = False
         self._track: LogprobTrack | None = None
         if sampling.logprobs is not None:
             self._track = LogprobTrack(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
@@ -56,7 +59,12 @@ class Choice:
     @property
     def has_news(self) -> bool:
         """True if there is text to show, or the end."""
-        return bool(self._texts) or self._finish_reason is not None
+        return bool(self._texts) or self.ended
+
+    @property
+    def ended(self) -> bool:
+        """True once the end has come."""
+        return self._finish_reason is not None
 
     def take(self) -> Piece:
         """Return, once, what has come since the last time."""
@@ -64,7 +72,8 @@ class Choice:
         self._texts.clear()
         entries = None if self._track is None else self._track.take()
         token_ids, self._token_ids = self._token_ids, []
-        return Piece(self._index, text, entries, self._finish_reason, token_ids)
+        begins, self._begun = not self._begun, True
+        return Piece(self._index, text, entries, self._finish_reason, token_ids, begins)
 
 
 async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
@@ -79,9 +88,9 @@ async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGene
 
 
 async def whole(generation: Generation, choices: Sequence[Choice]) -> list[Piece]:
-    """Run a generation to its end and return its choices in order."""
+    """Run a generation to its end and return its choices in order: all, but where a beam search found fewer."""
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             for index, delta in batch:
                 choices[index].push(delta)
-    return [choice.take() for choice in choices]
+    return [choice.take() for choice in choices if choice.ended]

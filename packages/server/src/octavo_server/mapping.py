@@ -141,7 +141,7 @@ def _params(
     check_beam_fields(body)
     with _called("structured_outputs", body.constraint_field):
         if body.use_beam_search:
-            return beam_search_params(body, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
+            return beam_search_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
         return sampling_params(body, text, max_n=max_n, max_tokens=max_tokens, logprobs=logprobs)
 
 
@@ -165,8 +165,10 @@ async def _request(
         )
 
     with _called("structured_outputs", body.constraint_field):
-        # A grammar is compiled here, which may take a second; the event loop must not wait for it.
-        return make() if params.structured_outputs is None else await asyncio.to_thread(make)
+        # A grammar is compiled here, or the stop strings of a search, which may take a second; the event loop must not
+        # wait for it.
+        compiles = params.structured_outputs is not None or (isinstance(params, BeamSearchParams) and params.stop)
+        return await asyncio.to_thread(make) if compiles else make()
 
 
 def _check_num_choices(num_choices: int, param: str) -> None:

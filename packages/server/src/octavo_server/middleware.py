@@ -95,7 +95,7 @@ class Cors(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["DELETE", "GET", "POST"],
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
             expose_headers=["x-request-id"],
         )

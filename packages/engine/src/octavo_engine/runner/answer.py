@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import isnan
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.batch import ModelOutput
+from octavo_engine.runner.candidates import Candidates
 from octavo_engine.runner.sampler import Drawn
 from octavo_engine.types import TokenLogprobs
 
@@ -62,16 +63,14 @@ class Answer:
         """Put the log-probabilities of prompts, by place, where they belong."""
         self._prompt_logprobs.update(prompts)
 
-    def add_candidates(
-        self, places: NDArray[np.int64], token_ids: Tensor, logprobs: Tensor, errors: Mapping[int, str]
-    ) -> None:
-        """Put the candidates of rows that search, [places, count] each, where they belong; `errors` are by row."""
-        rows = zip(places.tolist(), token_ids.tolist(), logprobs.tolist(), strict=True)
-        for index, (place, ids, values) in enumerate(rows):
-            if isfinite(values[0]) and index not in errors:
-                self._candidates[place] = ids, values
+    def add_candidates(self, places: NDArray[np.int64], found: Candidates) -> None:
+        """Put the candidates of rows that search where they belong."""
+        rows = zip(places.tolist(), found.token_ids.tolist(), found.logprobs.tolist(), strict=True)
+        for index, (place, token_ids, logprobs) in enumerate(rows):
+            if isnan(logprobs[0]) or index in found.errors:
+                self._errors[place] = found.errors.get(index, _UNSOUND)
             else:
-                self._errors[place] = errors.get(index, _UNSOUND)
+                self._candidates[place] = token_ids, logprobs
 
     def add_pooled(self, place: int, vector: Tensor) -> None:
         """Put an embedding in its place."""

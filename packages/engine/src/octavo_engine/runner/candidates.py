@@ -1,40 +1,54 @@
-"""Candidates: the likeliest next tokens of some rows of logits, and their log-probabilities."""
+"""Candidates: the likeliest next tokens of some rows of logits, and their log-probabilities as the rules leave them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from octavo_engine.runner.rules.grammar import TokenMask
+from octavo_engine.runner.rules.base import LogitChange, apply_all
 
 _BLOCK = 64  # columns that are looked at as one
 _MIN_BLOCKS_PER_CANDIDATE = 4  # with fewer, whole rows are looked at
 
 
-def likeliest(logits: Tensor, count: int, mask: TokenMask | None = None) -> tuple[Tensor, Tensor]:
+class Candidates(NamedTuple):
+    """The likeliest next tokens of some rows.
+
+    Attributes:
+        token_ids: [rows, count] int64, best first.
+        logprobs: [rows, count] fp32, natural logarithms; minus infinity where a rule barred the token. NaN comes first
+            in a row whose logits held NaN or nothing finite.
+        errors: why rows failed otherwise, by row.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    errors: Mapping[int, str]
+
+
+def likeliest(logits: Tensor, count: int, changes: Iterable[LogitChange] = ()) -> Candidates:
     """Return the largest log-probabilities of each row; a row's result depends on that row alone.
 
-    The `count` largest of a row lie in the `count` blocks with the largest maxima, so a maximum per block and a look
-    into few blocks replace the selection from whole rows, which takes longer than the softmax.
+    As in Transformers, rules change log-probabilities, which are not made to sum to one again. The `count` largest of a
+    row lie in the `count` blocks with the largest maxima, so a maximum per block and a look into few blocks replace the
+    selection from whole rows, which takes longer than the softmax.
 
     Args:
         logits: [rows, vocab_size] fp32.
         count: at most vocab_size are returned.
-        mask: sets the log-probabilities of tokens that may not come next to -inf; those of the others stay.
-
-    Returns:
-        token_ids: [rows, count] int64, best first.
-        logprobs: [rows, count] fp32, natural logarithms. Where a row held NaN or nothing finite, so do these.
+        changes: of the rules, in order.
     """
     logprobs = logits.log_softmax(dim=-1)
-    if mask is not None:
-        mask.remove(logprobs)
+    errors = apply_all(changes, logprobs)
     num_rows, vocab_size = logits.shape
     count = min(count, vocab_size)
     num_blocks = vocab_size // _BLOCK
     if num_blocks < _MIN_BLOCKS_PER_CANDIDATE * count:
         best = logprobs.topk(count, dim=-1)
-        return best.indices, best.values
+        return Candidates(best.indices, best.values, errors)
     whole = logprobs[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK)
     blocks = whole.amax(dim=-1).topk(count, dim=-1).indices
     picked = whole.gather(1, blocks[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
@@ -44,4 +58,4 @@ def likeliest(logits: Tensor, count: int, mask: TokenMask | None = None) -> tupl
         picked = torch.cat((picked, logprobs[:, -rest:]), dim=1)
         token_ids = torch.cat((token_ids, tail.expand(num_rows, -1)), dim=1)
     best = picked.topk(count, dim=-1)
-    return token_ids.gather(1, best.indices), best.values
+    return Candidates(token_ids.gather(1, best.indices), best.values, errors)

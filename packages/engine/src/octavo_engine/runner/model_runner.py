@@ -164,9 +164,8 @@ class ModelRunner:
             return
         sources = searching if shared is None else shared[searching]
         logits = self._make_logits(_rows_of(hidden, sources))
-        mask = self._sampling.search_mask(rows[searching])
-        found = likeliest(logits, int(num_candidates.max()), mask)
-        answer.add_candidates(places[searching], *found, errors={} if mask is None else mask.errors)
+        changes = self._sampling.changes(rows[searching], positions[searching])
+        answer.add_candidates(places[searching], likeliest(logits, int(num_candidates.max()), changes))
         drawing = np.flatnonzero(num_candidates == 0)
         if len(drawing):
             sources, shared = np.unique(drawing if shared is None else shared[drawing], return_inverse=True)

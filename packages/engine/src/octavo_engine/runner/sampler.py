@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo_engine.runner.rules.base import LogitChange, RowsFailed
+from octavo_engine.runner.rules.base import apply_all
 from octavo_engine.runner.rules.grammar import Trial
 from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
@@ -71,7 +71,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         logits, shared = logits[_to(shared, logits)], None
     logprobs = None if batch.logprobs is None else batch.logprobs.raw(logits, shared)
     given_best = _largest(logits) if batch.changes else None
-    errors = _apply(batch.changes, logits)
+    errors = apply_all(batch.changes, logits)
     if batch.logprobs is not None and logprobs is not None:
         batch.logprobs.replace_processed(logprobs, logits, shared)
     token_ids, best = _draw(logits, batch, shared)
@@ -135,17 +135,6 @@ def _largest(logits: Tensor) -> NDArray[np.float32]:
         logits.numpy().max(axis=-1) if logits.device.type == "cpu" else logits.amax(dim=-1).cpu().numpy()
     )
     return largest
-
-
-def _apply(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:
-    """Change logits [draws, vocab_size] in place; return why rows failed, by place."""
-    errors: dict[int, str] = {}
-    for change in changes:
-        try:
-            change.apply(logits)
-        except RowsFailed as failure:
-            errors = failure.errors | errors
-    return errors
 
 
 def _to(array: NDArray[Any], like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.rules.distribution import filters_whole_rows
-from octavo_engine.runner.rules.grammar import GrammarRule, TokenMask, Trial
+from octavo_engine.runner.rules.grammar import GrammarRule, Trial
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 from octavo_engine.sampling_params import SamplingParams
@@ -172,11 +172,13 @@ class SamplingRows:
 
     def move(self, moves: Sequence[RowMove]) -> None:
         """Let rows that search go on from others, each with a token that was chosen for it."""
-        self._grammar.move(moves)
+        if self._special:
+            self._special |= {move.row for move in moves if move.source in self._special}
+            self._rules.move(moves)
 
-    def search_mask(self, rows: NDArray[np.int64]) -> TokenMask | None:
-        """Return which tokens may come next in some rows that search; None if all may."""
-        return self._grammar.of_search(rows)
+    def changes(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[LogitChange, ...]:
+        """Return what is done to the log-probabilities of some rows that search, for their tokens at some positions."""
+        return self._rules.of(rows, positions) if self._special else ()
 
     def forced(self, rows: NDArray[np.int64]) -> dict[int, list[int]]:
         """Return the tokens that must come next in some rows, by place; most rows have none.

@@ -13,11 +13,13 @@ from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Parent
 from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.stop_automaton import StopAutomaton
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.output import TextStream
 from octavo_engine.text.sampling_tokens import SamplingTokens
+from octavo_engine.text.stop_tokens import StopTokens
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import (
     CompletionDelta,
@@ -64,6 +66,7 @@ class TextProcessor:
         self.default_sampling: Mapping[str, Any] = dict(default_sampling or {})
         self._chat_template = chat_template
         self._sampling_tokens = SamplingTokens(tokenizer, vocab_size)
+        self._stop_tokens = StopTokens(tokenizer, vocab_size)
         self._beam_limits = beam_limits
         self._grammars = grammars
 
@@ -190,6 +193,7 @@ class TextProcessor:
             inputs=(TokenSpan(tuple(prompt_token_ids)),),
             sampling=replace(sampling, max_tokens=max_tokens),
             beams=beams,
+            stops=None if beams is None else self._stops(sampling),
             task=task,
             pooling=pooling,
             priority=priority,
@@ -202,6 +206,11 @@ class TextProcessor:
         if self._grammars is None:
             raise InvalidRequest("structured output is not served here", param="structured_outputs")
         self._grammars.check(params)
+
+    def _stops(self, sampling: SamplingParams) -> StopAutomaton | None:
+        if not sampling.stop_strings:
+            return None
+        return self._stop_tokens.automaton(sampling.stop_strings, skip_special_tokens=sampling.skip_special_tokens)
 
     def stream(self, request: Request) -> RequestStream:
         """Start to turn the engine's updates for a request into text."""
@@ -273,6 +282,8 @@ class RequestStream:
         Raises:
             RequestFailed: if the update reports an error.
         """
+        if update.num_choices is not None:
+            self._open.intersection_update(range(update.num_choices))
         if update.index not in self._open:
             return None
         if update.finish_reason is FinishReason.ERROR:

@@ -36,12 +36,9 @@ class CompletionBody(GenerationBody):
                 "the best of several samples are known at the end alone; set stream false, or leave best_of out",
                 param="best_of",
             )
-        if self.echo and self.logprobs is not None:
-            other = "stream" if self.stream else "use_beam_search" if self.use_beam_search else None
-            if other is not None:
-                raise InvalidRequest(
-                    f"echo together with logprobs does not go with {other}; leave one out", param="echo"
-                )
+        if self.echo and self.logprobs is not None and self.use_beam_search:
+            raise InvalidRequest("echo together with logprobs does not go with use_beam_search; leave one out",
+                                 param="echo")  # fmt: skip
 
     @property
     def ranks(self) -> bool:

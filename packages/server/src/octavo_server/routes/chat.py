@@ -70,11 +70,11 @@ async def _events(
     prompt_token_ids: list[int] | None,
 ) -> AsyncGenerator[bytes, None]:
     """Stream the choices; `prompt_token_ids` None means that token ids are not wanted."""
-    for index in range(len(choices)):
-        members = {} if prompt_token_ids is None or index else {"prompt_token_ids": prompt_token_ids}
-        yield writer.chunk(_chunk(index, {"role": "assistant", "content": ""}), members)
     async with aclosing(pieces(generation, choices)) as stream:
         async for piece in stream:
+            if piece.begins:
+                members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
+                yield writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members)
             delta = {"content": piece.text} if piece.text else {}
             logprobs = _logprobs(piece, names) if piece.text else None
             chunk = _chunk(piece.index, delta, logprobs, piece.finish_reason)

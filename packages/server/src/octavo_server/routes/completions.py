@@ -80,37 +80,51 @@ class _Answer:
         return [self._whole_choice(piece) for piece in await whole(self._generation, self._choices)]
 
     async def events(self, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
-        for index, echo in enumerate(self._echoes):
-            if echo or self._body.return_token_ids:
-                yield writer.chunk(self._choice(Piece(index, "", None, None), echo) | self._prompt_ids(index))
         async with aclosing(pieces(self._generation, self._choices)) as stream:
             async for piece in stream:
-                yield writer.chunk(self._choice(piece, ""))
+                echo = self._echoes[piece.index]
+                if piece.begins and (echo or self._body.return_token_ids):
+                    yield writer.chunk(self._beginning(piece.index))
+                yield writer.chunk(self._choice(piece, start=len(echo)))
         yield writer.end()
+
+    def _beginning(self, index: int) -> dict[str, Any]:
+        """Return what stands in a stream before the text of a choice: the prompt."""
+        echo = self._echoes[index]
+        choice = self._choice(Piece(index, echo, None, None))
+        return choice | {"logprobs": self._echo_logprobs(index)} | self._prompt_ids(index)
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
         place, echo = piece.index // self._n, self._echoes[piece.index]
-        choice = self._choice(piece, echo) | self._prompt_ids(piece.index)
-        of_prompt = self._generation.prompt_logprobs[place]
-        if self._body.echo and choice["logprobs"] is not None:
-            token_ids, num_top = self._requests[place].prompt_token_ids, self._body.logprobs or 0
-            prompt = echo_logprobs(echo, token_ids, of_prompt, self._names, num_top)
+        choice = self._choice(piece, start=len(echo)) | self._prompt_ids(piece.index)
+        choice["text"] = echo + choice["text"]
+        if (prompt := self._echo_logprobs(piece.index)) is not None:
             choice["logprobs"] = {name: prompt[name] + values for name, values in choice["logprobs"].items()}
         if self._body.prompt_logprobs is not None:
+            of_prompt = self._generation.prompt_logprobs[place]
             choice["prompt_logprobs"] = listed(of_prompt, self._tokenizer, self._body.prompt_logprobs)
         return choice
 
-    def _choice(self, piece: Piece, echo: str) -> dict[str, Any]:
+    def _choice(self, piece: Piece, start: int = 0) -> dict[str, Any]:
+        """Return a piece on the wire; its choice's own text begins at `start`."""
         logprobs = None
         if piece.entries is not None:
-            logprobs = completion_logprobs(piece.entries, self._names, len(echo))
+            logprobs = completion_logprobs(piece.entries, self._names, start)
         choice = {
             "index": piece.index,
-            "text": echo + piece.text,
+            "text": piece.text,
             "logprobs": logprobs,
             "finish_reason": piece.finish_reason,
         }
         return choice | {"token_ids": piece.token_ids} if self._body.return_token_ids else choice
+
+    def _echo_logprobs(self, index: int) -> dict[str, Any] | None:
+        """Return the log-probabilities of an echoed prompt; None if they are not wanted."""
+        if not self._body.echo or self._body.logprobs is None:
+            return None
+        place = index // self._n
+        token_ids, logprobs = self._requests[place].prompt_token_ids, self._generation.prompt_logprobs[place]
+        return echo_logprobs(self._echoes[index], token_ids, logprobs, self._names, self._body.logprobs)
 
     def _prompt_ids(self, index: int) -> dict[str, Any]:
         if not self._body.return_token_ids:

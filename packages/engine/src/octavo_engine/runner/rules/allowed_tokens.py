@@ -35,3 +35,7 @@ class AllowedTokensRule:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: a mask stays as it is."""
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._allowed[row] = self._allowed[source]

@@ -61,6 +61,10 @@ class BadWordsRule:
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: the known tokens are somebody else's."""
 
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._words[row] = self._words[source]
+
     def _completed(self, row: int, position: int) -> NDArray[np.int64]:
         words = self._words[row]
         return words.completed_by(self._token_ids[row, max(position - words.reach, 0) : position])

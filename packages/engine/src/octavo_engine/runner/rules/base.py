@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -63,5 +63,20 @@ class LogitRule(Protocol):
         ...
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Take in one drawn token for each of some different rows, for each of which `add` was True."""
+        """Take in one token, drawn or chosen, for each of some different rows, for each of which `add` was True."""
         ...
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row, whatever it held before, what another one is, for which `add` was True."""
+        ...
+
+
+def apply_all(changes: Iterable[LogitChange], logits: Tensor) -> dict[int, str]:
+    """Change logits [draws, vocab_size] in place, in order; return why rows failed, by place."""
+    errors: dict[int, str] = {}
+    for change in changes:
+        try:
+            change.apply(logits)
+        except RowsFailed as failure:
+            errors = failure.errors | errors
+    return errors

@@ -106,6 +106,10 @@ class DistributionRule:
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: a filter sees the distribution alone."""
 
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._rows[row] = self._rows[source]
+
     def _chances(self, rows: list[_Row], positions: NDArray[np.int64]) -> list[float]:
         """Return a uniform number per row, a function of seed, sequence index and position."""
 

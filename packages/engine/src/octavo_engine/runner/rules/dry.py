@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,12 @@ class _Repeats:
         self._token_ids[count] = token_id
         self._num_tokens = count + 1
 
+    def copy(self) -> _Repeats:
+        """Return one that goes on by itself."""
+        other = copy(self)
+        other._token_ids, other._lengths = self._token_ids.copy(), self._lengths.copy()
+        return other
+
     def continuations(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens that followed a match of at least some length, and the longest match of each."""
         places = np.flatnonzero(self._lengths[: self._num_tokens - 1] >= least)
@@ -86,6 +93,11 @@ class DryRule:
         """Take in one drawn token for each of some different rows."""
         for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
             self._repeats[row][1].append(token_id)
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        sampling, repeats = self._repeats[source]
+        self._repeats[row] = sampling, repeats.copy()
 
     def _penalties(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         sampling, repeats = self._repeats[row]

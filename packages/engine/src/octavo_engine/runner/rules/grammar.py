@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo_engine.batch import NewRow, RowMove
+from octavo_engine.batch import NewRow
 from octavo_engine.errors import EngineBusy, InvalidRequest
 from octavo_engine.runner.rules.base import RowsFailed
 from octavo_engine.runner.rules.changes import on_device
@@ -112,7 +112,7 @@ class GrammarRule:
         self._tried.discard(new.row)
         if params is None:
             return False
-        if _may_draw_first(new.sampling):
+        if _may_draw_first(new.sampling) and not new.num_candidates:  # a search needs all that may come next
             self._tried.add(new.row)
         assert self._grammars is not None, "a request with a constraint reached a runner without grammars"
         try:
@@ -156,23 +156,15 @@ class GrammarRule:
             if row in self._matchers:
                 self._matchers[row].consume_token(token_id)  # one that does not fit shows at the next mask
 
-    def move(self, moves: Sequence[RowMove]) -> None:
-        """Let rows go on from the states of others, as these were before, and let each follow its token."""
-        copies = {m.row: self._matchers[m.source].deep_copy() for m in moves if m.source in self._matchers}
-        for move in moves:
-            if move.source is not None:
-                self._matchers.pop(move.row, None)
-        self._matchers |= copies
-        for move in moves:
-            if move.row in self._matchers:
-                self._matchers[move.row].consume_token(move.token_id)
-
-    def of_search(self, rows: NDArray[np.int64]) -> TokenMask | None:
-        """Compute the masks of those of some rows that have a grammar, for a search; None if none has."""
-        places = np.array(
-            [p for p, r in enumerate(rows.tolist()) if r in self._matchers or r in self._refused], np.int64
-        )
-        return self.masks(places, rows[places]) if len(places) else None
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is; both follow their own tokens from here."""
+        self._matchers.pop(row, None)
+        self._refused.pop(row, None)
+        self._tried.discard(row)
+        if source in self._refused:
+            self._refused[row] = self._refused[source]
+        else:
+            self._matchers[row] = self._matchers[source].deep_copy()
 
     def forced(self, row: int) -> list[int]:
         """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""

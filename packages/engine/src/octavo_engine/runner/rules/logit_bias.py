@@ -31,3 +31,7 @@ class LogitBiasRule:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: a bias stays as it is."""
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._biases[row] = self._biases[source]

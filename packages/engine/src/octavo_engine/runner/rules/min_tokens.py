@@ -34,3 +34,8 @@ class MinTokensRule:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: the position says how many tokens there are."""
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._first_free_position[row] = self._first_free_position[source]
+        self._stop_token_ids[row] = self._stop_token_ids[source]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,10 @@ class MirostatRule:
         """Learn from one drawn token in each of some different rows."""
         for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
             self._feedback[row].learn(token_id)
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._feedback[row] = replace(self._feedback[source])
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget rows whose sequences have left."""

@@ -93,6 +93,12 @@ class PenaltyRule:
         counts, _ = self._tables()
         counts[torch.from_numpy(rows).to(self._device), torch.from_numpy(token_ids).to(self._device)] += 1
 
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        counts, prompt_seen = self._tables()
+        self._values[:, row] = self._values[:, source]
+        counts[row], prompt_seen[row] = counts[source], prompt_seen[source]
+
     def _tables(self) -> tuple[Tensor, Tensor]:
         if self._counts is None or self._prompt_seen is None:
             self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)

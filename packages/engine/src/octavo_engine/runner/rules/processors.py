@@ -86,3 +86,7 @@ class ProcessorsRule:
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Nothing to count: the known tokens are somebody else's."""
+
+    def copy(self, row: int, source: int) -> None:
+        """Make a row what another one is."""
+        self._processors[row] = self._processors[source]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo_engine.batch import NewRow
+from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.runner.rules.allowed_tokens import AllowedTokensRule
 from octavo_engine.runner.rules.bad_words import BadWordsRule
 from octavo_engine.runner.rules.base import LogitChange, LogitRule
@@ -98,11 +98,25 @@ class LogitRules:
         return tuple(changes)
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Take in one drawn token for each of some different rows."""
+        """Take in one token for each of some different rows."""
         for rule, uses in self._used:
             using = uses[rows]
             if using.any():
                 rule.append(rows[using], token_ids[using])
+
+    def move(self, moves: Sequence[RowMove]) -> None:
+        """Let rows go on from others, as these were before, and let each take in its token."""
+        for move in moves:
+            if move.source is not None:
+                self._copy(move.row, move.source)
+        self.append(np.array([move.row for move in moves]), np.array([move.token_id for move in moves]))
+
+    def _copy(self, row: int, source: int) -> None:
+        uses = self._uses[:, source].tolist()
+        for rule, used in zip(self._rules, uses, strict=True):
+            if used:
+                rule.copy(row, source)
+        self._set(uses, row)
 
     def _set(self, uses: list[bool], row: int) -> bool:
         any_use = any(uses)
