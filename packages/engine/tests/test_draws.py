@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo_engine.batch import NewRow
+from octavo_engine.runner.rules.base import apply_all
 from octavo_engine.runner.sampler import sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.types import SamplingParams
@@ -97,9 +99,15 @@ def counted(sampling: SamplingParams) -> NDArray[np.int64]:
     )
     rows = SamplingRows(np.zeros((1, 1), np.int32), len(LOGITS), torch.device("cpu"))
     rows.add(row)
-    batch = rows.batch(np.zeros(NUM_DRAWS, np.int64), np.arange(NUM_DRAWS))
+    logits, source = torch.from_numpy(LOGITS).float()[None], np.zeros(NUM_DRAWS, np.int64)
+    batch = rows.batch(source, np.arange(NUM_DRAWS))
     assert batch is not None
-    drawn = sample(torch.from_numpy(LOGITS).float()[None], batch, np.zeros(NUM_DRAWS, np.int64))
+    if not sampling.xtc_probability:  # other filters see the same in each draw, and once is enough
+        once = rows.batch(source[:1], source[:1])
+        assert once is not None
+        assert not apply_all(once.changes, logits)
+        batch = replace(batch, changes=())
+    drawn = sample(logits, batch, source)
     return np.bincount(drawn.token_ids, minlength=len(LOGITS))
 
 

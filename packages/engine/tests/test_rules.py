@@ -218,17 +218,18 @@ def kept_by(warper: Callable[[Tensor, Tensor], Tensor], scores: Tensor) -> list[
 def test_each_filter_equals_transformers_warper(seed: int) -> None:
     transformers = pytest.importorskip("transformers")
     flatness = 1 if seed < 6 else 20  # flat ones need more tokens than are selected at first
-    scores = random_logits(1, 200 if seed < 4 else 3000, seed)[0].double() / flatness
+    scores = random_logits(1, 200 if seed < 4 else 3000, seed)[0] / flatness
+    scores -= scores.max()
     for ours, warper in (
-        (filters.typical_p(scores, 0.3), transformers.TypicalLogitsWarper(0.3)),
-        (filters.typical_p(scores, 0.95), transformers.TypicalLogitsWarper(0.95)),
-        (filters.top_p(scores, 0.9), transformers.TopPLogitsWarper(0.9)),
-        (filters.top_p(scores, 0.01), transformers.TopPLogitsWarper(0.01)),
-        (filters.top_k(scores, 17), transformers.TopKLogitsWarper(17)),
-        (filters.top_k(scores, 1000), transformers.TopKLogitsWarper(1000)),
-        (filters.min_p(scores, 0.05), transformers.MinPLogitsWarper(0.05)),
+        (filters.typical_p(scores.numpy(), 0.3), transformers.TypicalLogitsWarper(0.3)),
+        (filters.typical_p(scores.numpy(), 0.95), transformers.TypicalLogitsWarper(0.95)),
+        (filters.top_p(scores.numpy(), 0.9), transformers.TopPLogitsWarper(0.9)),
+        (filters.top_p(scores.numpy(), 0.01), transformers.TopPLogitsWarper(0.01)),
+        (filters.top_k(scores.numpy(), 17), transformers.TopKLogitsWarper(17)),
+        (filters.top_k(scores.numpy(), 1000), transformers.TopKLogitsWarper(1000)),
+        (filters.min_p(scores.numpy(), 0.05), transformers.MinPLogitsWarper(0.05)),
     ):
-        assert ours.nonzero()[:, 0].tolist() == kept_by(warper, scores), warper
+        assert ours.tolist() == kept_by(warper, scores), warper
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -251,12 +252,40 @@ def test_filters_are_applied_in_the_documented_order(seed: int) -> None:
 
 
 def test_xtc_removes_the_likely_tokens_but_the_least_of_them() -> None:
-    probabilities = np.array([0.4, 0.05, 0.3, 0.2, 0.05])
-    scores = torch.from_numpy(np.log(probabilities))
-    assert filters.xtc(scores, 0.15).tolist() == [False, True, False, True, True]
-    assert filters.xtc(scores, 0.25).tolist() == [False, True, True, True, True]
-    assert filters.xtc(scores, 0.35).tolist() == [True] * 5  # one likely token alone stays
-    assert filters.xtc(scores, 0.5).tolist() == [True] * 5
+    scores = np.log(np.array([0.4, 0.05, 0.3, 0.2, 0.05], np.float32) / 0.4)
+    assert filters.removed_by_xtc(scores, 0.15).tolist() == [0, 2]
+    assert filters.removed_by_xtc(scores, 0.25).tolist() == [0]
+    assert filters.removed_by_xtc(scores, 0.35).tolist() == []  # one likely token alone stays
+    assert filters.removed_by_xtc(scores, 0.5).tolist() == []
+
+
+@pytest.mark.parametrize("flatness", [1, 5, 50, 1000])
+def test_a_cut_finds_what_sorting_all_finds(flatness: int) -> None:
+    scores = random_logits(1, 20_000, seed=flatness)[0].numpy() / flatness
+    scores -= scores.max()
+    in_order = np.sort(-scores)
+    for count in (1, 100, 5000, 19_999):
+        assert filters.smallest(-scores, count).tolist() == in_order[:count].tolist()
+        assert filters.top_k(scores, count).tolist() == np.flatnonzero(-scores <= in_order[count - 1]).tolist()
+    p = np.exp(scores.astype(np.float64))
+    held = np.sort(p / p.sum())[::-1].cumsum()
+    for mass in (0.05, 0.5, 0.9, 0.999):
+        assert abs(len(filters.top_p(scores, mass)) - (int((held < mass).sum()) + 1)) <= 1
+
+
+def test_barred_tokens_stay_barred_in_every_filter() -> None:
+    logits = random_logits(1, 300)
+    logits[0, ::2] = NEGATIVE_INFINITY
+    for sampling in (
+        SamplingParams(min_p=0.01, xtc_probability=1.0),
+        SamplingParams(top_k=280, typical_p=0.999999),
+        SamplingParams(typical_p=0.9, top_p=0.9),
+        SamplingParams(mirostat_mode=1, mirostat_tau=50.0),
+        SamplingParams(mirostat_mode=2, mirostat_tau=50.0),
+    ):
+        left = changed(logits, sampling).isfinite()[0]
+        assert not left[::2].any()
+        assert left.any()
 
 
 # -- mirostat ----------------------------------------------------------------------------------------------------
@@ -282,12 +311,13 @@ def num_kept_v1(p: NDArray[np.float64], limit: float) -> int:
 
 def test_mirostat_1_keeps_as_many_as_the_paper_says() -> None:
     for seed in range(20):
-        scores = random_logits(1, 300, seed)[0].double()
-        p = np.sort(softmax(scores.numpy()))[::-1]
+        scores = random_logits(1, 300, seed)[0].numpy()
+        scores -= scores.max()
+        p = np.sort(softmax(scores.astype(np.float64)))[::-1]
         for limit in (1.0, 4.0, 9.0):
-            assert num_kept(scores.log_softmax(0), limit) == num_kept_v1(p, limit)
-    assert num_kept(torch.zeros(50, dtype=torch.float64).log_softmax(0), 3.0) == 50
-    assert num_kept(random_logits(1, 300)[0].double().log_softmax(0), 5000.0) == 300
+            assert num_kept(scores, limit) == num_kept_v1(p, limit)
+    assert num_kept(np.zeros(50, np.float32), 3.0) == 50
+    assert num_kept(scores, 5000.0) == 300
 
 
 @pytest.mark.parametrize("mode", [1, 2])

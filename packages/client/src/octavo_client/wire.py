@@ -376,8 +376,8 @@ class ReleasedRequest(_Answer):
     """The answer of DELETE /v1/requests/{id}; for an answer that is not kept the status is 404."""
 
     id: str = Field(description="The id of the answer that was kept.")
-    object: Literal["request.released"] = "request.released"
-    released: Literal[True] = True
+    object: Literal["request.released"] = Field(default="request.released", description="What the answer is about.")
+    released: Literal[True] = Field(default=True, description="That it is kept no more.")
 
 
 class Version(_Answer):

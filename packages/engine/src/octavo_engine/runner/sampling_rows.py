@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from octavo_engine.batch import NewRow, RowMove
 from octavo_engine.runner.logprobs import WantedLogprobs
 from octavo_engine.runner.rules.base import LogitChange
-from octavo_engine.runner.rules.distribution import filters_whole_rows
+from octavo_engine.runner.rules.distribution import MIN_TEMPERATURE, filters_whole_rows
 from octavo_engine.runner.rules.grammar import GrammarRule, Trial
 from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.rules import make_rules
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.structured.compiler import GrammarCompiler
-
-_MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class SamplingRows:
     def add(self, new: NewRow) -> None:
         """Fill a row, whatever it held before."""
         row, sampling = new.row, new.sampling
-        temperature = 0.0 if sampling.greedy else max(sampling.temperature, _MIN_TEMPERATURE)
+        temperature = 0.0 if sampling.greedy else max(sampling.temperature, MIN_TEMPERATURE)
         top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
         if filters_whole_rows(sampling):  # a rule does
             top_k, top_p, min_p = 0, 1.0, 0.0

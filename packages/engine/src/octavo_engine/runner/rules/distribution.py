@@ -6,6 +6,7 @@ top_k, typical_p, top_p, XTC.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from octavo_engine.batch import NewRow
 from octavo_engine.runner.rules import filters
+from octavo_engine.runner.rules.changes import on_device
 from octavo_engine.sampling_params import SamplingParams
 from octavo_kernels import gumbel_noise_at
 
+MIN_TEMPERATURE = 1e-30  # below it, float32 scores cannot be divided
 _XTC_COLUMN = 1 << 31  # of the noise: beyond every vocabulary, so that XTC's chance is independent of the draw
 
 
@@ -48,36 +51,53 @@ class _Filters:
     def apply(self, logits: Tensor) -> None:
         """Remove the tokens that the filters drop from logits [draws, vocab_size]."""
         for place, sampling, chance in zip(self.places, self.samplings, self.chances, strict=True):
-            left = _left(logits[place], sampling, chance)
-            logits[place].masked_fill_(~left.isfinite(), float("-inf"))
+            scores = scaled(logits[place].cpu().numpy(), sampling.temperature)
+            if scores is not None:
+                _filter(logits[place], scores, sampling, chance)
 
 
-def _left(logits: Tensor, sampling: SamplingParams, chance: float) -> Tensor:
-    """Return the scores of a row [vocab_size] float64, minus infinity where a filter drops the token."""
-    scores = scaled(logits, sampling.temperature)
+def _filter(logits: Tensor, scores: filters.Scores, sampling: SamplingParams, chance: float) -> None:
+    """Remove the tokens that a request's filters drop from a row [vocab_size], given its scores."""
+    left = None
+    for keep in _filters_of(sampling):
+        kept = keep(scores)
+        scores, left = scores[kept], kept if left is None else left[kept]
+    removed = filters.removed_by_xtc(scores, sampling.xtc_threshold) if chance < sampling.xtc_probability else None
+    if left is not None:
+        keep_only(logits, left if removed is None else np.delete(left, removed))
+    elif removed is not None:
+        logits[on_device(removed, logits)] = float("-inf")
 
-    def keep(kept: Tensor) -> None:
-        scores.masked_fill_(~kept, float("-inf"))
 
-    if not bool(scores.isfinite().any()):  # nothing to choose from: the sampler reports the row
-        return scores
+def _filters_of(sampling: SamplingParams) -> Iterator[Callable[[filters.Scores], filters.Places]]:
+    """Return the filters of a request in order, but for XTC."""
     if sampling.min_p > 0:
-        keep(filters.min_p(scores, sampling.min_p))
+        yield lambda scores: filters.min_p(scores, sampling.min_p)
     if sampling.top_k > 0:
-        keep(filters.top_k(scores, sampling.top_k))
+        yield lambda scores: filters.top_k(scores, sampling.top_k)
     if sampling.typical_p < 1:
-        keep(filters.typical_p(scores, sampling.typical_p))
+        yield lambda scores: filters.typical_p(scores, sampling.typical_p)
     if sampling.top_p < 1:
-        keep(filters.top_p(scores, sampling.top_p))
-    if chance < sampling.xtc_probability:
-        keep(filters.xtc(scores, sampling.xtc_threshold))
-    return scores
+        yield lambda scores: filters.top_p(scores, sampling.top_p)
 
 
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return (logits - largest logit) / temperature in float64."""
-    doubled = logits.double()
-    return (doubled - doubled.max()) / temperature
+def scaled(logits: NDArray[np.float32], temperature: float) -> filters.Scores | None:
+    """Return (logits - largest logit) / temperature of a row [vocab_size]; None if it holds nothing to choose from."""
+    largest = logits.max()
+    if not np.isfinite(largest):  # the sampler reports the row
+        return None
+    with np.errstate(over="ignore"):
+        scores = (logits - largest) / np.float32(max(temperature, MIN_TEMPERATURE))
+    least: filters.Scores = np.maximum(scores, np.float32(filters.LOWEST))
+    return least
+
+
+def keep_only(logits: Tensor, token_ids: filters.Places) -> None:
+    """Remove all other tokens from a row [vocab_size]."""
+    indices = on_device(token_ids, logits)
+    kept = logits[indices]
+    logits.fill_(float("-inf"))
+    logits[indices] = kept
 
 
 class DistributionRule:

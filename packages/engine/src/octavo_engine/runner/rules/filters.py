@@ -1,63 +1,84 @@
 """Filters of one row's scores: which tokens each of them keeps, of those that are left.
 
-A filter takes scores [vocab_size] float64, minus infinity where a token is gone, and returns what it keeps as a mask of
-the same shape. Tokens as good as the last one kept are kept too, so that the order of token ids does not matter. Sums
-run along the row, one token after the other: they depend neither on other rows nor on threads.
+Scores are [num_left] fp32, logarithms of probabilities up to a constant, 0 at most; a token that is barred has less
+than any other. A filter returns the places that it keeps, ascending, so that the next one has fewer to look at.
+Tokens as good as the last one kept are kept too, so that the order of token ids does not matter.
+
+By numpy, on one thread: a row depends on nothing but itself, and torch would wake threads of its own beside those of
+the kernels, for longer than a pass over a row takes. Where few tokens decide, a cut through the row finds them and few
+are sorted; if they fall short, the cut goes deeper.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-_NUM_SELECTED = 256
+Scores = NDArray[np.float32]
+Places = NDArray[np.int64]
+
+LOWEST = -1e4
+"""The score of barred tokens, whose probability is 0 then."""
+
+_FIRST_CUT = 8.0
 
 
-def min_p(scores: Tensor, least: float) -> Tensor:
+def min_p(scores: Scores, least: float) -> Places:
     """Keep the tokens at least `least` times as probable as the likeliest (arXiv 2407.01082)."""
-    return scores >= scores.max() + math.log(least)
+    return np.flatnonzero(scores >= math.log(least))
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+def top_k(scores: Scores, k: int) -> Places:
     """Keep the k largest."""
-    return scores >= scores.topk(min(k, len(scores))).values[-1]
+    if k >= len(scores):
+        return np.arange(len(scores))
+    return np.flatnonzero(scores >= -smallest(-scores, k)[-1])
 
 
-def typical_p(scores: Tensor, mass: float) -> Tensor:
+def typical_p(scores: Scores, mass: float) -> Places:
     """Keep those whose surprise is nearest to the expected one, up to a probability mass (arXiv 2202.00666)."""
-    log_probabilities = scores.log_softmax(0)
-    probabilities = log_probabilities.exp()
-    entropy = -(probabilities * log_probabilities.masked_fill(probabilities == 0, 0)).cumsum(0)[-1]
-    distances = (-log_probabilities - entropy).abs()
-    return distances <= _last_needed(distances, probabilities, mass)
+    powers = np.exp(scores)
+    total = float(powers.sum())
+    # Surprise and entropy hold the same constant, which their difference does not.
+    distances = np.abs(scores - np.float32(float((powers * scores).sum()) / total))
+    return np.flatnonzero(distances <= _last_needed(distances, powers, mass * total))
 
 
-def top_p(scores: Tensor, mass: float) -> Tensor:
+def top_p(scores: Scores, mass: float) -> Places:
     """Keep the shortest prefix, by falling probability, that holds a probability mass (arXiv 1904.09751)."""
-    return -scores <= _last_needed(-scores, scores.softmax(0), mass)
+    powers = np.exp(scores)
+    return np.flatnonzero(-scores <= _last_needed(-scores, powers, mass * float(powers.sum())))
 
 
-def xtc(scores: Tensor, threshold: float) -> Tensor:
-    """Remove all tokens of at least a probability but the least of them; nothing if there is at most one."""
-    probabilities = scores.softmax(0)
-    likely = probabilities >= threshold
-    if int(likely.sum()) < 2:
-        return torch.ones_like(likely)
-    return probabilities <= probabilities[likely].min()
+def removed_by_xtc(scores: Scores, threshold: float) -> Places:
+    """Return all tokens of at least a probability but the least of them; none if there is at most one."""
+    powers = np.exp(scores)
+    likely = np.flatnonzero(powers >= threshold * float(powers.sum()))
+    return likely[powers[likely] > powers[likely].min()] if len(likely) else likely
 
 
-def _last_needed(keys: Tensor, probabilities: Tensor, mass: float) -> Tensor:
-    """Return the largest key of the shortest list of tokens, by rising key, that holds a mass.
-
-    Mostly few tokens do, so a few are selected first, and more only if these fall short.
-    """
-    count = _NUM_SELECTED
+def smallest(keys: Scores, count: int) -> Scores:
+    """Return the `count` smallest keys, of which the least is 0, in order; all if they are fewer."""
+    cut = _FIRST_CUT
     while True:
-        selected = keys.topk(min(count, len(keys)), largest=False)
-        held = probabilities[selected.indices].cumsum(0)
-        num_short = int((held < mass).sum())
-        if num_short < len(held) or len(held) == len(keys):
-            return selected.values[min(num_short, len(held) - 1)]
-        count *= 8
+        chosen = keys[keys <= cut]
+        if len(chosen) > count:
+            return np.sort(np.partition(chosen, count - 1)[:count])
+        if len(chosen) == count or cut > -LOWEST:
+            return np.sort(chosen)
+        cut *= 2
+
+
+def _last_needed(keys: Scores, powers: Scores, needed: float) -> float:
+    """Return the largest key of the shortest list of tokens, by rising key, whose powers sum up to what is needed."""
+    cut = _FIRST_CUT
+    while True:
+        chosen = np.flatnonzero(keys <= cut)
+        if cut > -LOWEST or float(powers[chosen].sum(dtype=np.float64)) >= needed:
+            break
+        cut *= 2
+    order = chosen[np.argsort(keys[chosen])]
+    num_short = int((powers[order].cumsum(dtype=np.float64) < needed).sum())
+    return float(keys[order[min(num_short, len(order) - 1)]])

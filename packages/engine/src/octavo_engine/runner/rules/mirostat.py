@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.batch import NewRow
-from octavo_engine.runner.rules.distribution import scaled
-from octavo_engine.runner.rules.filters import top_k
+from octavo_engine.runner.rules import filters
+from octavo_engine.runner.rules.distribution import MIN_TEMPERATURE, keep_only, scaled
 from octavo_engine.sampling_params import SamplingParams
 
 _NUM_ESTIMATED = 100  # version 1 estimates the exponent of Zipf's law from this many of the likeliest tokens
@@ -20,41 +20,54 @@ _NUM_ESTIMATED = 100  # version 1 estimates the exponent of Zipf's law from this
 
 @dataclass(slots=True)
 class _Feedback:
-    """The state of one row: `limit` is the paper's mu in bits; `surprises` [vocab_size] are those of the last draw."""
+    """The state of one row.
+
+    Attributes:
+        sampling: of the request.
+        limit: the paper's mu, in bits.
+        seen: what the last draw could take, and how surprising each would be.
+    """
 
     sampling: SamplingParams
     limit: float
-    surprises: Tensor | None = None
+    seen: tuple[filters.Places, NDArray[np.float64]] | None = None
 
-    def kept(self, log_probabilities: Tensor) -> Tensor:
-        """Return which tokens may be drawn: [vocab_size] natural logarithms -> bool."""
+    def kept(self, scores: filters.Scores) -> filters.Places:
+        """Return the tokens that may be drawn, given all scores."""
         if self.sampling.mirostat_mode == 1:
-            return top_k(log_probabilities, num_kept(log_probabilities, self.limit))
-        likeliest = log_probabilities == log_probabilities.max()
-        return likeliest | (log_probabilities >= -math.log(2) * self.limit)
+            return filters.top_k(scores, num_kept(scores, self.limit))
+        least = math.log(float(np.exp(scores).sum())) - math.log(2) * self.limit
+        return np.flatnonzero(scores >= min(least, 0.0))  # the likeliest always may
+
+    def see(self, token_ids: filters.Places, logits: NDArray[np.float32]) -> None:
+        """Remember how surprising each of the tokens that may be drawn would be, in bits, given their logits."""
+        temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
+        scores = (logits.astype(np.float64) - logits.max()) / temperature
+        self.seen = token_ids, (math.log(np.exp(scores).sum()) - scores) / math.log(2)
 
     def learn(self, token_id: int) -> None:
         """Move the limit by how far a drawn token's surprise is from the target."""
-        assert self.surprises is not None, "a token was appended that was not drawn"
-        error = float(self.surprises[token_id]) - self.sampling.mirostat_tau
+        assert self.seen is not None, "a token was appended that was not drawn"
+        token_ids, surprises = self.seen
+        error = float(surprises[np.searchsorted(token_ids, token_id)]) - self.sampling.mirostat_tau
         self.limit -= self.sampling.mirostat_eta * error
-        self.surprises = None
+        self.seen = None
 
 
-def num_kept(log_probabilities: Tensor, limit: float) -> int:
+def num_kept(scores: filters.Scores, limit: float) -> int:
     """Return how many tokens version 1 keeps (the paper's algorithm 1): 1 to [vocab_size]."""
-    in_order = log_probabilities.topk(min(_NUM_ESTIMATED, len(log_probabilities))).values.cpu().numpy()
-    in_order = in_order[np.isfinite(in_order)]
+    in_order = -filters.smallest(-scores, _NUM_ESTIMATED).astype(np.float64)
+    in_order = in_order[in_order > filters.LOWEST]
     ranks = np.arange(1, len(in_order))
     steps = np.log((ranks + 1) / ranks)
     exponent = float((steps * (in_order[:-1] - in_order[1:])).sum() / max((steps * steps).sum(), 1e-30))
     excess = exponent - 1
     if exponent <= 0 or abs(excess) < 1e-9:  # a flat distribution, or one where the formula has no value
-        return len(log_probabilities)
+        return len(scores)
     with np.errstate(over="ignore"):
-        tail = 1 - float(np.float64(len(log_probabilities)) ** -excess)
+        tail = 1 - float(np.float64(len(scores)) ** -excess)
         count = (excess * np.exp2(limit) / tail) ** (1 / exponent)
-    return int(np.clip(count, 1, len(log_probabilities)))
+    return int(np.clip(count, 1, len(scores)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +78,14 @@ class _Limits:
     feedback: list[_Feedback]
 
     def apply(self, logits: Tensor) -> None:
-        """Remove the tokens above the limit, and keep the surprises of those that are left, in bits."""
+        """Remove the tokens above the limit, and remember how surprising those would be that are left."""
         for place, feedback in zip(self.places, self.feedback, strict=True):
-            scores = scaled(logits[place], feedback.sampling.temperature)
-            scores.masked_fill_(~feedback.kept(scores.log_softmax(0)), float("-inf"))
-            feedback.surprises = scores.log_softmax(0) / -math.log(2)
-            logits[place].masked_fill_(~scores.isfinite(), float("-inf"))
+            row = logits[place].cpu().numpy()
+            scores = scaled(row, feedback.sampling.temperature)
+            if scores is not None:
+                kept = feedback.kept(scores)
+                feedback.see(kept, row[kept])
+                keep_only(logits[place], kept)
 
 
 class MirostatRule:
