@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 @dataclass(slots=True)
 class _Mailbox:
