@@ -1,11 +1,15 @@
 """The prefix cache on the real model: what is hit, whole or in part, changes no bit of an answer."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from octavo_engine import LLM, CachedTokens, PinLimitReached, RequestOutput, SamplingParams, UnknownPin
 
 pytestmark = pytest.mark.model
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "prefix-cache.md"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=8, logprobs=5, ignore_eos=True)
 OPTIONS = {"show_progress": False, "num_blocks": 200, "block_size": 16, "max_model_len": 512}
@@ -65,3 +69,10 @@ def test_pins_stay_and_salts_keep_apart() -> None:
         with pytest.raises(UnknownPin):
             llm.unpin(pin)
         assert llm.stats().cache.num_used == 0
+
+
+def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    pinned, hit = capsys.readouterr().out.splitlines()
+    assert int(hit.split()[0]) >= int(pinned.split()[0]) >= 48

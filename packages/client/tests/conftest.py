@@ -57,9 +57,21 @@ ROOT = {
 }
 
 
+PIN = {"id": "pin-1", "object": "cache.pin", "pinned_tokens": 32, "blocks": 2}
+WARMED = {"object": "cache.warmed_prompt", "index": 0, "prompt_tokens": 40, "cached_tokens": 3, "warm_tokens": 32}
+CACHE = {
+    ("POST", "warm"): {"object": "list", "data": [WARMED], "model": "m"},
+    ("POST", "pins"): PIN,
+    ("GET", "pins"): {"object": "list", "data": [PIN]},
+    ("DELETE", "pin-1"): {"id": "pin-1", "object": "cache.pin.deleted", "deleted": True},
+}
+
+
 def answer(request: httpx2.Request) -> httpx2.Response:
     """What an Octavo server answers."""
     path = request.url.path
+    if "/v1/cache/" in path:
+        return httpx2.Response(200, json=CACHE[request.method, path.rpartition("/")[2]])
     body = json.loads(request.content) if request.content else {}
     if path.endswith("/chat/completions"):
         return _events(CHAT_CHUNKS) if body.get("stream") else httpx2.Response(200, json=CHAT)

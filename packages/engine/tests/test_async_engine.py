@@ -9,12 +9,14 @@ import pytest
 from octavo_engine.api import EngineInfo
 from octavo_engine.async_engine import AsyncEngine
 from octavo_engine.engine import Engine
-from octavo_engine.errors import EngineDead, InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.errors import EngineDead, InvalidRequest, PinLimitReached, PromptTooLong, RequestFailed, UnknownPin
 from octavo_engine.executor.fake import FakeExecutor
+from octavo_engine.pins import Pin
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
-from octavo_engine.types import FinishReason, SamplingParams
+from octavo_engine.types import CachedTokens, FinishReason, SamplingParams
+from octavo_engine.warming import warm_request
 from octavo_kvcache import CacheManager
 
 END = 26
@@ -94,7 +96,11 @@ def gate() -> Gate:
 @pytest.fixture
 def engine(gate: Gate):
     scheduler = Scheduler(
-        CacheManager(64, 4), max_num_seqs=4, max_num_batched_tokens=16, max_model_len=40, eos_token_ids=[END]
+        CacheManager(64, 4, max_num_pinned=6),
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        max_model_len=40,
+        eos_token_ids=[END],
     )
     executor = GatedExecutor(4, following_letter, fail_steps=frozenset({1000}))
     executor.gate = gate
@@ -303,3 +309,69 @@ def test_the_output_kind_says_what_is_yielded(engine, kind, expected):
             return [delta.text async for deltas in stream for delta in deltas]
 
     assert asyncio.run(texts()) == expected
+
+
+def warming(engine: AsyncEngine, prompt: str, request_id: str, *, pin: bool = False, salt: bytes = b""):
+    ids = engine.text.encode_prompt(prompt)
+    return warm_request(engine.text, ids, request_id=request_id, pin=pin, salt=salt)
+
+
+def test_prompts_are_warmed_and_pinned_and_say_what_was_there(engine):
+    async def main():
+        first = await engine.warm(warming(engine, "abcdefghij", "w"))
+        assert (first.cached, first.num_warm_tokens) == (CachedTokens(), 8)
+        again = await engine.warm(warming(engine, "abcdefghij", "w"))
+        assert again.cached == CachedTokens(full=8)
+        pin = await engine.pin(warming(engine, "abcdefgx", "p", pin=True, salt=b"s"))
+        assert pin == Pin("p", num_tokens=8, num_blocks=2)
+        assert (await engine.pins(), await engine.pins(b"s"), await engine.pins(b"")) == ([pin], [pin], [])
+        with pytest.raises(UnknownPin):
+            await engine.unpin("p", b"other")
+        await engine.unpin("p", b"s")
+        await engine.pin(warming(engine, "abcdefgx", "q", pin=True))
+        await engine.reset_prefix_cache()
+        assert await engine.pins() == []
+
+    asyncio.run(main())
+    assert engine.stats().cache.num_used == 0
+
+
+def test_a_pin_over_the_limit_is_refused_and_the_engine_lives(engine):
+    async def main():
+        await engine.pin(warming(engine, "abcdefghijklmnop", "p", pin=True))
+        with pytest.raises(PinLimitReached, match="takes 3 blocks, pins hold 4 and may hold 6"):
+            await engine.pin(warming(engine, "abcdefghijkl", "q", pin=True))
+        with pytest.raises(InvalidRequest, match="3 tokens"):
+            await engine.pin(warming(engine, "abc", "r", pin=True))
+        assert [pin.pin_id for pin in await engine.pins()] == ["p"]
+
+    asyncio.run(main())
+
+
+def test_a_pin_whose_caller_leaves_is_dropped_wherever_it_stands(engine, gate):
+    async def main():
+        gate.allow_only(1)  # of the two steps that the prompt takes
+        task = asyncio.create_task(engine.pin(warming(engine, "abcdefghijklmnopqrstuvwx", "p", pin=True)))
+        while not engine.stats().num_steps:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        gate.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await engine.pins() == []
+        await engine.pin(warming(engine, "abcdefghijklmnopqrstuvwx", "q", pin=True))  # the room is free again
+
+    asyncio.run(main())
+    assert engine.stats().cache.num_pinned == 6
+
+
+def test_a_dead_engine_says_so_when_asked_for_pins(engine):
+    engine.close()
+
+    async def main():
+        with pytest.raises(EngineDead):
+            await engine.pin(warming(engine, "abcdefgh", "p", pin=True))
+        with pytest.raises(EngineDead):
+            await engine.pins()
+
+    asyncio.run(main())

@@ -12,7 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from octavo_engine.api import EngineInfo, EngineStats
-from octavo_engine.errors import RequestFailed
+from octavo_engine.errors import PinLimitReached, RequestFailed, UnknownPin
+from octavo_engine.pins import Pin
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.chat_template import ChatTemplate
@@ -27,6 +28,7 @@ from octavo_engine.types import (
     RequestTimes,
     SequenceUpdate,
     TokenLogprobs,
+    WarmOutput,
 )
 from octavo_kvcache import CacheStats, LookupCounts
 from octavo_server import ServerSettings, create_app
@@ -129,6 +131,7 @@ class FakeEngine:
         self.hold_after: int | None = None
         self.fail_after: int | None = None
         self.num_cached_tokens = 0
+        self.pinned: dict[str, tuple[Pin, bytes]] = {}
         self.broken: Exception | None = None
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -223,6 +226,34 @@ class FakeEngine:
         return EmbeddingOutput(
             request_id=request.request_id, prompt_token_ids=request.prompt_token_ids, embedding=[0.6, -0.8]
         )
+
+    async def warm(self, request: Request) -> WarmOutput:
+        await self.embed(request)
+        prompt = request.prompt_token_ids
+        num_warm_tokens = len(prompt) // self.info.block_size * self.info.block_size
+        return WarmOutput(
+            prompt_token_ids=prompt, cached=CachedTokens(full=self.num_cached_tokens), num_warm_tokens=num_warm_tokens
+        )
+
+    async def pin(self, request: Request) -> Pin:
+        num_blocks = len(request.prompt_token_ids) // self.info.block_size
+        if num_blocks > 8:
+            raise PinLimitReached(f"a prompt takes {num_blocks} blocks, pins may hold 8")
+        await self.embed(request)
+        pin = Pin(request.request_id, num_blocks * self.info.block_size, num_blocks)
+        self.pinned[request.request_id] = pin, request.salt
+        return pin
+
+    async def unpin(self, pin_id: str, salt: bytes | None = None) -> None:
+        if self.pinned.get(pin_id, (None, None))[1] != salt:
+            raise UnknownPin(f"no pin has the id {pin_id!r}")
+        del self.pinned[pin_id]
+
+    async def pins(self, salt: bytes | None = None) -> list[Pin]:
+        return [pin for pin, own in self.pinned.values() if own == salt]
+
+    async def reset_prefix_cache(self) -> None:
+        self.pinned.clear()
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -18,6 +18,14 @@ from openai import DEFAULT_MAX_RETRIES, NotGiven, not_given
 
 from octavo_client import _sdk
 from octavo_client.errors import ConfigurationError
+from octavo_client.resources.cache import (
+    AsyncCache,
+    AsyncCacheWithRawResponse,
+    AsyncCacheWithStreamingResponse,
+    Cache,
+    CacheWithRawResponse,
+    CacheWithStreamingResponse,
+)
 from octavo_client.resources.requests import (
     AsyncRequests,
     AsyncRequestsWithRawResponse,
@@ -119,6 +127,11 @@ class Octavo(openai.OpenAI):
         _restore(self, default_headers, sdk)
 
     @cached_property
+    def cache(self) -> Cache:
+        """Prompts computed ahead, and prompts that stay in the prefix cache."""
+        return Cache(self)
+
+    @cached_property
     def tokens(self) -> Tokens:
         """Tokenise and detokenise by the server's tokenizer."""
         return Tokens(self)
@@ -188,6 +201,11 @@ class AsyncOctavo(openai.AsyncOpenAI):
         _restore(self, default_headers, sdk)
 
     @cached_property
+    def cache(self) -> AsyncCache:
+        """Prompts computed ahead, and prompts that stay in the prefix cache."""
+        return AsyncCache(self)
+
+    @cached_property
     def tokens(self) -> AsyncTokens:
         """Tokenise and detokenise by the server's tokenizer."""
         return AsyncTokens(self)
@@ -222,6 +240,11 @@ class OctavoWithRawResponse(_sdk.OpenAIWithRawResponse):
     _client: Octavo
 
     @cached_property
+    def cache(self) -> CacheWithRawResponse:
+        """See `Octavo.cache`."""
+        return self._client.cache.with_raw_response
+
+    @cached_property
     def tokens(self) -> TokensWithRawResponse:
         """See `Octavo.tokens`."""
         return self._client.tokens.with_raw_response
@@ -241,6 +264,11 @@ class AsyncOctavoWithRawResponse(_sdk.AsyncOpenAIWithRawResponse):
     """`AsyncOctavo`, answering with HTTP responses."""
 
     _client: AsyncOctavo
+
+    @cached_property
+    def cache(self) -> AsyncCacheWithRawResponse:
+        """See `AsyncOctavo.cache`."""
+        return self._client.cache.with_raw_response
 
     @cached_property
     def tokens(self) -> AsyncTokensWithRawResponse:
@@ -264,6 +292,11 @@ class OctavoWithStreamingResponse(_sdk.OpenAIWithStreamedResponse):
     _client: Octavo
 
     @cached_property
+    def cache(self) -> CacheWithStreamingResponse:
+        """See `Octavo.cache`."""
+        return self._client.cache.with_streaming_response
+
+    @cached_property
     def tokens(self) -> TokensWithStreamingResponse:
         """See `Octavo.tokens`."""
         return self._client.tokens.with_streaming_response
@@ -283,6 +316,11 @@ class AsyncOctavoWithStreamingResponse(_sdk.AsyncOpenAIWithStreamedResponse):
     """`AsyncOctavo`, answering with unread HTTP responses."""
 
     _client: AsyncOctavo
+
+    @cached_property
+    def cache(self) -> AsyncCacheWithStreamingResponse:
+        """See `AsyncOctavo.cache`."""
+        return self._client.cache.with_streaming_response
 
     @cached_property
     def tokens(self) -> AsyncTokensWithStreamingResponse:

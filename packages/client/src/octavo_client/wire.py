@@ -1,6 +1,7 @@
 """The pydantic models of everything in Octavo's HTTP interface that OpenAI's own types do not have.
 
 The server validates requests with these classes and builds its answers from them; the client sends and returns them.
+The prefix cache's are in `wire_cache`.
 This module imports pydantic alone: neither the openai SDK nor an HTTP library.
 
 `Extras` and `EmbeddingExtras` refuse unknown fields, so that a misspelt name is found where it was typed; a server
@@ -289,6 +290,13 @@ class EmbeddingExtras(_Body):
     """Fields of an embeddings request beyond OpenAI's own; pass it as `extra_body=EmbeddingExtras(pooling="mean")`."""
 
     model_config = ConfigDict(extra="forbid")
+
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Share cached prefixes only with requests of the same salt. Default: no salt.",
+    )
 
     pooling: Pooling | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from octavo_engine.errors import EngineBusy, EngineDead, EngineError, InvalidRequest, RequestFailed
+from octavo_engine.errors import EngineBusy, EngineDead, EngineError, InvalidRequest, RequestFailed, UnknownPin
 from octavo_server.protocol.violations import describe_violations
 
 _log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class ErrorRow(NamedTuple):
 
 ERRORS: Mapping[type[Exception], ErrorRow] = {
     InvalidRequest: ErrorRow(400, _INVALID),
+    UnknownPin: ErrorRow(404, _INVALID),
     ClientDisconnect: ErrorRow(CLIENT_GONE, _INVALID, "client_gone", "the client closed the connection"),
     # The texts of these may quote the machine's files, so they go to the log and not to the client.
     RequestFailed: ErrorRow(500, _SERVER, "request_failed", "the engine could not compute this request"),

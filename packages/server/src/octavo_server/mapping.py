@@ -13,10 +13,12 @@ from octavo_engine.branch import Parent
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import Pooling, Request, SamplingParams
+from octavo_engine.warming import warm_request
 from octavo_server.beams import beam_search_params, check_beam_fields
 from octavo_server.branches import branch_of
 from octavo_server.config import MAX_CHOICES
-from octavo_server.protocol.chat import ChatBody
+from octavo_server.protocol.cache import CachePinBody, CacheWarmBody
+from octavo_server.protocol.chat import ChatBody, template_messages
 from octavo_server.protocol.completions import CompletionBody, Prompt
 from octavo_server.protocol.embeddings import EmbeddingBody
 from octavo_server.protocol.generation import GenerationBody
@@ -128,10 +130,39 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
     inputs = body.inputs
     _check_num_choices(len(inputs), "input")
     pooling: Pooling = body.pooling or "last"
+    salt = (body.cache_salt or "").encode()
     with _called("prompt", "input"):
         return [
-            text.make_request(ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling)
+            text.make_request(
+                ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling, salt=salt
+            )
             for place, ids in enumerate(await _encode_all(text, inputs))
+        ]
+
+
+async def warm_requests(
+    body: CacheWarmBody | CachePinBody, text: TextProcessor, *, request_id: str, pin: bool = False
+) -> list[Request]:
+    """Return one request per prompt, or one for messages, which are laid out without an assistant's turn.
+
+    Raises:
+        InvalidRequest: if a prompt is empty, out of vocabulary or too long, or a message is wrong.
+    """
+    salt = (body.cache_salt or "").encode()
+    if body.messages is None:
+        prompts = body.prompts
+        _check_num_choices(len(prompts), "prompt")
+        encoded, field = await _encode_all(text, prompts), "prompt"
+    else:
+        messages = template_messages(body.messages)
+        num_chars = sum(len(str(message["content"])) for message in messages)
+        token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages, add_generation_prompt=False))
+        encoded, field = [token_ids], "messages"
+    ids = [request_id] if len(encoded) == 1 else [f"{request_id}-{place}" for place in range(len(encoded))]
+    with _called("prompt", field):
+        return [
+            warm_request(text, token_ids, request_id=own, salt=salt, pin=pin)
+            for own, token_ids in zip(ids, encoded, strict=True)
         ]
 
 
