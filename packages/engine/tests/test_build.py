@@ -32,7 +32,7 @@ def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "cpu_isa", lambda: "none")
 
 
-def info_of(path: Path, **options: str) -> EngineInfo:
+def info_of(path: Path, **options: Any) -> EngineInfo:
     return build_engine(EngineConfig(model=str(path), num_blocks=17, max_num_seqs=2, **options)).info
 
 
@@ -105,3 +105,13 @@ def test_the_models_own_sampling_defaults_are_taken_and_told(caplog: pytest.LogC
     refused, told = caplog.messages
     assert refused == "generation_config.json is not followed: min_p must be between 0 and 1, got 7"
     assert told == "sampling defaults from generation_config.json: temperature=0.6, top_k=20, typical_p=0.9"
+
+
+def test_the_host_tier_is_described(make_gguf: MakeGGUF) -> None:
+    path = make_gguf()
+    assert (info_of(path).num_host_blocks, info_of(path).host_kv_bytes) == (0, 0)
+    info = info_of(path, host_kv_bytes=100_000)
+    assert info.num_host_blocks == 100_000 // (info.kv_cache_bytes // 17)
+    assert info.host_kv_reason == "host_kv_bytes was given"
+    with pytest.raises(InvalidConfig, match="preemption_mode 'swap' needs memory of the host: the device's memory"):
+        info_of(path, preemption_mode="swap")

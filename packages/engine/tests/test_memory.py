@@ -1,7 +1,7 @@
 import pytest
 
 from octavo_engine.errors import InvalidConfig
-from octavo_engine.runner.memory import available_bytes, plan_memory
+from octavo_engine.runner.memory import available_bytes, plan_host_tier, plan_memory
 
 SIZES = {"bytes_per_block": 1000, "block_size": 16, "max_num_seqs": 4, "model_max_len": 256, "free_bytes": 400_000}
 
@@ -51,3 +51,30 @@ def test_a_context_beyond_the_models_is_refused():
 
 def test_this_machine_has_memory():
     assert available_bytes() > 1 << 20
+
+
+def host(**changes):
+    sizes = {"bytes_per_block": 1000, "num_device_blocks": 50, "host_kv_bytes": None, "on_cpu": False}
+    return plan_host_tier(**(sizes | {"free_bytes": 400_000} | changes))
+
+
+def test_a_cpu_has_no_host_tier_unless_it_is_asked_for():
+    chosen = host(on_cpu=True)
+    assert (chosen.num_blocks, chosen.num_bytes) == (0, 0)
+    assert "the device's memory is the host's" in chosen.reason
+    assert host(on_cpu=True, host_kv_bytes=7999).num_blocks == 7
+
+
+def test_a_gpu_has_as_much_on_the_host_as_it_can_use_within_limits():
+    assert host().num_blocks == 50
+    assert host(num_device_blocks=500).num_blocks == 100
+    assert host(num_device_blocks=1 << 40, free_bytes=1 << 40).num_bytes == (4 << 30) // 1000 * 1000
+    assert host(free_bytes=5000) == host(free_bytes=0)
+    assert host(free_bytes=0).num_blocks == 0
+
+
+def test_host_bytes_that_hold_no_block_are_refused():
+    assert host(host_kv_bytes=0).num_blocks == 0
+    assert host(host_kv_bytes=2000).num_blocks == 2
+    with pytest.raises(InvalidConfig, match=r"holds 1 blocks of 1000 bytes.* give 2000 or more, or 0"):
+        host(host_kv_bytes=1999)

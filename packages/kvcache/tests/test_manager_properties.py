@@ -1,13 +1,15 @@
 """Any sequence of operations against a model that copies everything.
 
-The model keeps each sequence's tokens in a list of its own. Beside it runs a fake device: a memory of blocks, and rows
-of block ids that know only the copies and updates that the manager returns. What a slot holds is the whole context
-that a real key depends on (salt, all tokens up to its own, group), so a wrong hit or a stale block is seen. The
-longest prefix that could be hit is read off that memory, without any hash.
+The model keeps each sequence's tokens in a list of its own. Beside it runs a fake device: a memory of blocks, another
+of the host's, and rows of block ids that know only the copies and updates that the manager returns. What a slot holds
+is the whole context that a real key depends on (salt, all tokens up to its own, group), so a wrong hit or a stale
+block is seen. The longest prefix that could be hit is read off that memory, without any hash. What lies in blocks that
+nobody holds and that can not be hit is destroyed.
 """
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from octavo_kvcache import Allocation, CacheFull, CacheManager, KVCacheSpec, PinLimit
+from octavo_kvcache import DEVICE, HOST, Allocation, BlockCopy, CacheFull, CacheManager, KVCacheSpec, PinLimit
 
 TOKENS = st.integers(0, 1)
 PROMPTS = st.builds(  # beginnings of one text with different ends, so that prefixes repeat
@@ -61,8 +63,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     groups: tuple[KVCacheSpec, ...] = (FULL,)
 
-    @initialize(block_size=st.integers(1, 4), num_blocks=st.integers(4, 24), deduplicate=st.booleans())
-    def start(self, block_size: int, num_blocks: int, deduplicate: bool) -> None:
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(4, 24),
+        num_host_blocks=st.integers(2, 24),
+        deduplicate=st.booleans(),
+    )
+    def start(self, block_size: int, num_blocks: int, num_host_blocks: int, deduplicate: bool) -> None:
         self.size = block_size
         self.max_num_pinned = num_blocks // 3
         self.cache = CacheManager(
@@ -71,13 +78,16 @@ class CacheMachine(RuleBasedStateMachine):
             groups=self.groups,
             deduplicate=deduplicate,
             max_num_pinned=self.max_num_pinned,
+            num_host_blocks=num_host_blocks,
         )
         self.pins: dict[str, dict[int, list[object]]] = {}  # what each block of a pin holds
         self.set_aside: dict[str, int] = {}  # blocks, for each pin there ever was
         self.num_deduplicated = 0
         self.sequences: dict[int, Model] = {}
+        self.swapped: dict[int, Model] = {}
         self.parked: list[tuple[int, list[int]]] = []
         self.memory: dict[tuple[int, int], object] = {}
+        self.memories: dict[str, dict[tuple[int, int], object]] = {DEVICE: self.memory, HOST: {}}
         self.ids = itertools.count()
         self.step_id = 0
         self.num_copies = 0
@@ -99,7 +109,7 @@ class CacheMachine(RuleBasedStateMachine):
     def step(self, data: st.DataObject, final: bool, num_rejected: int) -> None:
         """Schedule some sequences, preempt when the cache is full, then run the copies and writes as one step."""
         scheduled: dict[int, tuple[int, int]] = {}
-        copies = []
+        copies: list[BlockCopy] = []
         for seq_id in data.draw(st.permutations(sorted(self.sequences)))[:4]:
             if seq_id not in self.sequences:
                 continue  # it was preempted
@@ -107,15 +117,12 @@ class CacheMachine(RuleBasedStateMachine):
             if seq.num_computed == len(seq.tokens):
                 seq.tokens += data.draw(st.lists(TOKENS, min_size=1, max_size=5), label="sampled token and drafts")
             num_new = data.draw(st.integers(1, len(seq.tokens) - seq.num_computed), label="num_new_tokens")
-            allocation = self.allocate(seq_id, num_new, scheduled)
+            allocation = self.allocate(seq_id, num_new, scheduled, copies)
             if allocation is None:
                 continue
             copies += allocation.copies
             scheduled[seq_id] = (seq.num_computed, seq.num_computed + num_new)
-        self.num_copies += len(copies)
-        for copy in copies:
-            for offset in range(self.size):
-                self.memory[copy.dst, offset] = self.memory.get((copy.src, offset))
+        self.apply(copies)
         for seq_id, (start, stop) in scheduled.items():
             self.write(seq_id, start, stop)
         for seq_id, (start, stop) in scheduled.items():
@@ -157,11 +164,11 @@ class CacheMachine(RuleBasedStateMachine):
         """Compute one token of all sequences of one length, or of none."""
         length = data.draw(st.sampled_from(sorted({seq.num_computed for seq in self.sequences.values()})))
         group = [seq_id for seq_id, seq in self.sequences.items() if seq.num_computed == length]
-        before = self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences]
+        before = self.snapshot()
         try:
             allocations = self.cache.allocate_together(group, length)
         except CacheFull:
-            assert before == (self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences])
+            assert before == self.snapshot()
             return
         for seq_id, allocation in zip(group, allocations, strict=True):
             seq = self.sequences[seq_id]
@@ -171,10 +178,7 @@ class CacheMachine(RuleBasedStateMachine):
                 row[update.first_index : update.first_index + len(update.block_ids)] = update.block_ids
             assert tuple(seq.rows) == self.cache.block_ids(seq_id)
             seq.num_tokens = length + 1
-            for copy in allocation.copies:
-                self.num_copies += 1
-                for offset in range(self.size):
-                    self.memory[copy.dst, offset] = self.memory.get((copy.src, offset))
+            self.apply(allocation.copies)
         for seq_id in group:
             self.write(seq_id, length, length + 1)
             self.accept(seq_id, length + 1, final=True)
@@ -184,6 +188,43 @@ class CacheMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject, late: int | None) -> None:
         seq_id = data.draw(st.sampled_from(sorted(self.sequences)))
         self.drop(seq_id, late)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def swap_out(self, data: st.DataObject) -> None:
+        seq_ids = data.draw(st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, max_size=4, unique=True))
+        before = self.snapshot()
+        try:
+            self.apply(self.move_out(seq_ids))
+        except CacheFull:
+            assert before == self.snapshot()
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data(), num_spare=st.integers(0, 3))
+    def swap_in(self, data: st.DataObject, num_spare: int) -> None:
+        seq_ids = data.draw(st.lists(st.sampled_from(sorted(self.swapped)), min_size=1, max_size=4, unique=True))
+        before = self.snapshot()
+        try:
+            copies = self.cache.host.swap_in(seq_ids, num_spare=num_spare)
+        except CacheFull:
+            assert before == self.snapshot()
+            return
+        assert self.cache.num_free >= num_spare
+        self.apply(copies)
+        for seq_id in seq_ids:
+            seq = self.sequences[seq_id] = self.swapped.pop(seq_id)
+            seq.rows = [*self.cache.block_ids(seq_id)]
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def free_swapped(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.swapped)))
+        self.cache.free(seq_id)
+        del self.swapped[seq_id]
+
+    @rule()
+    def distrust_copies(self) -> None:
+        self.cache.host.distrust_copies()
 
     @rule()
     def step_done(self) -> None:
@@ -232,7 +273,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset_prefix_cache()
         assert self.cache.stats().num_cached == 0
         self.pins.clear()
-        for seq in self.sequences.values():
+        for seq in (*self.sequences.values(), *self.swapped.values()):
             seq.stale = True
 
     @precondition(lambda self: self.sequences and self.groups == (FULL,))
@@ -246,16 +287,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Parts of a step
 
-    def allocate(self, seq_id: int, num_new: int, scheduled: dict[int, tuple[int, int]]) -> Allocation | None:
+    def allocate(
+        self, seq_id: int, num_new: int, scheduled: dict[int, tuple[int, int]], copies: list[BlockCopy]
+    ) -> Allocation | None:
         seq = self.sequences[seq_id]
         while True:
-            before = self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences]
+            before = self.snapshot()
             possible = self.cache.can_allocate(seq_id, seq.num_computed, num_new)
             try:
                 allocation = self.cache.allocate(seq_id, seq.num_computed, num_new)
             except CacheFull:
                 assert not possible
-                assert before == (self.cache.stats(), [self.cache.block_ids(other) for other in self.sequences])
+                assert before == self.snapshot()
             else:
                 assert possible
                 for row, update in zip(seq.rows, allocation.updates, strict=bool(allocation.updates)):
@@ -266,8 +309,30 @@ class CacheMachine(RuleBasedStateMachine):
             victims = [other for other in self.sequences if other != seq_id]
             if not victims:
                 return None
+            if victims[-1] not in scheduled:
+                try:
+                    copies += self.move_out(victims[-1:])
+                except CacheFull:
+                    pass
+                else:
+                    continue
             scheduled.pop(victims[-1], None)
             self.drop(victims[-1], None)
+
+    def move_out(self, seq_ids: list[int]) -> list[BlockCopy]:
+        copies = self.cache.host.swap_out(seq_ids)
+        self.swapped |= {seq_id: self.sequences.pop(seq_id) for seq_id in seq_ids}
+        return copies
+
+    def apply(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            self.num_copies += copy.src_tier == copy.dst_tier
+            src, dst = self.memories[copy.src_tier], self.memories[copy.dst_tier]
+            for offset in range(self.size):
+                dst[copy.dst, offset] = src.get((copy.src, offset))
+
+    def snapshot(self) -> object:
+        return self.cache.stats(), [self.cache.block_ids(seq_id) for seq_id in self.sequences], sorted(self.swapped)
 
     def write(self, seq_id: int, start: int, stop: int) -> None:
         seq, holders = self.sequences[seq_id], self.holders()
@@ -327,6 +392,16 @@ class CacheMachine(RuleBasedStateMachine):
     # What must always hold
 
     @invariant()
+    def nobody_misses_what_is_free(self) -> None:
+        """Destroy what the manager may not rely on; the invariants that follow would see it."""
+        pool, host = self.cache._pool, self.cache.host._pool
+        lost = [(self.memory, block_id) for block_id in pool.free_block_ids() if pool.block_hash(block_id) is None]
+        lost += [(self.memories[HOST], block_id) for block_id in host.free_block_ids()]
+        for memory, block_id in lost:
+            for offset in range(self.size):
+                memory.pop((block_id, offset), None)
+
+    @invariant()
     def rows_follow_from_updates(self) -> None:
         """But for blocks that gave way since: they hold the same, and the next update tells."""
         for seq_id, seq in self.sequences.items():
@@ -344,6 +419,26 @@ class CacheMachine(RuleBasedStateMachine):
                     block_id, offset = row[position // self.size], position % self.size
                     assert block_id != 0
                     assert self.memory[block_id, offset] == seq.content(position, group)
+
+    @invariant()
+    def contents_on_the_host_equal_the_model(self) -> None:
+        for seq_id, seq in self.swapped.items():
+            tables = self.cache.host._sequences[seq_id].tables
+            for group, (spec, table) in enumerate(zip(self.groups, tables, strict=True)):
+                first_seen = 0 if spec.window is None else max(0, seq.num_computed - spec.window + 1)
+                for position in range(first_seen, seq.num_computed):
+                    block_id, offset = table.block_ids[position // self.size], position % self.size
+                    assert block_id != 0
+                    assert self.memories[HOST][block_id, offset] == seq.content(position, group)
+
+    @invariant()
+    def host_blocks_are_counted(self) -> None:
+        counts, tier = self.cache.stats().host, self.cache.host
+        refs = Counter(block_id for seq in tier._sequences.values() for block_id in seq.held())
+        assert tier._sequences.keys() == self.swapped.keys()
+        assert (counts.num_sequences, counts.num_used) == (len(self.swapped), len(refs))
+        assert {block_id: tier._pool.ref_count(block_id) for block_id in refs} == refs
+        assert all(seq_id not in self.cache for seq_id in self.swapped)
 
     @invariant()
     def no_block_is_leaked_and_counts_add_up(self) -> None:
@@ -402,11 +497,13 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for seq_id in list(self.sequences):
             self.drop(seq_id, None)
+        for seq_id in self.swapped:
+            self.cache.free(seq_id)
         for pin_id in self.pins:
             self.cache.unpin(pin_id)
         self.cache.step_done(self.step_id + 100)
         stats = self.cache.stats()
-        assert (stats.num_used, stats.num_live_tokens, stats.num_table_blocks) == (0, 0, 0)
+        assert (stats.num_used, stats.num_live_tokens, stats.num_table_blocks, stats.host.num_used) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

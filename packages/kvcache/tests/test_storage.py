@@ -3,15 +3,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="KVStorage needs torch")
 pytest.importorskip("octavo_kernels", reason="KVStorage needs octavo-kernels")
 
-from octavo_kvcache import BlockCopy, InvalidArgument, KVCacheSpec, KVStorage, UnsupportedSpec
+from octavo_kvcache import DEVICE, HOST, BlockCopy, InvalidArgument, KVCacheSpec, KVStorage, UnsupportedSpec
 
 FULL = KVCacheSpec(num_kv_heads=2, head_dim=4)
 WINDOW = KVCacheSpec(num_kv_heads=2, head_dim=4, kind="window", window=8)
 
 
-def numbered(specs, num_blocks=8, block_size=4) -> KVStorage:
+def numbered(specs, num_blocks=8, block_size=4, **options) -> KVStorage:
     """Storage whose blocks hold their own number, negative for V, plus 100 per layer."""
-    storage = KVStorage(specs, num_blocks, block_size)
+    storage = KVStorage(specs, num_blocks, block_size, **options)
     for index in range(storage.num_layers):
         for sign, cache in zip((1, -1), storage.layer(index), strict=True):
             cache.copy_(torch.arange(num_blocks).view(-1, 1, 1, 1).expand_as(cache) * sign + 100 * index)
@@ -67,6 +67,41 @@ def test_copies_have_the_effect_of_one_after_the_other(copies, expected):
     assert blocks(storage, 0)[0] == expected
 
 
+def test_blocks_go_to_the_host_and_come_back_in_all_layers():
+    storage = numbered([FULL, WINDOW, FULL], num_host_blocks=5)
+    storage.apply([BlockCopy(6, 3, DEVICE, HOST), BlockCopy(2, 4, DEVICE, HOST)])
+    for index in range(3):
+        for cache in storage.layer(index):
+            cache.fill_(-7)
+    storage.apply([BlockCopy(3, 1, HOST, DEVICE), BlockCopy(4, 5, HOST, DEVICE)])
+    assert [k[[1, 5], 0, 0, 0].tolist() for k, _ in map(storage.layer, range(3))] == [
+        [106, 102],
+        [106, 102],
+        [206, 202],
+    ]
+    assert [v[[1, 5], 0, 0, 0].tolist() for _, v in map(storage.layer, range(3))] == [[94, 98], [94, 98], [194, 198]]
+    assert all((storage.layer(index)[0][2] == -7).all() for index in range(3))
+
+
+@pytest.mark.parametrize(
+    ("copies", "expected"),
+    [
+        ([("out", 1, 1), ("in", 1, 2)], [0, 1, 1, 3, 4]),
+        ([("out", 1, 1), ("copy", 3, 1), ("in", 1, 4)], [0, 3, 2, 3, 1]),
+        ([("copy", 3, 1), ("out", 1, 1), ("in", 1, 4)], [0, 3, 2, 3, 3]),
+        ([("out", 1, 2), ("out", 2, 1), ("in", 2, 3), ("in", 1, 4)], [0, 1, 2, 1, 2]),
+        ([("out", 1, 1), ("out", 2, 1), ("in", 1, 4)], [0, 1, 2, 3, 2]),
+        ([("out", 4, 1), ("in", 1, 2), ("in", 1, 3), ("out", 3, 1), ("in", 1, 1)], [0, 4, 4, 4, 4]),
+    ],
+    ids=["there and back", "given away after", "written before", "ids of the other tier", "overwritten", "many"],
+)
+def test_copies_between_tiers_have_the_effect_of_one_after_the_other(copies, expected):
+    tiers = {"out": (DEVICE, HOST), "in": (HOST, DEVICE), "copy": (DEVICE, DEVICE)}
+    storage = numbered([FULL], num_blocks=5, num_host_blocks=3)
+    storage.apply([BlockCopy(src, dst, *tiers[kind]) for kind, src, dst in copies])
+    assert blocks(storage, 0)[0] == expected
+
+
 def test_groups_of_one_shape_share_tensors():
     storage = KVStorage([WINDOW, WINDOW, FULL], num_blocks=4, block_size=4)
     pointers = [storage.layer(index)[0].data_ptr() for index in range(3)]
@@ -84,12 +119,14 @@ def test_groups_of_another_shape_have_their_own():
 @pytest.mark.parametrize(
     ("copy", "error", "message"),
     [
-        (BlockCopy(1, 8), InvalidArgument, "from block 1 to 8"),
-        (BlockCopy(-1, 2), InvalidArgument, "from block -1 to 2"),
-        (BlockCopy(1, 0), InvalidArgument, "from block 1 to 0"),
-        (BlockCopy(1, 2, "host", "device"), UnsupportedSpec, "'host' to 'device'"),
+        (BlockCopy(1, 8), InvalidArgument, "from device block 1 to device block 8"),
+        (BlockCopy(-1, 2), InvalidArgument, "from device block -1 to device block 2"),
+        (BlockCopy(1, 0), InvalidArgument, "from device block 1 to device block 0"),
+        (BlockCopy(1, 2, DEVICE, HOST), InvalidArgument, r"host block 2 is out of range: .* dst in \[1, 0\)"),
+        (BlockCopy(1, 2, HOST, HOST), UnsupportedSpec, "'host' to 'host'"),
+        (BlockCopy(1, 2, DEVICE, "disk"), UnsupportedSpec, "'device' to 'disk'"),
     ],
-    ids=["past the end", "negative", "null block", "other tier"],
+    ids=["past the end", "negative", "null block", "no host tier", "within the host", "other tier"],
 )
 def test_copy_that_can_not_be_done_is_refused_before_any(copy, error, message):
     storage = numbered([FULL])

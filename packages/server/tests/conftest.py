@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.errors import PinLimitReached, RequestFailed, UnknownPin
 from octavo_engine.pins import Pin
+from octavo_engine.preemption import PreemptionStats
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.chat_template import ChatTemplate
@@ -30,7 +31,7 @@ from octavo_engine.types import (
     TokenLogprobs,
     WarmOutput,
 )
-from octavo_kvcache import CacheStats, LookupCounts
+from octavo_kvcache import CacheStats, HostCounts, LookupCounts
 from octavo_server import ServerSettings, create_app
 from octavo_server.serving import listen, make_server
 
@@ -77,6 +78,7 @@ CACHE = CacheStats(
     num_deduplicated=4,
     num_copies=3,
     num_evictions=2,
+    host=HostCounts(num_blocks=21, num_used=5, num_blocks_out=12, num_blocks_in=11),
 )
 
 
@@ -266,6 +268,7 @@ class FakeEngine:
             num_generation_tokens=self.num_generation_tokens,
             mean_waste=0.025,
             cache=CACHE,
+            preemption=PreemptionStats(num_recomputed=3, num_swapped=4),
             fallbacks={"paged_attention": 2},
         )
 

@@ -87,7 +87,9 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["run", "hi", "--mode", "faster"], "mode 'faster' is not one of exact, fast"),
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
-        (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "give one"),
+        (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "--kv-cache-gib and --kv-cache-bytes both came"),
+        (["serve", "--host-kv-gib", "1", "--host-kv-bytes", "1"], "--host-kv-gib and --host-kv-bytes both came"),
+        (["serve", "--preemption-mode", "never"], "preemption_mode 'never' is not one of"),
         (["serve", "--log-level", "loud"], "log_level 'loud'"),
         (["serve", "--max-body-bytes", "0"], "max_body_bytes must be above 0"),
     ],
@@ -231,10 +233,13 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "make_server", make_server)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
-    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", "--kv-cache-gib", "0.5")
+    sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap"
+    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes)
     assert result.exit_code == 0, result.output
     assert seen == {"health": 200, "models": "m", "locked": 401}
     assert octavo.configs[0].kv_cache_bytes == 2**29
+    assert octavo.configs[0].host_kv_bytes == 2**28
+    assert octavo.configs[0].preemption_mode == "swap"
     assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
     assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB of float32: a test asked for it" in result.stderr
     assert "mode exact, float32 on cpu, kernels: reference" in result.stderr

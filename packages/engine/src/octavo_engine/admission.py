@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceABC
+
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence
 from octavo_engine.types import NOTHING_CACHED, CachedTokens
@@ -43,6 +45,14 @@ class Admission:
             return self._cache.allocate(sequence.seq_id, start, num_new)
         except CacheFull:
             return None
+
+    def bring_back(self, members: SequenceABC[Sequence], num_new: int) -> bool:
+        """Give sequences that are on the host together their blocks; False where that would leave too few."""
+        num_spare = 0  # alone they fit as they did before
+        if running := self._residents.running:
+            num_each = 1 + -(-num_new // self._cache.block_size)  # a block that it shares is copied
+            num_spare = len(members) * num_each + len(running)
+        return self._residents.swapper.try_in(members, num_spare)
 
     def _fits(self, start: int, num_new: int) -> bool:
         """Leave a free block for each running sequence to grow into, so that entering does not cause preemption."""

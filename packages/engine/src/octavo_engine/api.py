@@ -8,6 +8,7 @@ from typing import Protocol
 
 from octavo_engine.branch import Branch
 from octavo_engine.pins import Pin
+from octavo_engine.preemption import PreemptionStats
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import CachedTokens, CompletionDelta, EmbeddingOutput, Request, WarmOutput
 from octavo_kvcache import CacheStats
@@ -18,7 +19,8 @@ class EngineInfo:
     """What an engine serves and how it was set up; fixed for its lifetime.
 
     `dtype` is that of activations, `kv_dtype` that of the KV cache; `mode` is exact or fast, as in EngineConfig.
-    `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch.
+    `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch. `host_kv_bytes` is
+    what sequences that must wait have in the host's memory, and `host_kv_reason` why.
     """
 
     model_name: str
@@ -38,6 +40,9 @@ class EngineInfo:
     kv_cache_reason: str
     num_parameters: int
     load_seconds: float
+    num_host_blocks: int = 0
+    host_kv_bytes: int = 0
+    host_kv_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,7 @@ class EngineStats:
     num_generation_tokens: int
     mean_waste: float
     cache: CacheStats
+    preemption: PreemptionStats = field(default_factory=PreemptionStats)
     finished: Mapping[str, int] = field(default_factory=dict)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from octavo_engine.batch import RowMove
@@ -84,16 +84,35 @@ class BeamGroup:
         return []
 
     def preempt(self) -> None:
+        """Take all rows and blocks; the leader waits for all members, whose blocks are on the host, or gone."""
+        if all(member.row is not None for member in self.members) and self.residents.swapper.try_out(self.members):
+            self.residents.counters.num_swaps += 1
+            self._give_up(self.residents.move_out)
+        else:
+            self.recompute()
+
+    def recompute(self) -> None:
         """Take all rows and blocks; the leader waits for all members, which are computed again."""
+        self._give_up(self.residents.withdraw)
+
+    def _give_up(self, take_row: Callable[[Sequence], None]) -> None:
         leader = self.leader
         num_rows = sum(member.row is not None for member in self.members) + leader.num_forks_wanted
-        for member in self.members[1:]:
+        for member in self.members:
             if member.row is not None:
-                self.residents.withdraw(member)
+                take_row(member)
         self.moves.clear()
         self.unknown.clear()
-        self.residents.preempt(leader)
+        self.residents.wait(leader)
         leader.num_forks_wanted = num_rows - 1
+
+    def resume(self) -> None:
+        """Give all members rows again, whose blocks came back from the host together."""
+        self.residents.resume(self.leader)
+        for member in self.members[1:]:
+            self._take_reserved_row()
+            self.residents.resume(member)
+        self.unknown.update(self.members)
 
     def end(self, reason: FinishReason, error: str | None = None) -> SequenceUpdate:
         """End the search without an answer."""
@@ -176,6 +195,8 @@ class BeamGroup:
         for member in self.members:
             if member.row is not None:
                 self.residents.leave(member)
+            else:
+                self.residents.swapper.drop(member)
             member.status = SequenceStatus.FINISHED
             self.residents.forget(member)
 

@@ -18,9 +18,11 @@ from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
+from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
-from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_memory
+from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
 from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.structured.compiler import GrammarCompiler
@@ -76,9 +78,11 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
     )
+    host = _plan_host(config, plan, device)
+    storage = KVStorage(specs, plan.num_blocks, config.block_size, device=device, num_host_blocks=host.num_blocks)
     runner = ModelRunner(
         model,
-        KVStorage(specs, num_blocks=plan.num_blocks, block_size=config.block_size, device=device),
+        storage,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
@@ -92,6 +96,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         prefix_cache=config.prefix_cache,
         max_num_pinned=plan.num_pinnable(config.block_size, config.max_pinned_share),
         root=root,
+        num_host_blocks=host.num_blocks,
     )
     scheduler = Scheduler(
         cache,
@@ -100,9 +105,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_model_len=plan.max_model_len,
         eos_token_ids=source.eos_token_ids,
         max_num_kept=config.max_num_kept,
+        preemption=_preemption_policy(config, storage),
     )
     text = _text_processor(source, tokenizer.result(), grammars, config, plan)
-    info = _describe(source, config, numerics, plan, model, started)
+    info = _describe(source, config, numerics, plan, host, model, started)
     return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
 
 
@@ -121,7 +127,13 @@ class _Numerics(NamedTuple):
 
 
 def _describe(
-    source: Source, config: EngineConfig, numerics: _Numerics, plan: MemoryPlan, model: Model, started: float
+    source: Source,
+    config: EngineConfig,
+    numerics: _Numerics,
+    plan: MemoryPlan,
+    host: HostPlan,
+    model: Model,
+    started: float,
 ) -> EngineInfo:
     return EngineInfo(
         model_name=source.name,
@@ -141,6 +153,9 @@ def _describe(
         kv_cache_reason=plan.reason,
         num_parameters=model.num_parameters,
         load_seconds=time.monotonic() - started,
+        num_host_blocks=host.num_blocks,
+        host_kv_bytes=host.num_bytes,
+        host_kv_reason=host.reason,
     )
 
 
@@ -243,3 +258,30 @@ def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: i
         kv_cache_bytes=config.kv_cache_bytes,
         free_bytes=available_bytes(),
     )
+
+
+def _plan_host(config: EngineConfig, plan: MemoryPlan, device: torch.device) -> HostPlan:
+    host = plan_host_tier(
+        bytes_per_block=plan.num_bytes // plan.num_blocks,
+        num_device_blocks=plan.num_blocks,
+        host_kv_bytes=config.host_kv_bytes,
+        on_cpu=device.type == "cpu",
+        free_bytes=available_bytes(),
+    )
+    if config.preemption_mode == "swap" and not host.num_blocks:
+        raise InvalidConfig(f"preemption_mode 'swap' needs memory of the host: {host.reason}; give host_kv_bytes")
+    return host
+
+
+def _preemption_policy(config: EngineConfig, storage: KVStorage) -> PreemptionPolicy | None:
+    """Return what chooses between swapping and computing again; None where nothing can be swapped."""
+    if not storage.num_host_blocks:
+        return None
+    transfer = measure_transfer(storage)
+    _log.info(
+        "host tier: %d blocks, %.2f GiB, copied at %.1f GB/s",
+        storage.num_host_blocks,
+        storage.num_host_blocks * storage.bytes_per_block / 2**30,
+        transfer.bytes_per_second / 1e9,
+    )
+    return PreemptionPolicy(transfer, config.block_size, mode=config.preemption_mode)

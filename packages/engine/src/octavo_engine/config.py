@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidConfig
+from octavo_engine.preemption import PREEMPTION_MODES
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODES = ("exact", "fast")
@@ -28,6 +29,10 @@ class EngineConfig:
         block_size: tokens in a block of the KV cache.
         num_blocks: blocks in the KV cache; None sizes it from `kv_cache_bytes`.
         kv_cache_bytes: memory for the KV cache; None lets the engine choose, and it says what it chose.
+        host_kv_bytes: memory of the host where sequences that must wait can keep their blocks; 0 computes them again.
+            None is 0 on a CPU, whose KV cache is in the same memory, and up to 4 GiB on a GPU.
+        preemption_mode: of sequences that lose their blocks: `auto` swaps them to the host where that takes less time
+            than to compute them again, `swap` whenever there is room, `recompute` never.
         max_num_seqs: sequences that may run in one step.
         max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks.
         prefix_cache: whether finished blocks are kept for prompts that begin alike.
@@ -47,6 +52,8 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
+    host_kv_bytes: int | None = None
+    preemption_mode: str = "auto"
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
     prefix_cache: bool = True
@@ -63,10 +70,20 @@ class EngineConfig:
             raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
         if not 0 <= self.max_pinned_share < 1:
             raise InvalidConfig(f"max_pinned_share must be at least 0 and below 1, got {self.max_pinned_share}")
+        if self.preemption_mode not in PREEMPTION_MODES:
+            raise InvalidConfig(
+                f"preemption_mode {self.preemption_mode!r} is not one of {', '.join(PREEMPTION_MODES)}; "
+                "auto is the default"
+            )
+        if self.preemption_mode == "swap" and self.host_kv_bytes == 0:
+            raise InvalidConfig(
+                "preemption_mode 'swap' needs memory of the host, host_kv_bytes is 0; give it some bytes"
+            )
         limits = {
             "max_model_len": 1,
             "num_blocks": 2,  # block 0 is reserved
             "kv_cache_bytes": 1,
+            "host_kv_bytes": 0,
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,

@@ -14,6 +14,7 @@ class SchedulerCounters:
 
     num_steps: int = 0
     num_preemptions: int = 0
+    num_swaps: int = 0  # of the preemptions, those that kept the blocks on the host
     num_prompt_tokens: int = 0
     cached_prompt_tokens: CachedTokens = NOTHING_CACHED
     num_generation_tokens: int = 0

@@ -10,9 +10,11 @@ from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.counters import SchedulerCounters
 from octavo_engine.kept import KeptSequences
 from octavo_engine.pins import Pins
+from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.row_pool import RowPool
 from octavo_engine.sequence import Sequence, SequenceStatus, num_common
 from octavo_engine.step import ScheduledSequence
+from octavo_engine.swapper import Swapper
 from octavo_engine.types import CachedTokens, FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
 from octavo_engine.waiting import WaitingQueue
 from octavo_kvcache import CacheManager
@@ -26,6 +28,7 @@ class Residents:
         max_num_seqs: rows in the runner.
         max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
+        policy: chooses what becomes of the blocks of preempted sequences.
 
     Attributes:
         running: sequences that hold a row, in order.
@@ -35,16 +38,24 @@ class Residents:
         rows: the runner's rows.
         kept: sequences that have ended and can still be forked.
         pins: prefixes that stay in the cache.
+        swapper: moves blocks of waiting sequences to the host and back.
     """
 
     def __init__(
-        self, cache: CacheManager, *, max_num_seqs: int, max_num_kept: int, clock: Callable[[], float]
+        self,
+        cache: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_kept: int,
+        clock: Callable[[], float],
+        policy: PreemptionPolicy | None = None,
     ) -> None:
         self.cache = cache
         self.clock = clock
         self.counters = SchedulerCounters()
         self.kept = KeptSequences(cache, max_num_kept)
         self.pins = Pins(cache)
+        self.swapper = Swapper(cache, policy)
         self.rows = RowPool(max_num_seqs)
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
@@ -64,14 +75,18 @@ class Residents:
 
     def enter(self, sequence: Sequence, cached: CachedTokens) -> None:
         """Give a sequence that waited, and has blocks now, a row; rows for its forks are set aside."""
-        sequence.status = SequenceStatus.RUNNING
-        sequence.row = self.rows.take()
-        self.rows.reserve(sequence.num_forks_wanted)
         sequence.num_computed_tokens = cached.total
         if sequence.scheduled_time is None:
             sequence.scheduled_time = self.clock()
             sequence.cached = cached
             self.counters.count_cached(cached)
+        self.resume(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Give a sequence that waited a row, where it goes on as far as it was computed."""
+        sequence.status = SequenceStatus.RUNNING
+        sequence.row = self.rows.take()
+        self.rows.reserve(sequence.num_forks_wanted)
         insort(self.running, sequence)
 
     def add_fork(self, parent: Sequence, index: int) -> Sequence:
@@ -141,33 +156,76 @@ class Residents:
     def join(self, sequence: Sequence, source: Sequence, num_tokens: int) -> None:
         """Let a sequence run that shares its first tokens, and their blocks, with a running one."""
         self.cache.fork(source.seq_id, sequence.seq_id, num_tokens=num_tokens)
-        sequence.status = SequenceStatus.RUNNING
-        sequence.row = self.rows.take()
         sequence.num_computed_tokens = num_tokens
-        insort(self.running, sequence)
+        self.resume(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's row and blocks and let it wait: with its blocks on the host, or without any."""
+        if self.swapper.try_out([sequence]):
+            self.counters.num_swaps += 1
+            self.move_out(sequence)
+        else:
+            self.withdraw(sequence)
+        self.wait(sequence)
+
+    def recompute(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks and let it wait; it will be computed again from its tokens."""
         self.withdraw(sequence)
+        self.wait(sequence)
+
+    def wait(self, sequence: Sequence) -> None:
+        """Put a sequence that was preempted, or the leader of beams that were, in the queue."""
         self.counters.num_preemptions += 1
         self.waiting.push(sequence)
 
     def withdraw(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; answers in flight to what it computed are void."""
         self.leave(sequence)
-        sequence.status = SequenceStatus.WAITING
+        self._stop(sequence)
         sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        sequence.epoch += 1
+        sequence.moved_by = None
+
+    def move_out(self, sequence: Sequence) -> None:
+        """Take the row of a running sequence whose blocks are on the host; drawn tokens in flight still count.
+
+        Candidates and embeddings in flight are void, so that what they come from is computed again.
+        """
+        self._leave_row(sequence)
+        self._stop(sequence)
+        if sequence.beams is not None or sequence.request.task == "embed":
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids) - 1)
 
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; the blocks are free after the steps in flight."""
+        self._leave_row(sequence)
+        self.cache.free(sequence.seq_id, after=self.last_step)
+
+    def _leave_row(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self.running.remove(sequence)
         self.rows.unreserve(sequence.num_forks_wanted)
         self.rows.release(sequence.row)
         sequence.row = None
-        self.cache.free(sequence.seq_id, after=self.last_step)
+
+    def _stop(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        sequence.epoch += 1
+
+    def distrust_copies(self, step_id: int) -> None:
+        """Compute again what depends on copies between tiers that a step which failed, or a later one, was to make."""
+        self.swapper.distrust_copies()
+        for sequence in [s for sequences in self.by_request.values() for s in sequences]:
+            if sequence.moved_by is None or sequence.moved_by < step_id:
+                continue
+            if sequence.row is None:
+                self.swapper.drop(sequence)
+                sequence.num_computed_tokens = 0
+                sequence.moved_by = None
+            elif sequence.beams is None:
+                self.recompute(sequence)
+            else:
+                sequence.beams.recompute()
 
     def finish(
         self,
@@ -189,6 +247,7 @@ class Residents:
             self.leave(sequence)
         else:
             self.waiting.discard()
+            self.swapper.drop(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         self.counters.finished[reason.value] += 1

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
 from octavo_engine.admission import Admission
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_group import BeamGroup
 from octavo_engine.beam_scheduler import BeamScheduler
 from octavo_engine.beam_search import Candidates
+from octavo_engine.block_finder import BlockFinder
 from octavo_engine.branch import KnownTokens, Parent
+from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
-from octavo_engine.types import CachedTokens, FinishReason, Request, SequenceUpdate, TokenLogprobs
-from octavo_kvcache import Allocation, CacheFull, CacheManager
-
-T = TypeVar("T")
+from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from octavo_kvcache import Allocation, CacheManager
 
 
 class Scheduler:
@@ -41,6 +40,7 @@ class Scheduler:
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
+        preemption: chooses which preempted sequences keep their blocks on the host; None lets none.
     """
 
     def __init__(
@@ -53,10 +53,11 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         max_num_kept: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        preemption: PreemptionPolicy | None = None,
     ) -> None:
         self.cache = cache
         self._residents = residents = Residents(
-            cache, max_num_seqs=max_num_seqs, max_num_kept=max_num_kept, clock=clock
+            cache, max_num_seqs=max_num_seqs, max_num_kept=max_num_kept, clock=clock, policy=preemption
         )
         self.counters = residents.counters
         self.pins = residents.pins
@@ -64,13 +65,15 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
+        self.preemption = preemption
+        self._swapper = residents.swapper
         self._waiting = residents.waiting
         self._running = residents.running
         self._rows = residents.rows
         self._in_flight = residents.in_flight
         self._admission = Admission(residents)
-        self._beams = BeamScheduler(cache, self._find_blocks)
-        self._next_step_id = 0
+        self._blocks = BlockFinder(residents)
+        self._beams = BeamScheduler(cache, self._blocks.find)
         self._last_step: int | None = None  # in flight when an answer is taken in
 
     @property
@@ -137,16 +140,19 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
-        step = StepBuilder(self._next_step_id, self._max_num_batched_tokens)
+        step = StepBuilder(self._swapper.step_id, self._max_num_batched_tokens, self._swapper.copies)
         self._schedule_running(step)
         if not step.short_of_blocks:
             self._admit(step)
         if not step:
             return None
-        self._next_step_id += 1
+        self._swapper.step_id += 1
         self._in_flight.append((step.step_id, step.sequences))
         self.counters.num_steps += 1
         self.counters.sum_waste += self.cache.waste
+        if self.preemption is not None:
+            num_tokens = self._max_num_batched_tokens - step.budget
+            self.preemption.begin_step(num_tokens, len(step.sequences), self._clock())
         return step.batch(self._rows.take_finished())
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[SequenceUpdate]:
@@ -166,7 +172,9 @@ class Scheduler:
     def fail(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
         """Take in that the oldest step in flight could not be run: its sequences end with an error."""
         rows = self._end_step(batch)
-        return self._end_all([row.sequence for row in rows], FinishReason.ERROR, reason)
+        updates = self._end_all([row.sequence for row in rows], FinishReason.ERROR, reason)
+        self._residents.distrust_copies(batch.step_id)
+        return updates
 
     # -- choosing a step -----------------------------------------------------------------------------------------
 
@@ -191,70 +199,55 @@ class Scheduler:
             if sequence is sequence.beams.leader:
                 self._beams.go_on(step, sequence.beams)
             return
-        allocation = self._allocate(step, sequence, num_new)
+        allocation = self._blocks.allocate(step, sequence, num_new)
         if allocation is not None and step.add_cached(sequence, num_new, allocation) and sequence.num_forks_wanted:
             self._fork(step, sequence)
-
-    def _allocate(self, step: StepBuilder, sequence: Sequence, num_new: int) -> Allocation | None:
-        """Find blocks for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
-        try:
-            return self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
-        except CacheFull:
-            return self._find_blocks(
-                step, sequence, lambda: self.cache.allocate(sequence.seq_id, sequence.num_computed_tokens, num_new)
-            )
-
-    def _find_blocks(self, step: StepBuilder, sequence: Sequence, allocate: Callable[[], T]) -> T | None:
-        """Allocate for a running sequence, preempting later ones; None if it must wait or was itself preempted."""
-        while True:
-            try:
-                return allocate()
-            except CacheFull:
-                step.short_of_blocks = True
-            if self.cache.stats().num_parked:  # a step in flight will give blocks back
-                return None
-            if self._residents.kept.give_up_blocks():
-                continue
-            victim = next((s for s in reversed(self._running) if not _takes_part(s, step)), sequence)
-            own = victim is sequence or (victim.beams is not None and victim.beams is sequence.beams)
-            if own and step:  # those that go ahead will make room
-                return None
-            assert not own or not self._runs_alone(sequence), "a sequence, or a group of beams, alone always fits"
-            self._preempt(victim)
-            if own:
-                return None
-
-    def _runs_alone(self, sequence: Sequence) -> bool:
-        own = [sequence] if sequence.beams is None else sequence.beams.members
-        return all(running in own for running in self._running)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        if sequence.beams is None:
-            self._residents.preempt(sequence)
-        else:
-            sequence.beams.preempt()
 
     def _admit(self, step: StepBuilder) -> None:
         """Let waiting sequences in, in order, while there are rows, blocks and budget."""
         while step.budget > 0 and (sequence := self._waiting.first()) is not None:
             if sequence.num_rows > self._rows.num_available or sequence.num_placeholders:
                 return
-            cached = self._admission.match(sequence)
-            start = cached.total
-            num_new = min(sequence.num_tokens_to_enter - start, step.budget)
-            allocation = self._admission.try_allocate(sequence, start, num_new)
-            if allocation is None:
-                self.cache.free(sequence.seq_id)
+            enter = self._bring_back if self._swapper.has(sequence) else self._bring_in
+            if not enter(step, sequence):
                 if not self.cache.stats().num_parked and self._residents.kept.give_up_blocks():
                     continue
                 return
-            self._waiting.pop()
-            self._enter(step, sequence, cached, num_new, allocation)
 
-    def _enter(
-        self, step: StepBuilder, sequence: Sequence, cached: CachedTokens, num_new: int, allocation: Allocation
-    ) -> None:
+    def _bring_in(self, step: StepBuilder, sequence: Sequence) -> bool:
+        """Let the first waiting sequence run, which has no blocks; False if there are too few."""
+        cached = self._admission.match(sequence)
+        num_new = min(sequence.num_tokens_to_enter - cached.total, step.budget)
+        allocation = self._admission.try_allocate(sequence, cached.total, num_new)
+        if allocation is None:
+            self.cache.free(sequence.seq_id)
+            return False
+        self._waiting.pop()
         self._residents.enter(sequence, cached)
+        self._add_new(step, sequence, num_new, allocation)
+        return True
+
+    def _bring_back(self, step: StepBuilder, sequence: Sequence) -> bool:
+        """Let the first waiting sequence go on, with all beams of its group; their blocks are on the host."""
+        start, group = sequence.num_computed_tokens, sequence.beams
+        num_new = min(sequence.num_tokens - start, step.budget)
+        if not self._admission.bring_back([sequence] if group is None else group.members, num_new):
+            return False
+        if group is not None:
+            self._waiting.pop()
+            group.resume()
+            self._beams.go_on(step, group)
+            return True
+        allocation = self._admission.try_allocate(sequence, start, num_new)
+        if allocation is None:
+            self._swapper.put_back(sequence)
+            return False
+        self._waiting.pop()
+        self._residents.resume(sequence)
+        self._add_new(step, sequence, num_new, allocation)
+        return True
+
+    def _add_new(self, step: StepBuilder, sequence: Sequence, num_new: int, allocation: Allocation) -> None:
         samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
         if samples and sequence.num_forks_wanted and sequence.beams is None:
             self._fork(step, sequence)
@@ -274,6 +267,8 @@ class Scheduler:
     def _end_step(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
         step_id, rows = self._in_flight.popleft()
         assert step_id == batch.step_id, "steps are read in the order of submission"
+        if self.preemption is not None:
+            self.preemption.end_step(self._clock())
         self.cache.step_done(step_id)
         self._last_step = self._residents.last_step
         return rows
@@ -365,11 +360,6 @@ class Scheduler:
             logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
             stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
         )
-
-
-def _takes_part(sequence: Sequence, step: StepBuilder) -> bool:
-    """Return whether a sequence, or another beam of its group, is in a step."""
-    return sequence in step or (sequence.beams is not None and any(m in step for m in sequence.beams.members))
 
 
 def _stop_reason(sequence: Sequence, position: int) -> FinishReason | None:

@@ -50,6 +50,7 @@ class Sequence:
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
     sampler_state: float | None = None  # what the next draw depends on beside the tokens
     last_step_id: int | None = None  # the last step that it takes part in
+    moved_by: int | None = None  # the step that copies its blocks, if they last came from the host or are there
     beams: BeamGroup | None = None  # of which it is a member
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None

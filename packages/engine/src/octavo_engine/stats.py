@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 from octavo_engine.api import EngineStats
+from octavo_engine.preemption import PreemptionStats
 from octavo_engine.scheduler import Scheduler
 
 
@@ -22,9 +23,18 @@ def collect_stats(scheduler: Scheduler) -> EngineStats:
         num_generation_tokens=counters.num_generation_tokens,
         mean_waste=counters.mean_waste,
         cache=scheduler.cache.stats(),
+        preemption=_preemption(scheduler),
         finished=dict(counters.finished),
         fallbacks=_kernel_fallbacks(),
     )
+
+
+def _preemption(scheduler: Scheduler) -> PreemptionStats:
+    num_swapped = scheduler.counters.num_swaps
+    num_recomputed = scheduler.counters.num_preemptions - num_swapped
+    if scheduler.preemption is None:
+        return PreemptionStats(num_recomputed=num_recomputed)
+    return scheduler.preemption.stats(num_recomputed, num_swapped)
 
 
 def _kernel_fallbacks() -> Mapping[str, int]:

@@ -25,13 +25,18 @@ class ScheduledSequence(NamedTuple):
 class StepBuilder:
     """Collects the rows of one step; the scheduler fills one per step.
 
+    Args:
+        step_id: of the batch.
+        budget: tokens that may be scheduled.
+        copies: those that wait for a batch, to which more are added; the batch takes them along in this order.
+
     Attributes:
         step_id: of the batch.
         budget: tokens that may still be scheduled.
         short_of_blocks: whether some running sequence found too few blocks.
     """
 
-    def __init__(self, step_id: int, budget: int) -> None:
+    def __init__(self, step_id: int, budget: int, copies: list[BlockCopy]) -> None:
         self.step_id = step_id
         self.budget = budget
         self.short_of_blocks = False
@@ -39,7 +44,7 @@ class StepBuilder:
         self._cached: list[CachedRow] = []
         self._new_sequences: list[ScheduledSequence] = []
         self._cached_sequences: list[ScheduledSequence] = []
-        self._copies: list[BlockCopy] = []
+        self._copies = copies
         self._moves: list[RowMove] = []
 
     def __bool__(self) -> bool:
@@ -87,12 +92,14 @@ class StepBuilder:
 
     def batch(self, finished: tuple[int, ...]) -> ScheduledBatch:
         """Return the finished batch."""
+        copies = tuple(self._copies)
+        self._copies.clear()
         return ScheduledBatch(
             step_id=self.step_id,
             new=tuple(self._new),
             cached=tuple(self._cached),
             finished=finished,
-            copies=tuple(self._copies),
+            copies=copies,
             moves=tuple(self._moves),
         )
 

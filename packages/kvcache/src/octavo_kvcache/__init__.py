@@ -6,7 +6,7 @@ Everything but `KVStorage` is plain Python and loads no torch; `KVStorage` needs
 from typing import TYPE_CHECKING
 
 from octavo_kvcache.allocation import UNCHANGED, Allocation, TableUpdate
-from octavo_kvcache.block import NULL_BLOCK, Block, BlockCopy, BlockHash
+from octavo_kvcache.block import DEVICE, HOST, NULL_BLOCK, Block, BlockCopy, BlockHash
 from octavo_kvcache.errors import (
     CacheFull,
     DuplicatePin,
@@ -19,18 +19,22 @@ from octavo_kvcache.errors import (
     UnknownSequence,
     UnsupportedSpec,
 )
+from octavo_kvcache.host_tier import SwapSize
 from octavo_kvcache.lookups import LookupCounts
-from octavo_kvcache.manager import CacheManager, SeqId
+from octavo_kvcache.manager import CacheManager
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix import BlockHasher, PrefixCache
+from octavo_kvcache.sequence import SeqId
 from octavo_kvcache.spec import KVCacheSpec, KVGroup, group_specs
-from octavo_kvcache.stats import CacheStats
+from octavo_kvcache.stats import CacheStats, HostCounts
 from octavo_kvcache.table import BlockTable
 
 if TYPE_CHECKING:
     from octavo_kvcache.storage import KVStorage
 
 __all__ = [
+    "DEVICE",
+    "HOST",
     "NULL_BLOCK",
     "UNCHANGED",
     "Allocation",
@@ -45,6 +49,7 @@ __all__ = [
     "CacheStats",
     "DuplicatePin",
     "DuplicateSequence",
+    "HostCounts",
     "InvalidArgument",
     "InvalidBlock",
     "KVCacheError",
@@ -55,6 +60,7 @@ __all__ = [
     "PinLimit",
     "PrefixCache",
     "SeqId",
+    "SwapSize",
     "TableUpdate",
     "UnknownPin",
     "UnknownSequence",

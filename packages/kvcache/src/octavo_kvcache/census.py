@@ -7,7 +7,7 @@ from octavo_kvcache.lookups import Lookup, LookupCounts
 from octavo_kvcache.parked import ParkedBlocks
 from octavo_kvcache.pins import Pins
 from octavo_kvcache.pool import BlockPool
-from octavo_kvcache.stats import CacheStats
+from octavo_kvcache.stats import CacheStats, HostCounts
 
 
 class Census:
@@ -49,7 +49,7 @@ class Census:
         num_used = self._pool.num_used
         return 1 - self._num_live_tokens() / (num_used * self._block_size) if num_used else 0.0
 
-    def stats(self, num_sequences: int, num_deduplicated: int) -> CacheStats:
+    def stats(self, num_sequences: int, num_deduplicated: int, host: HostCounts) -> CacheStats:
         """Put all figures together."""
         pool, parked = self._pool, self._parked
         return CacheStats(
@@ -70,6 +70,7 @@ class Census:
             num_deduplicated=num_deduplicated,
             num_copies=self.num_copies,
             num_evictions=pool.num_evictions,
+            host=host,
         )
 
     def _num_live_tokens(self) -> int:

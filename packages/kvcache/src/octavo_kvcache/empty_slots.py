@@ -1,7 +1,7 @@
 """EmptySlots: how many slots of held blocks have no token in them, kept up to date as tables change."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.sequence import SequenceBlocks
@@ -44,6 +44,14 @@ class EmptySlots:
             self._unsettled.remove(seq)
         else:
             self.num_settled -= _num_spare(seq)
+
+    def recount(self, sequences: Iterable[SequenceBlocks], block_ids: Set[int]) -> None:
+        """Look again at those of some sequences that end in one of `block_ids`, which have a holder more."""
+        for seq in sequences:
+            ends = (table.block_ids[table.num_tokens // table.block_size :] for table in seq.tables)
+            if not all(block_ids.isdisjoint(end) for end in ends):
+                self.leave(seq)
+                self.enter(seq)
 
     def count(self, parked: Counter[int]) -> int:
         """Return the number of empty slots, those of a shared block once.

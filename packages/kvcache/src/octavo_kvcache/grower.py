@@ -6,6 +6,7 @@ from octavo_kvcache.allocation import UNCHANGED, Allocation
 from octavo_kvcache.census import Census
 from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.growth import Growth, num_wanted_together, plan_growth
+from octavo_kvcache.host_tier import HostTier
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix_index import PrefixIndex
 from octavo_kvcache.sequence import SequenceBlocks
@@ -20,10 +21,11 @@ class Grower:
         prefix: forgets cached blocks that are written in place.
         empty_slots: is told of every sequence that changes.
         census: counts copies, and the look-ups of sequences that get their first slots.
+        host: is told which blocks get other content.
 
     """
 
-    __slots__ = ("_census", "_empty_slots", "_pool", "_prefix", "_windows")
+    __slots__ = ("_census", "_empty_slots", "_host", "_pool", "_prefix", "_windows")
 
     def __init__(
         self,
@@ -32,12 +34,14 @@ class Grower:
         prefix: PrefixIndex,
         empty_slots: EmptySlots,
         census: Census,
+        host: HostTier | None,
     ) -> None:
         self._windows = windows
         self._pool = pool
         self._prefix = prefix
         self._empty_slots = empty_slots
         self._census = census
+        self._host = host
 
     def grow(self, seq: SequenceBlocks, start: int, stop: int) -> Allocation:
         """Make the tokens [start, stop) writable; see `CacheManager.allocate`."""
@@ -63,6 +67,8 @@ class Grower:
         self._pool.require(growth.num_wanted)
         self._empty_slots.leave(seq)
         copies, updates = growth.apply(self._pool)
+        if self._host is not None:
+            self._host.overwrite(growth)
         for group in growth.groups:
             for index in group.cached:
                 self._prefix.uncache(group.table.block_ids[index])

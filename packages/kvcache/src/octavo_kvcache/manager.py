@@ -8,18 +8,16 @@ from octavo_kvcache.census import Census
 from octavo_kvcache.empty_slots import EmptySlots
 from octavo_kvcache.errors import DuplicateSequence, InvalidArgument, UnknownSequence
 from octavo_kvcache.grower import Grower
+from octavo_kvcache.host_tier import HostTier
 from octavo_kvcache.lookups import Lookup
 from octavo_kvcache.parked import ParkedBlocks
 from octavo_kvcache.pins import Pins
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix_index import PrefixIndex
-from octavo_kvcache.sequence import NEVER, SequenceBlocks
+from octavo_kvcache.sequence import NEVER, SeqId, SequenceBlocks
 from octavo_kvcache.spec import KVCacheSpec
-from octavo_kvcache.stats import CacheStats
+from octavo_kvcache.stats import CacheStats, HostCounts
 from octavo_kvcache.table import BlockTable
-
-SeqId = int | str
-"""What a caller names its sequences by."""
 
 _NO_EXTRA_KEYS: Mapping[int, bytes] = MappingProxyType({})
 
@@ -27,7 +25,8 @@ _NO_EXTRA_KEYS: Mapping[int, bytes] = MappingProxyType({})
 class CacheManager:
     """The only class of this package that a scheduler calls. It holds no tensors and does no I/O.
 
-    All groups take their blocks from one pool: a block belongs to one group at a time.
+    All groups take their blocks from one pool: a block belongs to one group at a time. Sequences that must wait can
+    keep their content on the `host`, which is a HostTier, or None.
 
     Args:
         num_blocks: blocks in storage, null block 0 included.
@@ -40,9 +39,10 @@ class CacheManager:
         max_num_pinned: the most blocks that pins may hold.
         root: digest of all that cached content depends on besides tokens: weights, tokenizer, KV dtype.
         groups: one spec per group of layers with equal specs; () means one group with full attention.
+        num_host_blocks: blocks in the host's memory for sequences that are swapped out, block 0 included; 0 for none.
 
     Raises:
-        InvalidArgument: fewer than 2 blocks, or a block size below 1.
+        InvalidArgument: fewer than 2 blocks, 1 host block, or a block size below 1.
 
     Example:
         >>> cache = CacheManager(num_blocks=8, block_size=4)
@@ -67,6 +67,7 @@ class CacheManager:
         max_num_pinned: int = 0,
         root: bytes = b"",
         groups: Sequence[KVCacheSpec] = (),
+        num_host_blocks: int = 0,
     ) -> None:
         if block_size < 1 or min_partial_hit < 1:
             raise InvalidArgument(f"block_size {block_size} and min_partial_hit {min_partial_hit} must be at least 1")
@@ -82,7 +83,12 @@ class CacheManager:
         self._parked = ParkedBlocks(self._pool)
         self._pins = Pins(self._pool, max_num_pinned)
         self._census = Census(block_size, self._pool, self._parked, self._pins, self._empty_slots)
-        self._grower = Grower(self._windows, self._pool, self._prefix, self._empty_slots, self._census)
+        self.host = (
+            HostTier(num_host_blocks, self._pool, self._prefix, self._sequences, self._empty_slots)
+            if num_host_blocks
+            else None
+        )
+        self._grower = Grower(self._windows, self._pool, self._prefix, self._empty_slots, self._census, self.host)
 
     @property
     def num_blocks(self) -> int:
@@ -201,13 +207,16 @@ class CacheManager:
         """End a sequence and release its blocks, tail first.
 
         Args:
-            seq_id: the sequence.
+            seq_id: the sequence; it may be swapped out.
             after: a step in flight that still uses the blocks: they are released when `step_done` reports it.
 
         Raises:
             UnknownSequence: there is no such sequence.
 
         """
+        if self.host is not None and seq_id in self.host:
+            self.host.free(seq_id)
+            return
         seq = self._get(seq_id)
         self._empty_slots.leave(seq)
         del self._sequences[seq_id]
@@ -316,6 +325,8 @@ class CacheManager:
         self._prefix.clear()
         for seq in self._sequences.values():
             seq.next_commit = NEVER
+        if self.host is not None:
+            self.host.forget_hashes()
 
     # Pins
 
@@ -384,10 +395,11 @@ class CacheManager:
 
     def stats(self) -> CacheStats:
         """Count blocks and tokens: O(parked blocks), and O(forks that share a partial block)."""
-        return self._census.stats(len(self._sequences), self._prefix.num_deduplicated)
+        host = HostCounts() if self.host is None else self.host.counts()
+        return self._census.stats(len(self._sequences), self._prefix.num_deduplicated, host)
 
     def _refuse_duplicate(self, seq_id: SeqId) -> None:
-        if seq_id in self._sequences:
+        if seq_id in self._sequences or (self.host is not None and seq_id in self.host):
             raise DuplicateSequence(f"sequence {seq_id!r} exists already; free it first or take another id")
 
     def _get(self, seq_id: SeqId) -> SequenceBlocks:

@@ -130,6 +130,7 @@ class BlockPool:
             if block.block_hash is not None:
                 self._evict(block, block.block_hash)
             block.ref_count = 1
+            block.twin = None
             block_ids.append(block.block_id)
         self.num_refs += num_blocks
         return block_ids
@@ -210,6 +211,14 @@ class BlockPool:
             self.num_cached -= 1
             self._free.remove(block)
             self._free.push_front(block)
+
+    def twin(self, block_id: int) -> int | None:
+        """Return the block of the other tier that may have the same content: if it names this one as its twin."""
+        return self._blocks[block_id].twin
+
+    def set_twin(self, block_id: int, twin: int | None) -> None:
+        """Note which block of the other tier has the same content; None where the content is about to change."""
+        self._blocks[block_id].twin = twin
 
     def free_block_ids(self) -> list[int]:
         """List the free blocks in the order in which they will be used: for tests and tools, O(num_free)."""

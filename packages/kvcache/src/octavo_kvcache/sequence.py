@@ -7,6 +7,9 @@ from octavo_kvcache.block import BlockHash
 from octavo_kvcache.lookups import Lookup
 from octavo_kvcache.table import BlockTable
 
+SeqId = int | str
+"""What a caller names its sequences by."""
+
 NEVER = sys.maxsize
 """A number of tokens that no sequence reaches."""
 

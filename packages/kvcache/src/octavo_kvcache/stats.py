@@ -10,6 +10,30 @@ from octavo_kvcache.table import BlockTable
 
 
 @dataclass(frozen=True, slots=True)
+class HostCounts:
+    """What the host tier holds; without one, nothing.
+
+    Attributes:
+        num_blocks: host blocks, block 0 included.
+        num_used: host blocks that a sequence holds.
+        num_sequences: sequences that are swapped out.
+        num_blocks_out, num_blocks_in: blocks copied to the host, and back from it, since the start.
+
+    """
+
+    num_blocks: int = 0
+    num_used: int = 0
+    num_sequences: int = 0
+    num_blocks_out: int = 0
+    num_blocks_in: int = 0
+
+    @property
+    def usage(self) -> float:
+        """Share of the host blocks that are held; block 0 never is."""
+        return self.num_used / (self.num_blocks - 1) if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
     """Counts of blocks and tokens. With several groups, a token counts once per group that holds it.
 
@@ -31,6 +55,7 @@ class CacheStats:
         num_deduplicated: blocks given back because another one had the same content, since the start.
         num_copies: blocks copied on write, since the start.
         num_evictions: cached blocks that were given to new content, since the start.
+        host: the host tier, and the sequences that are swapped out.
 
     """
 
@@ -51,6 +76,7 @@ class CacheStats:
     num_deduplicated: int
     num_copies: int
     num_evictions: int
+    host: HostCounts = HostCounts()
 
     @property
     def num_usable(self) -> int:

@@ -1,6 +1,7 @@
 """KVStorage: the tensors that hold the keys and values of every layer, block by block."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 try:
     import torch
@@ -11,9 +12,10 @@ except ImportError as error:
         f"KVStorage needs torch and octavo-kernels ({error}); install them with: pip install 'octavo-kvcache[torch]'"
     ) from error
 
-from octavo_kvcache.block import NULL_BLOCK, BlockCopy
+from octavo_kvcache.block import DEVICE, HOST, NULL_BLOCK, BlockCopy
 from octavo_kvcache.errors import InvalidArgument, UnsupportedSpec
 from octavo_kvcache.spec import KVCacheSpec, group_specs
+from octavo_kvcache.transfer import transfer_blocks
 
 
 class KVStorage:
@@ -25,11 +27,14 @@ class KVStorage:
     Memory is not initialised: unwritten slots hold anything, NaN included. On a CPU it comes in large pages where the
     system has them, and takes no physical memory until a block of the page is written. Null block 0 is zero.
 
+    Blocks of the host tier have the same layout, in memory of the host that a GPU can copy from and to by itself.
+
     Args:
         specs: one per layer.
         num_blocks: blocks, null block 0 included.
         block_size: tokens per block.
         device: where the tensors live.
+        num_host_blocks: blocks of the host tier, its block 0 included; 0 for none.
 
     Raises:
         InvalidArgument: no layer, fewer than 2 blocks, or a block size below 1.
@@ -37,7 +42,13 @@ class KVStorage:
     """
 
     def __init__(
-        self, specs: Sequence[KVCacheSpec], num_blocks: int, block_size: int, *, device: torch.device | str = "cpu"
+        self,
+        specs: Sequence[KVCacheSpec],
+        num_blocks: int,
+        block_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        num_host_blocks: int = 0,
     ) -> None:
         if not specs or num_blocks < 2 or block_size < 1:
             raise InvalidArgument(
@@ -45,9 +56,11 @@ class KVStorage:
                 f"got {len(specs)} layers, {num_blocks} blocks, block_size {block_size}"
             )
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.device = torch.device(device)
-        self._tensors: list[torch.Tensor] = []
+        self._num_blocks = {DEVICE: num_blocks, HOST: num_host_blocks}
+        self._tensors: dict[str, list[torch.Tensor]] = {DEVICE: [], HOST: []}
         self._tensor_of_layer: dict[int, torch.Tensor] = {}
         self._allocate(specs)
 
@@ -58,7 +71,7 @@ class KVStorage:
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
-        return sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors)
+        return sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors[DEVICE])
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and the values of a layer: two views [num_blocks, num_kv_heads, block_size, head_dim].
@@ -75,8 +88,10 @@ class KVStorage:
     def apply(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks in all layers, with the effect of one copy after the other.
 
+        On a GPU this returns before copies to and from the host are made; what is asked of the GPU next comes after.
+
         Raises:
-            UnsupportedSpec: a tier other than "device".
+            UnsupportedSpec: tiers other than DEVICE and HOST, or a copy from the host to the host.
             InvalidArgument: a block that is out of range, or the null block as a destination.
 
         """
@@ -84,18 +99,28 @@ class KVStorage:
             return
         for copy in copies:
             self._check(copy)
-        origins = _resolve(copies)
+        for (src_tier, dst_tier), run in groupby(copies, lambda copy: (copy.src_tier, copy.dst_tier)):
+            if src_tier == dst_tier:
+                self._copy(_resolve(list(run)))
+            else:  # nothing that is written is read: the last copy to a block counts
+                transfer_blocks(self._tensors[src_tier], self._tensors[dst_tier], {c.dst: c.src for c in run})
+
+    def _copy(self, origins: dict[int, int]) -> None:
         src = torch.tensor(list(origins.values()), dtype=torch.int64, device=self.device)
         dst = torch.tensor(list(origins), dtype=torch.int64, device=self.device)
-        octavo_kernels.copy_blocks(self._tensors, src, dst)  # reads everything before it writes anything
+        octavo_kernels.copy_blocks(self._tensors[DEVICE], src, dst)  # reads everything before it writes anything
 
     def _check(self, copy: BlockCopy) -> None:
-        if copy.src_tier != "device" or copy.dst_tier != "device":
-            raise UnsupportedSpec(f"tiers must be 'device', got {copy.src_tier!r} to {copy.dst_tier!r}")
-        if not 0 <= copy.src < self.num_blocks or not NULL_BLOCK < copy.dst < self.num_blocks:
+        num_blocks = self._num_blocks
+        if not {copy.src_tier, copy.dst_tier} <= num_blocks.keys() or copy.src_tier == copy.dst_tier == HOST:
+            raise UnsupportedSpec(
+                f"tiers must be {DEVICE!r} and {HOST!r}, not the host twice, got {copy.src_tier!r} to {copy.dst_tier!r}"
+            )
+        num_src, num_dst = num_blocks[copy.src_tier], num_blocks[copy.dst_tier]
+        if not 0 <= copy.src < num_src or not NULL_BLOCK < copy.dst < num_dst:
             raise InvalidArgument(
-                f"copy from block {copy.src} to {copy.dst} is out of range: src must be in [0, {self.num_blocks}), "
-                f"dst in [1, {self.num_blocks})"
+                f"copy from {copy.src_tier} block {copy.src} to {copy.dst_tier} block {copy.dst} is out of range: "
+                f"src must be in [0, {num_src}), dst in [1, {num_dst})"
             )
 
     def _allocate(self, specs: Sequence[KVCacheSpec]) -> None:
@@ -109,15 +134,27 @@ class KVStorage:
                 self._tensor_of_layer[layer] = tensors[position]
 
     def _make_tensor(self, spec: KVCacheSpec) -> torch.Tensor:
-        shape = (self.num_blocks, 2, spec.num_kv_heads, self.block_size, spec.head_dim)
+        """Make a tensor, and the host tier's beside it."""
+        block_shape = (2, spec.num_kv_heads, self.block_size, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
-        if self.device.type == "cpu":
-            tensor = octavo_kernels.host_empty(shape, dtype)
-        else:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        tensor = _empty((self.num_blocks, *block_shape), dtype, self.device)
         tensor[NULL_BLOCK].zero_()
-        self._tensors.append(tensor)
+        self._tensors[DEVICE].append(tensor)
+        if self.num_host_blocks:
+            host_shape = (self.num_host_blocks, *block_shape)
+            on_cpu = self.device.type == "cpu"
+            self._tensors[HOST].append(
+                _empty(host_shape, dtype, self.device)
+                if on_cpu
+                else torch.empty(host_shape, dtype=dtype, pin_memory=True)
+            )
         return tensor
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return octavo_kernels.host_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _resolve(copies: Sequence[BlockCopy]) -> dict[int, int]:

@@ -34,6 +34,15 @@ MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and outpu
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
 KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")]
 KVCacheBytes = Annotated[int | None, typer.Option(help="Memory for the KV cache, in bytes.")]
+HostKVGib = Annotated[
+    float | None,
+    typer.Option(
+        help="Memory of the host for sequences that must wait, in GiB. Default: 0 on a CPU, up to 4 on a GPU."
+    ),
+]
+HostKVBytes = Annotated[int | None, typer.Option(help="Memory of the host for sequences that must wait, in bytes.")]
+_PREEMPTION_HELP = "Of sequences that lose their blocks: auto takes what costs less, else recompute or swap."
+Preemption = Annotated[str, typer.Option(help=_PREEMPTION_HELP)]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens to generate. Default: what the context holds.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
@@ -66,6 +75,9 @@ def serve(
     num_blocks: Annotated[int | None, typer.Option(help="Blocks in the KV cache.")] = None,
     kv_cache_gib: KVCacheGib = None,
     kv_cache_bytes: KVCacheBytes = None,
+    host_kv_gib: HostKVGib = None,
+    host_kv_bytes: HostKVBytes = None,
+    preemption_mode: Preemption = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 128,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
     no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
@@ -99,7 +111,9 @@ def serve(
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
-            kv_cache_bytes=_cache_bytes(kv_cache_gib, kv_cache_bytes),
+            kv_cache_bytes=_bytes("kv-cache", kv_cache_gib, kv_cache_bytes),
+            host_kv_bytes=_bytes("host-kv", host_kv_gib, host_kv_bytes),
+            preemption_mode=preemption_mode,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=not no_prefix_cache,
@@ -257,9 +271,9 @@ def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
-def _cache_bytes(gib: float | None, num_bytes: int | None) -> int | None:
+def _bytes(option: str, gib: float | None, num_bytes: int | None) -> int | None:
     if gib is not None and num_bytes is not None:
-        raise InvalidConfig("--kv-cache-gib and --kv-cache-bytes both came; give one")
+        raise InvalidConfig(f"--{option}-gib and --{option}-bytes both came; give one")
     return num_bytes if gib is None else int(gib * 2**30)
 
 

@@ -198,6 +198,7 @@ class _EngineCollector(Collector):
         for kernel, count in stats.fallbacks.items():
             fallbacks.add_metric((kernel,), count)
         yield fallbacks
+        yield _preemptions(stats)
 
 
 def _info(info: EngineInfo) -> Metric:
@@ -232,6 +233,15 @@ def _prompt_tokens_by_source(stats: EngineStats) -> Metric:
     return family
 
 
+def _preemptions(stats: EngineStats) -> Metric:
+    family = CounterMetricFamily(
+        "octavo_preemptions_by_kind", "Preempted sequences, by what became of their blocks.", labels=("kind",)
+    )
+    family.add_metric(("recompute",), stats.preemption.num_recomputed)
+    family.add_metric(("swap",), stats.preemption.num_swapped)
+    return family
+
+
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     cache = stats.cache
     usable = max(cache.num_usable, 1)
@@ -245,13 +255,15 @@ def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_cache_pins", "Prefixes that are pinned.", cache.num_pins
     sharing = cache.num_table_blocks / cache.num_used if cache.num_used else 1.0
     yield "kv_cache_sharing_ratio", "Blocks in all block tables over blocks in use; above 1 is saved.", sharing
+    yield "kv_host_blocks_used", "Blocks of the host that hold what waiting sequences need.", cache.host.num_used
+    yield "kv_host_usage_perc", "Blocks of the host in use, from 0 to 1.", cache.host.usage
     yield "kv_cache_waste_ratio", "Slots in allocated blocks without a live token, mean over steps.", stats.mean_waste
 
 
 def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     cache = stats.cache
     yield "engine_steps", "Steps of the engine.", stats.num_steps
-    yield "num_preemptions", "Sequences that lost their blocks and were computed again.", stats.num_preemptions
+    yield "num_preemptions", "Sequences that had to give up their blocks and wait.", stats.num_preemptions
     yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
     yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens
     yield "generation_tokens", "Tokens generated.", stats.num_generation_tokens
@@ -269,3 +281,5 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     yield "kv_cache_blocks_deduplicated", "Blocks given back for others with the same content.", cache.num_deduplicated
     yield "kv_cache_copies", "Blocks copied before a write because they were shared.", cache.num_copies
     yield "kv_cache_evictions", "Cached blocks given to new content.", cache.num_evictions
+    yield "kv_blocks_swapped_out", "Blocks copied to the host.", cache.host.num_blocks_out
+    yield "kv_blocks_swapped_in", "Blocks copied back from the host.", cache.host.num_blocks_in

@@ -1,8 +1,8 @@
 """An executor without a model, for tests of the scheduler and the server: exact about memory, free to answer late.
 
-The fake model keeps a real paged memory: each computed token is written into its slot, and the next token is a function
-of the tokens read back through the row's block table. A wrong block id, a missed copy or a block freed too early
-therefore changes the answer.
+The fake model keeps a real paged memory with a host tier: each computed token is written into its slot, and the next
+token is a function of the tokens read back through the row's block table. A wrong block id, a missed copy or a block
+freed too early therefore changes the answer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo_engine.batch import CachedRow, ModelOutput, NewRow, RowMove, ScheduledBatch
+from octavo_kvcache import DEVICE
 
 NextToken = Callable[[Sequence[int], int], int]
 """(all tokens of a sequence, sequence index) -> the token that follows."""
@@ -84,7 +85,7 @@ class FakeExecutor:
     fail_steps: frozenset[int] = frozenset()
     candidates: Candidates = field(default_factory=lambda: hashed_candidates(64))
     batches: list[ScheduledBatch] = field(default_factory=list)
-    _memory: dict[int, list[int | None]] = field(default_factory=dict)
+    _memory: dict[tuple[str, int], list[int | None]] = field(default_factory=dict)
     _rows: dict[int, _Row] = field(default_factory=dict)
     _broken: set[int] = field(default_factory=set)  # rows of a failed step, until they are released
     _answers: deque[ModelOutput | Exception] = field(default_factory=deque)
@@ -119,7 +120,7 @@ class FakeExecutor:
     def _run(self, batch: ScheduledBatch) -> ModelOutput:
         self._release(batch)
         for copy in batch.copies:
-            self._memory[copy.dst] = list(self._block(copy.src))
+            self._memory[copy.dst_tier, copy.dst] = list(self._block(copy.src, copy.src_tier))
         for new in batch.new:
             ids = list(new.block_ids[0])
             embeds = new.task == "embed"
@@ -162,8 +163,8 @@ class FakeExecutor:
         row = self._rows[move.row]
         row.token_ids[move.position :] = [move.token_id]
 
-    def _block(self, block_id: int) -> list[int | None]:
-        return self._memory.setdefault(block_id, [None] * self.block_size)
+    def _block(self, block_id: int, tier: str = DEVICE) -> list[int | None]:
+        return self._memory.setdefault((tier, block_id), [None] * self.block_size)
 
     def _write(self, state: _Row, row: NewRow | CachedRow) -> None:
         for position in range(row.num_computed_tokens, row.num_computed_tokens + row.num_scheduled_tokens):

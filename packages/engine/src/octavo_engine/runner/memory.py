@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidConfig
 
+_HOST_BYTES = 4 << 30  # what a GPU's sequences get in the host's memory unless more is asked for: it is pinned
 _CPU_SHARE = 0.25  # of the memory that is available: pages are touched only as blocks are used
 
 
@@ -82,3 +83,42 @@ def plan_memory(
             f" or max_model_len to {max(capacity, 0)} or less"
         )
     return MemoryPlan(chosen, chosen * bytes_per_block, max_model_len, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """The size of the KV cache's host tier; `reason` says in words how it was chosen."""
+
+    num_blocks: int
+    num_bytes: int
+    reason: str
+
+
+def plan_host_tier(
+    *, bytes_per_block: int, num_device_blocks: int, host_kv_bytes: int | None, on_cpu: bool, free_bytes: int
+) -> HostPlan:
+    """Choose the number of host blocks: what was asked for, else none on a CPU and a share of the memory on a GPU.
+
+    Block 0 is reserved and counted in.
+
+    Raises:
+        InvalidConfig: if what was asked for holds less than a block; says how much does.
+    """
+    if host_kv_bytes is None and on_cpu:
+        return HostPlan(0, 0, "the device's memory is the host's, so a larger KV cache takes its place")
+    if host_kv_bytes is None:
+        chosen = min(_HOST_BYTES, int(free_bytes * _CPU_SHARE)) // bytes_per_block
+        reason = f"the least of {_HOST_BYTES >> 30} GiB, {_CPU_SHARE:.0%} of the free memory, and the KV cache"
+        num_blocks = min(chosen, num_device_blocks)
+        if num_blocks < 2:
+            return HostPlan(0, 0, f"{_CPU_SHARE:.0%} of the free memory holds no block")
+    elif host_kv_bytes == 0:
+        return HostPlan(0, 0, "host_kv_bytes is 0")
+    else:
+        num_blocks, reason = host_kv_bytes // bytes_per_block, "host_kv_bytes was given"
+        if num_blocks < 2:
+            raise InvalidConfig(
+                f"host_kv_bytes {host_kv_bytes} holds {num_blocks} blocks of {bytes_per_block} bytes, of which block 0 "
+                f"is reserved; give {2 * bytes_per_block} or more, or 0 for none"
+            )
+    return HostPlan(num_blocks, num_blocks * bytes_per_block, reason)
