@@ -354,6 +354,58 @@ def test_a_failed_step_harms_none_that_it_did_not_compute(make, fail: int):
     bench.assert_empty()
 
 
+def test_one_that_came_back_after_a_step_whose_copies_failed_is_computed_again(make, num_late: int):
+    bench = make(budget=4, num_blocks=30)
+    bench.add("talks", prompt(4), max_tokens=12)
+    bench.add("long", prompt(40, start=3), max_tokens=2)
+    bench.step(4)
+    scheduler = bench.scheduler
+    scheduler._residents.preempt(scheduler.sequences("long")[0])
+    bench.executor.fail_steps = frozenset([scheduler._swapper.step_id])
+    admit, scheduler._admit = scheduler._admit, lambda step: None
+    bench.step()  # copies to the host, which fails; the next brings them back before that is known
+    scheduler._admit = admit
+    tokens = bench.run()
+    assert bench.reasons()["talks", 0] is FinishReason.ERROR
+    assert tokens["long", 0] == alone(prompt(40, start=3), 2)
+    assert bench.preemption.num_recomputed == (num_late > 0)
+    bench.assert_empty()
+
+
+def test_blocks_that_a_failed_step_was_to_fill_are_shared_with_nobody(make):
+    bench = make(prefix=False, num_blocks=30)
+    bench.add("a", prompt(9), n=2, max_tokens=12)
+    bench.add("other", prompt(5), max_tokens=30)
+    bench.step(7)
+    scheduler = bench.scheduler
+    try_in, allowed = scheduler._swapper.try_in, []
+    scheduler._swapper.try_in = lambda sequences, num_spare: sequences == allowed and try_in(sequences, num_spare)
+    for sample in scheduler.sequences("a"):
+        scheduler._residents.preempt(sample)
+    bench.step(6)  # the copies have been made, and the tokens in flight have come
+    allowed.append(scheduler.sequences("a")[0])
+    bench.executor.fail_steps = frozenset([scheduler._swapper.step_id])
+    while ("a", 0) not in bench.reasons():
+        bench.step()
+    scheduler._swapper.try_in = try_in
+    tokens = bench.run()
+    assert bench.reasons()["a", 0] is FinishReason.ERROR
+    assert tokens["a", 1] == alone(prompt(9), 12, 1)
+    bench.assert_empty()
+
+
+def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
+    bench = make(num_blocks=40)
+    bench.engine.add(Request(request_id="e", inputs=(TokenSpan(tuple(prompt(10))),), task="embed"))
+    bench.step()
+    for sequence in bench.scheduler.sequences("e"):  # unless its only step has been answered
+        bench.scheduler._residents.preempt(sequence)
+        assert sequence.seq_id in bench.cache.host
+    bench.run()
+    assert [u.pooled for u in bench.updates] == [(1.0,)]
+    bench.assert_empty()
+
+
 def test_copies_wait_for_a_step_that_computes_something(make):
     bench = make()
     bench.add("a", prompt(6), max_tokens=9)

@@ -97,3 +97,14 @@ def test_block_that_nobody_holds_can_not_be_held_or_hashed(block_id):
 def test_pool_needs_a_block_besides_the_null_block():
     with pytest.raises(InvalidArgument, match="num_blocks must be at least 2"):
         BlockPool(1)
+
+
+def test_a_block_that_is_handed_out_again_has_no_twin():
+    pool = BlockPool(4)
+    first, second = pool.allocate(2)
+    pool.set_twin(first, 7)
+    pool.set_twin(second, 8)
+    pool.release([first])
+    assert (pool.twin(first), pool.twin(second)) == (7, 8)
+    assert pool.allocate(1) == [first]
+    assert (pool.twin(first), pool.twin(second)) == (None, 8)
