@@ -67,6 +67,9 @@ def engine_report(info: EngineInfo, default_sampling: Mapping[str, Any]) -> Tabl
         "batching": f"up to {info.max_num_seqs} sequences and {info.max_num_batched_tokens} tokens a step",
         "loaded in": f"{info.load_seconds:.1f} s",
     }
+    if info.num_host_blocks:
+        size = f"{info.num_host_blocks} blocks, {info.host_kv_bytes / 2**30:.2f} GiB"
+        rows["on the host"] = f"{size} for sequences that must wait: {info.host_kv_reason}"
     if default_sampling:
         advised = ", ".join(f"{name} {value}" for name, value in default_sampling.items())
         rows["sampling"] = f"{advised} by default, from the model's generation_config.json"
