@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=["manager", "partial hit", "pin", "window", "storage"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["manager", "partial hit", "pin", "window", "host", "storage"])
 def test_readme_example_runs(code):
     if "import torch" in code and not all(map(importlib.util.find_spec, ("torch", "octavo_kernels"))):
         pytest.skip("this example needs torch and octavo-kernels")
