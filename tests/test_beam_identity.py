@@ -199,7 +199,7 @@ def test_searches_under_rules_equal_transformers(llm: LLM, reference: Any, promp
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     few = [prompt for prompt in prompts if len(prompt) >= 16][:3]
     banned = [llm._text.encode_prompt(text) for text in (" the", " a", "\n")]
-    setting, stops = Setting(4, False, 1.0), [" of", "s."]
+    setting, stops = Setting(4, False, 1.0), [" to", "e t", "s t", "d a"]
     own = ours(
         llm, few, setting, [], repetition_penalty=1.2, bad_words_ids=banned, stop=stops,
         include_stop_str_in_output=True,

@@ -4,49 +4,24 @@ import math
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_search import BeamSearch
-from octavo_engine.engine import Engine
-from octavo_engine.executor.fake import FakeExecutor, hashed_candidates, hashed_next_token
-from octavo_engine.scheduler import Scheduler
+from octavo_engine.executor.fake import hashed_candidates, hashed_next_token
+from octavo_engine.scheduler_bench import SchedulerBench
 from octavo_engine.sequence import Sequence
-from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
-from octavo_kvcache import CacheManager
+from octavo_engine.types import FinishReason
 
 VOCAB_SIZE = 40
 CANDIDATES = hashed_candidates(VOCAB_SIZE)
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@dataclass
-class Bench:
-    """An engine on a fake executor, with everything it has said so far."""
-
-    engine: Engine
-    executor: FakeExecutor
-    cache: CacheManager
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    arrivals: int = 0
-
-    def add(
-        self, request_id: str, prompt: list[int], beams: BeamSearchParams | None = None, priority: int = 0, **sampling
-    ) -> None:
-        self.arrivals += 1
-        self.engine.add(
-            Request(
-                request_id=request_id,
-                inputs=(TokenSpan(tuple(prompt)),),
-                sampling=SamplingParams(seed=0, **sampling) if beams is None else beams.sampling(),
-                beams=beams,
-                priority=priority,
-                arrival_time=float(self.arrivals),
-            )
-        )
+class BeamBench(SchedulerBench):
+    """A bench that looks at every step: groups decode whole or not at all."""
 
     def __post_init__(self) -> None:
         self.watch(self.check_groups)
@@ -63,53 +38,24 @@ class Bench:
         self.engine._executor = SimpleNamespace(submit=watched, max_in_flight=self.executor.max_in_flight)
 
     def check_groups(self) -> None:
-        """Groups decode whole or not at all."""
         sampling = {row.row for row in (*self.scheduled.new, *self.scheduled.cached) if row.samples}
         for sequence in self.engine.scheduler._running:
             if sequence.beams is not None and sequence.row in sampling:
                 assert all(member.row in sampling for member in sequence.beams.members)
 
-    def step(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.updates += self.engine.step()
-
     def run(self) -> dict[tuple[str, int], list[int]]:
-        for _ in range(5000):
-            if not self.engine.has_work:
-                return {(u.request_id, u.index): list(u.token_ids) for u in self.updates if u.score is not None}
-            self.step()
-        raise AssertionError("the engine does not come to an end")
+        """Run everything to its end; return the hypotheses."""
+        super().run()
+        return {(u.request_id, u.index): list(u.token_ids) for u in self.updates if u.score is not None}
 
     def members(self, request_id: str) -> list[list[int]]:
         return [s.token_ids for s in self.engine.scheduler.sequences(request_id)]
 
-    def assert_empty(self) -> None:
-        stats = self.cache.stats()
-        assert (stats.num_used, stats.num_sequences, stats.num_parked) == (0, 0, 0)
-        scheduler = self.engine.scheduler
-        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-        assert scheduler._rows.num_available == len(scheduler._rows._free)
-
 
 @pytest.fixture
 def make(num_late: int):
-    def make(
-        *, num_blocks=200, block_size=4, max_num_seqs=16, budget=64, max_model_len=100, eos=(), prefix=True, fail=()
-    ) -> Bench:
-        cache = CacheManager(num_blocks, block_size, prefix_cache=prefix)
-        scheduler = Scheduler(
-            cache,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=max_model_len,
-            eos_token_ids=eos,
-        )
-        executor = FakeExecutor(
-            block_size, NEXT_TOKEN, num_late=num_late, fail_steps=frozenset(fail), candidates=CANDIDATES
-        )
-        return Bench(Engine(scheduler, executor), executor, cache)
-
-    return make
+    usual = {"num_blocks": 200, "max_num_seqs": 16, "max_model_len": 100, "candidates": CANDIDATES}
+    return lambda **options: BeamBench.make(NEXT_TOKEN, num_late, **usual | options)
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -175,7 +121,7 @@ def num_blocks_in_common(sequences: SequenceABC[Sequence], block_size: int = 4) 
 @pytest.mark.parametrize("length", [1, 7, 8, 9])
 @pytest.mark.parametrize("prefix", [True, False])
 def test_beams_hold_each_block_that_they_have_in_common_once(make, length: int, prefix: bool):
-    bench = make(prefix=prefix)
+    bench = make(prefix_cache=prefix)
     bench.add("a", prompt(length), BeamSearchParams(beam_width=5, max_tokens=25))
     num_checked = 0
 
@@ -234,7 +180,7 @@ def test_long_prompts_are_computed_in_chunks_and_groups_wait_for_budget(make):
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_a_preempted_group_resumes_with_the_same_beams(make, prefix: bool, width: int):
     params = BeamSearchParams(beam_width=width, max_tokens=24)
-    bench = make(num_blocks=38 + 8 * (width > 2), block_size=4, prefix=prefix)
+    bench = make(num_blocks=38 + 8 * (width > 2), block_size=4, prefix_cache=prefix)
     bench.add("first", prompt(10), params)
     bench.add("second", prompt(10, start=3), params)
     bench.add("third", prompt(10, start=5), params)
@@ -254,7 +200,7 @@ def test_a_preempted_group_resumes_with_the_same_beams(make, prefix: bool, width
 
 
 def test_a_resumed_group_shares_as_before(make):
-    bench = make(block_size=4, prefix=False)
+    bench = make(block_size=4, prefix_cache=False)
     bench.add("a", prompt(11), BeamSearchParams(beam_width=4, max_tokens=30))
     bench.step(15)
     while (group := bench.engine.scheduler.sequences("a")[0].beams).awaits_answer:
@@ -372,7 +318,7 @@ def test_random_traffic_with_beams_gives_each_its_own_and_leaks_nothing(make, se
         max_num_seqs=rng.randint(6, 14),
         budget=rng.randint(6, 40),
         max_model_len=60,
-        prefix=rng.random() < 0.7,
+        prefix_cache=rng.random() < 0.7,
         eos=[1],
     )
     beginnings = [prompt(rng.randint(1, 20), start=i) for i in range(3)]

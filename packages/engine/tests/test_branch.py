@@ -1,55 +1,28 @@
 """Forks of running and of ended requests, on a fake model with a real paged memory, 0, 1 and 3 steps late."""
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 
 from octavo_engine.branch import Branch, Parent
-from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidRequest
-from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
-from octavo_engine.scheduler import Scheduler
-from octavo_engine.types import Request, SamplingParams, SequenceUpdate, TokenSpan
-from octavo_kvcache import CacheManager
+from octavo_engine.executor.fake import hashed_next_token
+from octavo_engine.scheduler_bench import SchedulerBench
 
 VOCAB_SIZE = 1000
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@dataclass
-class Bench:
-    """An engine on a fake executor, and what it has said."""
+class BranchBench(SchedulerBench):
+    """A bench whose requests can be forked."""
 
-    engine: Engine
-    cache: CacheManager
-    updates: list[SequenceUpdate] = field(default_factory=list)
-
-    def add(self, request_id, tokens, parent=None, keep=False, salt=b"", **sampling) -> None:
-        request = Request(
-            request_id=request_id,
-            inputs=(TokenSpan(tuple(tokens)),),
-            sampling=SamplingParams(seed=0, **sampling),
-            parent=parent,
-            keep=keep,
-            salt=salt,
-        )
-        self.engine.add(request)
-
-    def branch(self, request_id, branch: Branch, more=(), keep=False, **sampling) -> list[int]:
+    def branch(self, request_id, branch: Branch, more=(), **options) -> list[int]:
         tokens = [*self.engine.branch_tokens(branch), *more]
-        self.add(request_id, tokens, Parent(branch.request_id, branch.index), keep, **sampling)
+        self.add(request_id, tokens, parent=Parent(branch.request_id, branch.index), **options)
         return tokens
 
-    def run(self, steps: int = 5000) -> None:
-        for _ in range(steps):
-            if not self.engine.has_work:
-                return
-            self.updates += self.engine.step()
-
-    def tokens(self, request_id: str, index: int = 0) -> list[int]:
-        own = (u for u in self.updates if (u.request_id, u.index) == (request_id, index))
-        return [token_id for update in own for token_id in update.token_ids]
+    def output(self, request_id: str, index: int = 0) -> list[int]:
+        return self.tokens().get((request_id, index), [])
 
     def num_cached(self, request_id: str) -> int:
         return next(u.cached.total for u in self.updates if u.request_id == request_id)
@@ -61,14 +34,8 @@ class Bench:
 
 @pytest.fixture
 def make(num_late: int):
-    def make(*, num_blocks=64, prefix=False, max_num_kept=8, max_num_seqs=8) -> Bench:
-        cache = CacheManager(num_blocks, 4, prefix_cache=prefix)
-        scheduler = Scheduler(
-            cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_model_len=100, max_num_kept=max_num_kept
-        )
-        return Bench(Engine(scheduler, FakeExecutor(4, NEXT_TOKEN, num_late=num_late)), cache)
-
-    return make
+    usual = {"prefix_cache": False, "max_num_kept": 8, "max_model_len": 100}
+    return lambda **options: BranchBench.make(NEXT_TOKEN, num_late, **usual | options)
 
 
 def alone(tokens: list[int], count: int, index: int = 0) -> list[int]:
@@ -86,17 +53,17 @@ def test_a_branch_of_an_ended_request_shares_all_blocks_before_it(make, at: int 
     bench = make()
     bench.add("parent", PROMPT, keep=True, max_tokens=8)
     bench.run()
-    output = bench.tokens("parent")
+    output = bench.output("parent")
     held = bench.num_used
     assert held == -(-(len(PROMPT) + 7) // 4)  # its last token was never computed
     tokens = bench.branch("child", Branch("parent", branch_at=at), more=[5], max_tokens=6)
     assert tokens == [*PROMPT, *output[:at], 5]
-    bench.run(1)
+    bench.step(1)
     num_shared = min(len(tokens) - 1, len(PROMPT) + 7)
     num_own = -(-len(tokens) // 4) - num_shared // 4
     assert bench.num_used == held + num_own
     bench.run()
-    assert bench.tokens("child") == alone(tokens, 6)
+    assert bench.output("child") == alone(tokens, 6)
     assert bench.num_cached("child") == num_shared
     assert bench.num_used == held
     bench.engine.release("parent")
@@ -107,13 +74,13 @@ def test_a_branch_of_an_ended_request_shares_all_blocks_before_it(make, at: int 
 def test_a_running_request_can_be_forked_and_goes_on_as_before(make, num_steps: int):
     bench = make()
     bench.add("parent", PROMPT, max_tokens=20)
-    bench.run(num_steps)
+    bench.step(num_steps)
     tokens = bench.branch("child", Branch("parent"), max_tokens=5)
     other = bench.branch("other", Branch("parent", branch_at=0), more=[1, 2, 3], n=2, max_tokens=5)
     bench.run()
-    assert bench.tokens("parent") == alone(PROMPT, 20)
-    assert bench.tokens("child") == alone(tokens, 5)
-    assert [bench.tokens("other", i) for i in range(2)] == [alone(other, 5, i) for i in range(2)]
+    assert bench.output("parent") == alone(PROMPT, 20)
+    assert bench.output("child") == alone(tokens, 5)
+    assert [bench.output("other", i) for i in range(2)] == [alone(other, 5, i) for i in range(2)]
     assert bench.num_cached("other") >= (8 if num_steps > 4 else 0)
     assert bench.num_used == 0
 
@@ -123,11 +90,11 @@ def test_children_of_any_sample_have_children_of_their_own(make):
     bench.add("a", PROMPT, keep=True, n=3, max_tokens=6)
     bench.run()
     first = bench.branch("b", Branch("a", 2, 4), keep=True, max_tokens=6)
-    assert first == [*PROMPT, *bench.tokens("a", 2)[:4]]
+    assert first == [*PROMPT, *bench.output("a", 2)[:4]]
     bench.run()
     second = bench.branch("c", Branch("b", 0, 3), max_tokens=6)
     bench.run()
-    assert bench.tokens("c") == alone(second, 6)
+    assert bench.output("c") == alone(second, 6)
     for request_id in "ab":
         bench.engine.release(request_id)
     assert bench.num_used == 0
@@ -140,7 +107,7 @@ def test_pruning_frees_blocks_at_once(make, num_late: int):
     before = bench.num_used
     for name in "abc":
         bench.branch(name, Branch("parent"), max_tokens=30)
-    bench.run(12)
+    bench.step(12)
     assert bench.num_used > before
     for name in "abc":
         bench.engine.abort(name)
@@ -158,13 +125,13 @@ def test_kept_blocks_go_before_anything_is_preempted_and_forks_are_computed_agai
     assert bench.num_used == 15
     bench.add("big", PROMPT[:6], max_tokens=60)
     bench.run()
-    assert bench.tokens("big") == alone(PROMPT[:6], 60)
+    assert bench.output("big") == alone(PROMPT[:6], 60)
     scheduler = bench.engine.scheduler
     assert scheduler.counters.num_preemptions == 0
     tokens = bench.branch("child", Branch("a", branch_at=5), max_tokens=4)
     bench.run()
     assert bench.num_cached("child") == 0
-    assert bench.tokens("child") == alone(tokens, 4)
+    assert bench.output("child") == alone(tokens, 4)
 
 
 def test_what_waits_gets_kept_blocks_when_nothing_runs(make):
@@ -173,7 +140,7 @@ def test_what_waits_gets_kept_blocks_when_nothing_runs(make):
     bench.run()
     bench.add("b", PROMPT[::-1], max_tokens=8)
     bench.run()
-    assert bench.tokens("b") == alone(PROMPT[::-1], 8)
+    assert bench.output("b") == alone(PROMPT[::-1], 8)
 
 
 def test_no_more_than_the_limit_are_kept_and_the_least_used_goes_first(make):
@@ -213,7 +180,7 @@ def test_wrong_branches_are_refused(make):
 @pytest.mark.parametrize("seed", range(8))
 def test_random_trees_give_each_branch_its_own_tokens_and_leak_nothing(make, seed: int):
     rng = random.Random(seed)
-    bench = make(num_blocks=rng.randint(30, 70), prefix=rng.random() < 0.5, max_num_kept=rng.randint(1, 12))
+    bench = make(num_blocks=rng.randint(30, 70), prefix_cache=rng.random() < 0.5, max_num_kept=rng.randint(1, 12))
     names, wanted, pruned = [], {}, set()
     for number in range(25):
         name = str(number)
@@ -224,20 +191,20 @@ def test_random_trees_give_each_branch_its_own_tokens_and_leak_nothing(make, see
             more = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 3))]
             tokens = [*bench.engine.branch_tokens(branch), *more]
             assert len(tokens) < 70
-            bench.add(name, tokens, Parent(parent, branch.index), keep, n=n, max_tokens=count)
+            bench.add(name, tokens, parent=Parent(parent, branch.index), keep=keep, n=n, max_tokens=count)
         except (IndexError, InvalidRequest, AssertionError):
             tokens = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 20))]
-            bench.add(name, tokens, None, keep, n=n, max_tokens=count)
+            bench.add(name, tokens, keep=keep, n=n, max_tokens=count)
         names.append(name)
         wanted |= {(name, index): alone(tokens, count, index) for index in range(n)}
-        bench.run(rng.randint(0, 6))
+        bench.step(rng.randint(0, 6))
         if rng.random() < 0.2:
             pruned.add(victim := rng.choice(names))
             bench.engine.abort(victim)
             bench.engine.release(victim)
     bench.run()
     for (name, index), expected in wanted.items():
-        got = bench.tokens(name, index)
+        got = bench.output(name, index)
         assert got == (expected[: len(got)] if name in pruned else expected)
     for name in names:
         bench.engine.release(name)

@@ -1,104 +1,40 @@
 """Hits within a block, duplicates that give way, and pins: a fake model with paged memory, 0, 1 and 3 steps late."""
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass, field
 
 import pytest
 
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Branch, Parent
-from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidRequest, PinLimitReached, RequestFailed, UnknownPin
-from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
+from octavo_engine.executor.fake import hashed_next_token
 from octavo_engine.pins import Pin
-from octavo_engine.scheduler import Scheduler
-from octavo_engine.types import CachedTokens, FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
-from octavo_kvcache import CacheManager
+from octavo_engine.scheduler_bench import SchedulerBench
+from octavo_engine.types import CachedTokens, FinishReason
 
 VOCAB_SIZE = 1000
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@dataclass
-class Bench:
-    """An engine on a fake executor, and what it has said."""
-
-    engine: Engine
-    executor: FakeExecutor
-    cache: CacheManager
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    arrivals: int = 0
-
-    def add(
-        self, request_id: str, tokens: list[int], *, parent=None, keep=False, salt=b"", task="generate", pin=False,
-        beams=None, **sampling
-    ) -> Request:  # fmt: skip
-        self.arrivals += 1
-        request = Request(
-            request_id=request_id,
-            inputs=(TokenSpan(tuple(tokens)),),
-            sampling=beams.sampling() if beams else SamplingParams(seed=0, **{"max_tokens": 4, **sampling}),
-            beams=beams,
-            parent=parent,
-            keep=keep,
-            salt=salt,
-            task=task,
-            pin=pin,
-            arrival_time=float(self.arrivals),
-        )
-        if pin:
-            self.engine.pins.prepare(request)
-        self.engine.add(request)
-        return request
+class PrefixBench(SchedulerBench):
+    """A bench whose prompts can be pinned."""
 
     def pin(self, request_id: str, tokens: list[int], salt: bytes = b"") -> Pin:
         self.add(request_id, tokens, salt=salt, task="embed", pin=True)
         self.run()
         return self.engine.pins.get(request_id)
 
-    def step(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.updates += self.engine.step()
-
-    def run(self) -> dict[tuple[str, int], list[int]]:
-        for _ in range(5000):
-            if not self.engine.has_work:
-                return self.tokens()
-            self.step()
-        raise AssertionError("the engine does not come to an end")
-
-    def tokens(self) -> dict[tuple[str, int], list[int]]:
-        tokens = defaultdict(list)
-        for update in self.updates:
-            tokens[update.request_id, update.index] += update.token_ids
-        return dict(tokens)
-
     def cached(self, request_id: str) -> CachedTokens:
         (cached,) = {u.cached for u in self.updates if u.request_id == request_id}
         return cached
 
     def copies(self) -> list[tuple[int, int]]:
-        return [(copy.src, copy.dst) for batch in self.executor.batches for copy in batch.copies]
-
-    def assert_empty(self) -> None:
-        stats = self.cache.stats()
-        assert (stats.num_used, stats.num_sequences, stats.num_parked) == (stats.num_pinned, 0, 0)
+        return [(copy.src, copy.dst) for batch in self.batches for copy in batch.copies]
 
 
 @pytest.fixture
 def make(num_late: int):
-    def make(
-        *, num_blocks=64, max_num_seqs=8, budget=64, deduplicate=False, max_num_pinned=0, max_model_len=100, **options
-    ) -> Bench:
-        cache = CacheManager(num_blocks, 4, deduplicate=deduplicate, max_num_pinned=max_num_pinned, **options)
-        scheduler = Scheduler(
-            cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=max_model_len
-        )
-        executor = FakeExecutor(4, NEXT_TOKEN, num_late=num_late)
-        return Bench(Engine(scheduler, executor), executor, cache)
-
-    return make
+    return lambda **options: PrefixBench.make(NEXT_TOKEN, num_late, **{"max_model_len": 100} | options)
 
 
 def alone(tokens: list[int], count: int, index: int = 0) -> list[int]:

@@ -1,95 +1,22 @@
 """The scheduler on a fake model with a real paged memory, answering 0, 1 and 3 steps late."""
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from octavo_engine.batch import ScheduledBatch
-from octavo_engine.engine import Engine
-from octavo_engine.executor.fake import FakeExecutor, hashed_next_token
-from octavo_engine.scheduler import Scheduler
-from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
-from octavo_kvcache import CacheManager
+from octavo_engine.executor.fake import hashed_next_token
+from octavo_engine.scheduler_bench import SchedulerBench
+from octavo_engine.types import FinishReason, Request, TokenSpan
 
 VOCAB_SIZE = 1000
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
 
 
-@dataclass
-class Bench:
-    """An engine on a fake executor, with everything it has said so far."""
-
-    engine: Engine
-    executor: FakeExecutor
-    cache: CacheManager
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    arrivals: int = 0
-
-    @property
-    def batches(self) -> list[ScheduledBatch]:
-        return self.executor.batches
-
-    def add(self, request_id: str, prompt: list[int], *, priority: int = 0, salt: bytes = b"", **sampling) -> None:
-        self.arrivals += 1
-        sampling.setdefault("max_tokens", 4)
-        self.engine.add(
-            Request(
-                request_id=request_id,
-                inputs=(TokenSpan(tuple(prompt)),),
-                sampling=SamplingParams(seed=0, **sampling),
-                priority=priority,
-                salt=salt,
-                arrival_time=float(self.arrivals),
-            )
-        )
-
-    def step(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.updates += self.engine.step()
-
-    def run(self) -> dict[tuple[str, int], list[int]]:
-        for _ in range(5000):
-            if not self.engine.has_work:
-                return self.tokens()
-            self.step()
-        raise AssertionError("the engine does not come to an end")
-
-    def tokens(self) -> dict[tuple[str, int], list[int]]:
-        tokens = defaultdict(list)
-        for update in self.updates:
-            tokens[update.request_id, update.index] += update.token_ids
-        return dict(tokens)
-
-    def reasons(self) -> dict[tuple[str, int], FinishReason]:
-        return {(u.request_id, u.index): u.finish_reason for u in self.updates if u.finish_reason}
-
-    def assert_empty(self) -> None:
-        stats = self.cache.stats()
-        assert (stats.num_used, stats.num_sequences, stats.num_parked) == (0, 0, 0)
-        scheduler = self.engine.scheduler
-        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-
-
 @pytest.fixture
 def make(num_late: int):
-    def make(
-        *, num_blocks=64, block_size=4, max_num_seqs=8, budget=64, max_model_len=200, eos=(), prefix=True, fail=()
-    ) -> Bench:
-        cache = CacheManager(num_blocks, block_size, prefix_cache=prefix)
-        scheduler = Scheduler(
-            cache,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=max_model_len,
-            eos_token_ids=eos,
-        )
-        executor = FakeExecutor(block_size, NEXT_TOKEN, num_late=num_late, fail_steps=frozenset(fail))
-        return Bench(Engine(scheduler, executor), executor, cache)
-
-    return make
+    return partial(SchedulerBench.make, NEXT_TOKEN, num_late)
 
 
 def alone(prompt: list[int], count: int, index: int = 0) -> list[int]:
@@ -197,7 +124,7 @@ def test_preempted_sequences_resume_with_the_same_tokens(make):
 
 
 def test_the_latest_of_the_lowest_priority_is_preempted(make):
-    bench = make(num_blocks=9, max_model_len=24, prefix=False)
+    bench = make(num_blocks=9, max_model_len=24, prefix_cache=False)
     bench.add("low", prompt(6, start=1), max_tokens=18, priority=5)
     bench.add("high", prompt(6, start=2), max_tokens=18, priority=0)
     tokens = bench.run()
@@ -287,7 +214,7 @@ def test_abort_of_one_sample_leaves_the_others(make):
 
 
 def test_blocks_of_an_aborted_sequence_are_free_once_the_steps_in_flight_have_ended(make, num_late: int):
-    bench = make(prefix=False)
+    bench = make(prefix_cache=False)
     bench.add("a", prompt(9), max_tokens=50)
     bench.step(2)
     num_in_flight = min(num_late, len(bench.batches))
@@ -308,7 +235,7 @@ def test_an_abort_before_the_fork_gives_the_reserved_rows_back(make):
 
 
 def test_a_preempted_sequence_waits_for_its_tokens_in_flight(make):
-    bench = make(num_blocks=9, max_model_len=30, prefix=False)
+    bench = make(num_blocks=9, max_model_len=30, prefix_cache=False)
     bench.add("a", prompt(10, start=1), max_tokens=20)
     bench.add("b", prompt(10, start=2), max_tokens=18)
     while not bench.engine.scheduler.counters.num_preemptions:
@@ -397,7 +324,7 @@ def test_random_traffic_gives_each_request_its_own_tokens_and_leaks_nothing(make
 @pytest.mark.parametrize("prefix", [True, False])
 def test_samples_hold_the_prompts_full_blocks_once_and_what_diverged(make, length: int, n: int, prefix: bool):
     """n samples of a prompt of P tokens: floor(P / block) shared blocks, and of each sample those behind them."""
-    bench = make(prefix=prefix, num_blocks=200)
+    bench = make(prefix_cache=prefix, num_blocks=200)
     bench.add("a", prompt(length), n=n, max_tokens=13)
     submit, seen = bench.executor.submit, []
 
