@@ -27,6 +27,7 @@ from octavo_engine import (
     SamplingParams,
 )
 from octavo_engine import StructuredOutputsParams as Params
+from octavo_engine.prompts import EncodedPrompt
 from octavo_engine.runner.rules import grammar
 from octavo_engine.runner.rules.grammar import GrammarRule
 from octavo_engine.structured.compiler import GrammarCompiler
@@ -237,10 +238,12 @@ def test_an_error_at_a_later_mask_ends_its_request_alone(make_llm: MakeLLM) -> N
     llm = make_llm()
     # Passes at the start; its automaton outgrows llguidance's limits within a few tokens.
     exploding = sampling(structured_outputs=Params(regex="(a?){5000}a{5000}"))
-    beside = llm._requests([(None, [3, 4, 5]), (None, [3, 4, 5])], [exploding, MIXED[0]])
+    beside = llm._requests([EncodedPrompt(None, [3, 4, 5])] * 2, [exploding, MIXED[0]])
     for running in beside:
         llm._engine.add(running.request)
-    ends = {u.request_id: u for u in llm._updates() if u.finish_reason is not None}
+    ends = {}
+    while llm._engine.has_work:
+        ends |= {u.request_id: u for u in llm._engine.step() if u.finish_reason is not None}
     bad, good = (ends[running.request.request_id] for running in beside)
     assert bad.finish_reason is FinishReason.ERROR
     assert bad.error is not None

@@ -94,7 +94,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         plan.num_blocks,
         config.block_size,
         prefix_cache=config.prefix_cache,
-        max_num_pinned=plan.num_pinnable(config.block_size, config.max_pinned_share),
+        max_num_pinned=_num_pinnable(config, plan),
         root=root,
         num_host_blocks=host.num_blocks,
     )
@@ -170,12 +170,17 @@ def _text_processor(
         vocab_size=source.config.vocab_size,
         beam_limits=BeamLimits(
             max_width=min(config.max_num_seqs, config.max_num_batched_tokens),
-            num_blocks=plan.num_blocks - 1 - plan.num_pinnable(config.block_size, config.max_pinned_share),
+            num_blocks=plan.num_blocks - 1 - _num_pinnable(config, plan),
             block_size=config.block_size,
         ),
         default_sampling=_default_sampling(source.generation_config),
         grammars=grammars,
     )
+
+
+def _num_pinnable(config: EngineConfig, plan: MemoryPlan) -> int:
+    """Return how many blocks may be pinned; none without the prefix cache, which pins are a part of."""
+    return plan.num_pinnable(config.block_size, config.max_pinned_share) if config.prefix_cache else 0
 
 
 def _default_sampling(advised: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class SchedulerBench:
 
     def tokens(self) -> dict[tuple[str, int], list[int]]:
         """Return what has come so far, by request id and index."""
-        tokens = defaultdict(list)
+        tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         for update in self.updates:
             tokens[update.request_id, update.index] += update.token_ids
         return dict(tokens)
