@@ -68,6 +68,9 @@ CASES = {
     "hermes, cut off": Case(
         tools("hermes"), '<tool_call>{"name": "f", "arguments": {"a": [1, "b', calls=(("f", '{"a": [1, "b'),)
     ),
+    "hermes, cut off in a mark": Case(
+        tools("hermes"), '<tool_call>{"name": "f", "arguments": {"a": 1}}\n</tool', calls=(ONE,)
+    ),
     "hermes, half a mark": Case(tools("hermes"), "if a <tool", content="if a <tool"),
     "hermes, one wanted": Case(
         tools("hermes", max_num_calls=1),

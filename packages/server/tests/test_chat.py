@@ -57,7 +57,14 @@ def test_tool_results_and_assistant_messages_without_content_are_taken(client, e
             {"role": "tool", "tool_call_id": "call_1", "content": "42"},
         ],
     )
-    assert prompt_of(engine) == "<user>hi\n<assistant>\n<tool>42\n<assistant>"
+    assert prompt_of(engine) == '<user>hi\n<assistant>[{"name": "f", "arguments": {}}]\n<tool>42\n<assistant>'
+
+
+def test_a_conversation_goes_on_from_its_last_message(client, engine):
+    chat(client, [USER, {"role": "assistant", "content": "Well,"}], continue_final_message=True)
+    assert prompt_of(engine) == "<user>hi\n<assistant>Well,"
+    chat(client, [USER], add_generation_prompt=False)
+    assert prompt_of(engine) == "<user>hi\n"
 
 
 def test_unknown_fields_in_messages_are_ignored(client, engine):

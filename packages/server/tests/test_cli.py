@@ -84,6 +84,8 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["run", "", "--raw"], "prompt is empty"),
         (["run", "hi", "--raw", "--system", "x"], "leave one out"),
         (["run", "hi", "--dtype", "int3"], "dtype 'int3' is not one of"),
+        (["serve", "--tool-parser", "hermez"], "tool_parser 'hermez' is not one of auto, gpt_oss, hermes"),
+        (["serve", "--reasoning-parser", "x"], "reasoning_parser 'x' is not one of auto, none, think"),
         (["run", "hi", "--mode", "faster"], "mode 'faster' is not one of exact, fast"),
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),

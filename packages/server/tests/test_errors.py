@@ -173,15 +173,10 @@ def test_chat_needs_room_for_a_token(client, field, value):
 
 UNSUPPORTED = [
     (TEXT, "suffix", "end"),
-    (CHAT, "tools", []),
-    (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (CHAT, "tool_choice", "auto"),
-    (CHAT, "parallel_tool_calls", False),
     (CHAT, "functions", [{}]),
     (CHAT, "guided_json", {}),
     (CHAT, "modalities", ["audio"]),
     (CHAT, "chat_template", "{{ x }}"),
-    (CHAT, "continue_final_message", True),
     (EMBED, "dimensions", 2),
 ]
 

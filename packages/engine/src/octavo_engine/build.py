@@ -26,6 +26,7 @@ from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.structured.compiler import GrammarCompiler
+from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.weights.load import load_model
@@ -162,9 +163,10 @@ def _describe(
 def _text_processor(
     source: Source, tokenizer: Tokenizer, grammars: GrammarCompiler, config: EngineConfig, plan: MemoryPlan
 ) -> TextProcessor:
+    template = source.chat_template()
     return TextProcessor(
         tokenizer,
-        source.chat_template(),
+        template,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=source.config.vocab_size,
@@ -175,6 +177,10 @@ def _text_processor(
         ),
         default_sampling=_default_sampling(source.generation_config),
         grammars=grammars,
+        answers=AnswerFormat.of(
+            "" if template is None else template.source, config.tool_parser, config.reasoning_parser
+        ),
+        eos_token_ids=source.eos_token_ids,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.preemption import PREEMPTION_MODES
+from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODES = ("exact", "fast")
@@ -39,6 +40,8 @@ class EngineConfig:
         max_pinned_share: share of the KV cache that pins may hold; less if the longest sequence would not fit beside.
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         num_threads: of the CPU kernels; None is torch's choice.
+        tool_parser: how the model writes tool calls; `auto` goes by its chat template.
+        reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
     Raises:
         InvalidConfig: if a value is out of range; names it, what was expected and what came.
@@ -60,12 +63,17 @@ class EngineConfig:
     max_pinned_share: float = 0.25
     max_num_kept: int = 64
     num_threads: int | None = None
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
+        for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if getattr(self, name) not in known:
+                raise InvalidConfig(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.block_size not in _BLOCK_SIZES:
             raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
         if not 0 <= self.max_pinned_share < 1:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
+from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 from octavo_server.config import ServerSettings
 from octavo_server.loading import engine_report, load_engine
 from octavo_server.protocol.generation import GenerationBody
@@ -81,6 +82,12 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 128,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
     no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
+    tool_parser: Annotated[
+        str, typer.Option(help=f"How the model writes tool calls: {', '.join(TOOL_PARSERS)}.")
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str, typer.Option(help=f"How the model marks reasoning: {', '.join(REASONING_PARSERS)}.")
+    ] = "auto",
     threads: Threads = None,
     api_key: Annotated[
         list[str] | None,
@@ -118,6 +125,8 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=not no_prefix_cache,
             num_threads=threads,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
         )
         _serve(config, settings, console, host=host, port=port, access_log=access_log)
 

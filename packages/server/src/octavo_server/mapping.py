@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from octavo_engine.api import EngineClient
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Parent
 from octavo_engine.errors import InvalidRequest
+from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.text.processor import TextProcessor
+from octavo_engine.text.tool_use import ToolUse
 from octavo_engine.types import Pooling, Request, SamplingParams
 from octavo_engine.warming import warm_request
 from octavo_server.beams import beam_search_params, check_beam_fields
@@ -114,11 +117,43 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
         InvalidRequest: if a message or a parameter cannot be served; PromptTooLong if the context is too small.
     """
     params = _params(body, text, max_n=max_n, max_tokens=body.num_new_tokens, logprobs=body.num_logprobs)
-    messages = body.template_messages
-    num_chars = sum(len(str(message["content"])) for message in messages)
-    token_ids = await _off_loop_if_long(num_chars, lambda: text.encode_chat(messages))
+    use, field = body.tool_use, body.constraint_field
+    if use is not None and (constraint := _constraint_of(use, params, text)) is not None:
+        params, field = replace(params, structured_outputs=constraint), "tools"
+    if text.answers.parses(use):
+        params = text.showing_marks(params)
+    token_ids = await _encode_chat(body, use, text)
     with _called("prompt", "messages"):
-        return await _request(body, text, token_ids, params, request_id)
+        return await _request(body, text, token_ids, params, request_id, constraint_field=field)
+
+
+async def _encode_chat(body: ChatBody, use: ToolUse | None, text: TextProcessor) -> list[int]:
+    """Lay a conversation out, with the functions that may be called."""
+    messages = body.template_messages
+    continues = bool(body.continue_final_message)
+    adds_prompt = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+
+    def encode() -> list[int]:
+        return text.encode_chat(
+            messages,
+            add_generation_prompt=adds_prompt,
+            continue_final_message=continues,
+            template_kwargs=body.chat_template_kwargs,
+            tools=None if use is None else use.definitions,
+        )
+
+    return await _off_loop_if_long(sum(len(str(message["content"])) for message in messages), encode)
+
+
+def _constraint_of(use: ToolUse, params: _Params, text: TextProcessor) -> StructuredOutputsParams | None:
+    """Return what `tool_choice` demands of an answer's text; a demanded call goes before any other format."""
+    if use.choice == "auto" and params.structured_outputs is not None:
+        raise InvalidRequest(
+            "response_format and structured_outputs leave no room for calls; set tool_choice to none, required or a "
+            "function, or leave the format out",
+            param="tool_choice",
+        )
+    return use.constraint(text.answers.tools)
 
 
 async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
@@ -183,6 +218,8 @@ async def _request(
     params: _Params,
     request_id: str,
     parent: Parent | None = None,
+    *,
+    constraint_field: str | None = None,
 ) -> Request:
     def make() -> Request:
         return text.make_request(
@@ -195,7 +232,7 @@ async def _request(
             keep=bool(body.keep),
         )
 
-    with _called("structured_outputs", body.constraint_field):
+    with _called("structured_outputs", constraint_field or body.constraint_field):
         # A grammar is compiled here, or the stop strings of a search, which may take a second; the event loop must not
         # wait for it.
         compiles = params.structured_outputs is not None or (isinstance(params, BeamSearchParams) and params.stop)

@@ -118,6 +118,17 @@ def simplified(node: Any) -> Any:
     return [simplified(value) for value in node] if isinstance(node, list) else node
 
 
+def rebased(node: Any, home: str) -> Any:
+    """Return a schema whose references lead into a copy of it at `home`, a pointer such as "#/$defs/root"."""
+    if isinstance(node, Mapping):
+        return {
+            key: home + value[1:] if key == "$ref" and isinstance(value, str) else rebased(value, home)
+            for key, value in node.items()
+            if key not in ("$id", "$schema")
+        }
+    return [rebased(value, home) for value in node] if isinstance(node, list) else node
+
+
 def _check_node(pointer: str, node: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         refuse(pointer, f"schemas are nested more than {MAX_DEPTH} deep")

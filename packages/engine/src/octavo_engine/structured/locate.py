@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from octavo_engine.structured.json_schema import SchemaTree
+from octavo_engine.structured.json_schema import SchemaTree, rebased
 
 _TIME_BUDGET = 1.0  # seconds for all tries
 _HOME = "#/$defs/root"  # where the whole schema stands while a part of it is tried
@@ -24,7 +24,7 @@ def find_keyword(schema: Any, error_in: Callable[[Any], str | None]) -> tuple[st
     """
     stop = time.monotonic() + _TIME_BUDGET
     nodes = SchemaTree(schema).nodes
-    moved = _moved(schema)
+    moved = rebased(schema, _HOME)
     for pointer, node in reversed(nodes.items()):
         if time.monotonic() > stop:
             return None
@@ -41,18 +41,7 @@ def _keyword_in(node: Any, root: Any, error: str, error_in: Callable[[Any], str 
     for keyword in sorted(node, key=lambda name: name not in error):  # those that the error names come first
         if time.monotonic() > stop:
             break
-        rest = {key: _moved(value) for key, value in node.items() if key != keyword}
+        rest = {key: rebased(value, _HOME) for key, value in node.items() if key != keyword}
         if error_in({**rest, "$defs": {"root": root}}) is None:
             return f"/{keyword}"
     return ""
-
-
-def _moved(node: Any) -> Any:
-    """Return a schema whose references lead into a copy of it at `_HOME`."""
-    if isinstance(node, Mapping):
-        return {
-            key: _HOME + value[1:] if key == "$ref" and isinstance(value, str) else _moved(value)
-            for key, value in node.items()
-            if key not in ("$id", "$schema")
-        }
-    return [_moved(value) for value in node] if isinstance(node, list) else node

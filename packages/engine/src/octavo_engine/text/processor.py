@@ -5,7 +5,7 @@ It needs the tokenizer and the model's limits, not the model: a front end in ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,15 @@ from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
 from octavo_engine.stop_automaton import StopAutomaton
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
+from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.output import TextStream
+from octavo_engine.text.parsers.base import AnswerParser
 from octavo_engine.text.sampling_tokens import SamplingTokens
 from octavo_engine.text.stop_tokens import StopTokens
 from octavo_engine.text.tokenizer import Tokenizer
+from octavo_engine.text.tool_prompt import tell_of_tools
+from octavo_engine.text.tool_use import ToolUse
 from octavo_engine.types import (
     CompletionDelta,
     FinishReason,
@@ -31,6 +35,8 @@ from octavo_engine.types import (
     Task,
     TokenSpan,
 )
+
+_TAIL = 16  # tokens of a prompt that show whether it ends with a mark
 
 
 class TextProcessor:
@@ -45,6 +51,8 @@ class TextProcessor:
         default_sampling: values from the model's generation config that apply where a caller sets none.
         beam_limits: what the engine can search at once; None checks nothing of it.
         grammars: compiles the constraints of structured output; None refuses them.
+        answers: how the model writes reasoning and calls; None is what its chat template shows.
+        eos_token_ids: tokens that end a text.
     """
 
     def __init__(
@@ -58,6 +66,8 @@ class TextProcessor:
         default_sampling: Mapping[str, Any] | None = None,
         beam_limits: BeamLimits | None = None,
         grammars: GrammarCompiler | None = None,
+        answers: AnswerFormat | None = None,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
@@ -69,6 +79,8 @@ class TextProcessor:
         self._stop_tokens = StopTokens(tokenizer, vocab_size)
         self._beam_limits = beam_limits
         self._grammars = grammars
+        self.answers = answers or AnswerFormat.of(chat_template.source if chat_template is not None else "")
+        self._eos_token_ids = tuple(eos_token_ids)
 
     @property
     def has_chat_template(self) -> bool:
@@ -97,10 +109,12 @@ class TextProcessor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Render a conversation with the model's chat template and turn it into token ids.
 
-        With `continue_final_message` the prompt ends inside the last message, so that the answer goes on from it.
+        Where the template knows no tools, the conversation tells the model of them. With `continue_final_message` the
+        prompt ends inside the last message, so that the answer goes on from it.
 
         Raises:
             InvalidRequest: if the model has no template, there are no messages, or the template refuses them.
@@ -122,11 +136,39 @@ class TextProcessor:
                 "add_generation_prompt is a field of its own; leave it out of the template's variables",
                 param="add_generation_prompt",
             )
-        text = self._chat_template.render(list(messages), add_generation_prompt=add_generation_prompt, **variables)
+        if not self.answers.template_has_tools and (tools or any(message.get("tool_calls") for message in messages)):
+            messages, tools = tell_of_tools(messages, tools or ()), None
+        text = self._chat_template.render(
+            list(messages), tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
         if continue_final_message:
             text = _cut_after_final_message(text, messages[-1])
         # The template writes the special tokens itself.
         return self.encode_prompt(text, add_special_tokens=False)
+
+    def answer_parser(self, use: ToolUse | None, prompt_token_ids: Sequence[int]) -> AnswerParser | None:
+        """Return what reads one answer; None if it can hold nothing but content.
+
+        Args:
+            use: the functions that may be called.
+            prompt_token_ids: what the answer follows.
+        """
+        answers = self.answers
+        if not answers.parses(use):
+            return None
+        tail = self.tokenizer.decode(prompt_token_ids[-_TAIL:], skip_special_tokens=False).rstrip()
+        begun = answers.reasoning is not None and tail.endswith(answers.reasoning.begin)
+        return answers.parser(use, starts_in_reasoning=begun)
+
+    def showing_marks(self, sampling: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSearchParams:
+        """Return sampling parameters that leave the marks in the text which `answer_parser` looks for."""
+        token_ids = (self.tokenizer.token_id(mark) for mark in self.answers.marks)
+        if not sampling.skip_special_tokens or self.tokenizer.special_token_ids.isdisjoint(token_ids):
+            return sampling
+        # Where special tokens are shown, those that end the text are left out as stop tokens alone.
+        ends = () if sampling.ignore_eos else self._eos_token_ids
+        stop_token_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *ends)))
+        return replace(sampling, skip_special_tokens=False, stop_token_ids=stop_token_ids)
 
     def encode_continuation(self, continuation: str | Sequence[int]) -> list[int]:
         """Turn what follows a branch into token ids; it may be empty, and gets no special tokens."""

@@ -8,17 +8,16 @@ from typing import Any
 from pydantic import Field
 
 from octavo_engine.errors import InvalidRequest
+from octavo_engine.text.tool_use import ToolUse
 from octavo_server.protocol.body import refuse_unsupported
 from octavo_server.protocol.generation import MAX_INT32, MAX_LOGPROBS, GenerationBody
+from octavo_server.protocol.tools import tool_use_of
 from octavo_server.protocol.violations import summarise
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _PASSED_ON = ("name", "tool_calls", "tool_call_id")
 
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (),
-    "tool_choice": (),
-    "parallel_tool_calls": (),
     "functions": (),
     "function_call": (),
     "modalities": (["text"],),
@@ -28,10 +27,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "store": (False,),
     "echo": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
 }
 
@@ -44,6 +40,12 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         super().check()
@@ -53,6 +55,15 @@ class ChatBody(GenerationBody):
                 raise InvalidRequest(f"{name} goes with text completions, whose parent may be a chat", param=name)
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs true; set it or leave both out", param="top_logprobs")
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """The functions that may be called; None if none may.
+
+        Raises:
+            InvalidRequest: names the field that is wrong.
+        """
+        return tool_use_of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def num_new_tokens(self) -> int | None:

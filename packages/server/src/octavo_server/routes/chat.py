@@ -11,6 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from octavo_engine.text.processor import TextProcessor
+from octavo_engine.types import Request as EngineRequest
+from octavo_server.chat_answers import ChatAnswer
 from octavo_server.choices import Choice, Piece, pieces, whole
 from octavo_server.generation import Generation, until_disconnect
 from octavo_server.logprobs import TokenNames, chat_logprobs
@@ -44,27 +47,35 @@ async def create_chat_completion(request: Request) -> Response:
     }
     generation = Generation(state.engine, state.metrics, [engine_request])
     choices = [Choice(i, engine_request.sampling, text.tokenizer) for i in range(generation.num_choices)]
+    answers = [_answer_of(body, engine_request, text) for _ in choices]
     names = TokenNames(text.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
         prompt_ids = engine_request.prompt_token_ids if body.return_token_ids else None
-        events = _events(generation, choices, writer, names, prompt_ids)
+        events = _events(generation, choices, answers, writer, names, prompt_ids)
         return EventStream(events, keep_alive=state.settings.keep_alive)
     ended = await until_disconnect(request, whole(generation, choices))
-    answers = [_answer(piece, names) for piece in ended]
+    shown = [_choice(piece, answers[piece.index], names) for piece in ended]
     extras: dict[str, Any] = {}
     if body.return_token_ids:
         extras["prompt_token_ids"] = engine_request.prompt_token_ids
-        for answer, piece in zip(answers, ended, strict=True):
-            answer["token_ids"] = piece.token_ids
+        for choice, piece in zip(shown, ended, strict=True):
+            choice["token_ids"] = piece.token_ids
     if body.prompt_logprobs is not None:
         extras["prompt_logprobs"] = listed(generation.prompt_logprobs[0], text.tokenizer, body.prompt_logprobs)
-    return json_response(head | {"choices": answers, "usage": generation.usage()} | extras)
+    return json_response(head | {"choices": shown, "usage": generation.usage()} | extras)
+
+
+def _answer_of(body: ChatBody, request: EngineRequest, text: TextProcessor) -> ChatAnswer:
+    use = body.tool_use
+    parser = text.answer_parser(use, request.prompt_token_ids)
+    return ChatAnswer(parser, names_call=use is not None and use.choice == "named")
 
 
 async def _events(
     generation: Generation,
     choices: list[Choice],
+    answers: list[ChatAnswer],
     writer: ChunkWriter,
     names: TokenNames,
     prompt_token_ids: list[int] | None,
@@ -75,9 +86,14 @@ async def _events(
             if piece.begins:
                 members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
                 yield writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members)
-            delta = {"content": piece.text} if piece.text else {}
+            deltas, reason = answers[piece.index].deltas(piece)
+            *before, last = deltas or [{}]
             logprobs = _logprobs(piece, names) if piece.text else None
-            chunk = _chunk(piece.index, delta, logprobs, piece.finish_reason)
+            for delta in before:
+                yield writer.chunk(_chunk(piece.index, delta))
+            if not last and reason is None and logprobs is None and prompt_token_ids is None:
+                continue  # the text is held back, for it may be the beginning of a mark
+            chunk = _chunk(piece.index, last, logprobs, reason)
             yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
     yield writer.end()
 
@@ -88,13 +104,9 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _answer(piece: Piece, names: TokenNames) -> dict[str, Any]:
-    return {
-        "index": piece.index,
-        "message": {"role": "assistant", "content": piece.text, "refusal": None},
-        "logprobs": _logprobs(piece, names),
-        "finish_reason": piece.finish_reason,
-    }
+def _choice(piece: Piece, answer: ChatAnswer, names: TokenNames) -> dict[str, Any]:
+    message, reason = answer.message(piece)
+    return {"index": piece.index, "message": message, "logprobs": _logprobs(piece, names), "finish_reason": reason}
 
 
 def _logprobs(piece: Piece, names: TokenNames) -> dict[str, Any] | None:

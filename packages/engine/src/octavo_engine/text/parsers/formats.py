@@ -21,6 +21,8 @@ class ToolFormat:
         form: of a call: `json` has name and arguments in one object, or several in a list; `named` a name before the
             object of the arguments; `python` a list of Python calls.
         call_name: for `named`: finds the name in what stands before the object.
+        tag: what stands before and behind the arguments of a call of the function NAME, where a grammar can begin at
+            the marker.
         bare: whether a text that begins like a call is one without any marker, if it names a function that there is.
         hint: what the chat template of such a model contains.
     """
@@ -31,6 +33,7 @@ class ToolFormat:
     ends: tuple[str, ...] = ()
     form: Form = "json"
     call_name: re.Pattern[str] = re.compile(r"([\w.-]+)\s*\Z")
+    tag: tuple[str, str] | None = None
     bare: bool = False
     hint: str | None = None
 
@@ -42,7 +45,13 @@ def _deepseek(mark: str) -> str:
 TOOL_FORMATS = {
     tool_format.name: tool_format
     for tool_format in (
-        ToolFormat("hermes", begins=("<tool_call>",), ends=("</tool_call>",), hint="<tool_call>"),
+        ToolFormat(
+            "hermes",
+            begins=("<tool_call>",),
+            ends=("</tool_call>",),
+            tag=('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>"),
+            hint="<tool_call>",
+        ),
         ToolFormat(
             "mistral",
             begins=("[TOOL_CALLS]",),
@@ -65,6 +74,7 @@ TOOL_FORMATS = {
             separators=(";", ","),
             ends=("<|eom_id|>",),
             bare=True,
+            tag=('<|python_tag|>{"name": "NAME", "parameters": ', "}"),
             hint="<|python_tag|>",
         ),
         ToolFormat(
@@ -107,6 +117,14 @@ REASONING_FORMATS = {
     )
 }
 """By name."""
+
+AUTO, NONE, HARMONY = "auto", "none", "gpt_oss"
+
+TOOL_PARSERS = (AUTO, HARMONY, *TOOL_FORMATS)
+"""What users may choose."""
+
+REASONING_PARSERS = (AUTO, NONE, *REASONING_FORMATS)
+"""What users may choose."""
 
 
 def tool_format_of(template: str) -> ToolFormat:

@@ -11,6 +11,9 @@ from octavo_engine.text.parsers.reader import Reading
 HINT = "<|channel|>"
 """What the chat template of such a model contains."""
 
+MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+"""All marks of the format."""
+
 _HEADS = ("<|start|>", "<|channel|>")
 _MESSAGE = "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")

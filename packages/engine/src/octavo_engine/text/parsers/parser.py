@@ -118,9 +118,13 @@ class OutputParser(AnswerParser):
 
     def _skip_end(self, form: ToolFormat) -> Reading[bool]:
         """Take what closes calls, if it comes; say whether calls have ended with it, or with the text."""
-        if not (yield from self._reader.peek()):
+        if (yield from self._reader.skip_any(form.ends)) is not None:
             return True
-        return (yield from self._reader.skip_any(form.ends)) is not None
+        ahead = yield from self._reader.peek(max(map(len, form.ends), default=1))
+        if ahead and not any(end.startswith(ahead) for end in form.ends):
+            return False
+        yield from self._reader.take(len(ahead))  # a text that was cut off within a mark, or before it
+        return True
 
     def _put_call(self, event: Event) -> None:
         """Put out a part of a call, unless it is one too many."""
