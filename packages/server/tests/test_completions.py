@@ -171,3 +171,12 @@ def test_a_character_over_several_tokens_comes_whole(client, engine):
 def test_a_broken_tail_becomes_one_replacement_character(client, engine):
     engine.replies = ["a😀"]
     assert complete(client, max_tokens=3)["choices"][0]["text"] == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    "body", [{"chat_template_kwargs": {"a": 1}}, {"add_generation_prompt": True}, {"continue_final_message": True}]
+)
+def test_fields_of_chats_are_refused(client, body):
+    response = client.post("/v1/completions", json={"prompt": "a", **body})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == next(iter(body))

@@ -255,6 +255,17 @@ class Extras(_Body):
         description="Keep the answer's tokens, and its part of the cache while there is room, so that later requests "
         "can go on from any of its tokens. Default: false.",
     )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        default=None, description="Chats: further variables of the model's chat template. Default: none."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None,
+        description="Chats: end the prompt with the header of the answer. Default: true, if the last message is "
+        "not to go on.",
+    )
+    continue_final_message: bool | None = Field(
+        default=None, description="Chats: let the answer go on from the last message. Default: false."
+    )
     parent_id: str | None = Field(
         default=None,
         min_length=1,

@@ -43,9 +43,6 @@ class ChatBody(GenerationBody):
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         super().check()

@@ -16,6 +16,7 @@ DEFAULT_MAX_TOKENS = 16
 
 Prompt = str | list[int]
 
+_OF_CHATS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 
@@ -31,6 +32,9 @@ class CompletionBody(GenerationBody):
     def check(self) -> None:
         super().check()
         refuse_unsupported(self, _UNSUPPORTED)
+        for name in _OF_CHATS:
+            if getattr(self, name):
+                raise InvalidRequest(f"{name} goes with chats, whose prompt a template makes", param=name)
         if self.ranks and self.stream and not self.use_beam_search:
             raise InvalidRequest(
                 "the best of several samples are known at the end alone; set stream false, or leave best_of out",
