@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from octavo_engine.runner.largest import largest
 from octavo_engine.runner.rules.base import LogitChange, apply_all
 
 _BLOCK = 64  # columns that are looked at as one
@@ -34,7 +35,8 @@ def likeliest(logits: Tensor, count: int, changes: Iterable[LogitChange] = ()) -
 
     As in Transformers, rules change log-probabilities, which are not made to sum to one again. The `count` largest of a
     row lie in the `count` blocks with the largest maxima, so a maximum per block and a look into few blocks replace the
-    selection from whole rows, which takes longer than the softmax.
+    selection from whole rows, which takes longer than the softmax. Of equals the
+    lowest token id comes first.
 
     Args:
         logits: [rows, vocab_size] fp32.
@@ -47,15 +49,14 @@ def likeliest(logits: Tensor, count: int, changes: Iterable[LogitChange] = ()) -
     count = min(count, vocab_size)
     num_blocks = vocab_size // _BLOCK
     if num_blocks < _MIN_BLOCKS_PER_CANDIDATE * count:
-        best = logprobs.topk(count, dim=-1)
-        return Candidates(best.indices, best.values, errors)
+        return Candidates(*largest(logprobs, count), errors)
     whole = logprobs[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK)
-    blocks = whole.amax(dim=-1).topk(count, dim=-1).indices
+    blocks = largest(whole.amax(dim=-1), count)[0].sort(dim=-1).values
     picked = whole.gather(1, blocks[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
     token_ids = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
     if rest := vocab_size - num_blocks * _BLOCK:
         tail = torch.arange(vocab_size - rest, vocab_size, device=logits.device)
         picked = torch.cat((picked, logprobs[:, -rest:]), dim=1)
         token_ids = torch.cat((token_ids, tail.expand(num_rows, -1)), dim=1)
-    best = picked.topk(count, dim=-1)
-    return Candidates(token_ids.gather(1, best.indices), best.values, errors)
+    columns, best = largest(picked, count)  # token ids rise with the columns
+    return Candidates(token_ids.gather(1, columns), best, errors)

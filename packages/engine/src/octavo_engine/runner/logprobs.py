@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo_engine.runner.largest import largest
 from octavo_engine.types import TokenLogprobs
 
 
@@ -60,7 +61,7 @@ class WantedLogprobs:
 def describe(
     logprobs: Tensor, chosen_ids: Tensor, num_top: Sequence[int], given: Sequence[tuple[int, ...]]
 ) -> list[TokenLogprobs]:
-    """Report rows of log-probabilities [rows, vocab_size].
+    """Report rows of log-probabilities [rows, vocab_size]; of equally likely tokens the lowest id comes first.
 
     Args:
         logprobs: [rows, vocab_size].
@@ -70,12 +71,21 @@ def describe(
     """
     chosen = logprobs.gather(1, chosen_ids[:, None])
     ranks = ((logprobs > chosen).sum(dim=-1) + 1).tolist()
-    top = logprobs.topk(min(max(num_top, default=0), logprobs.shape[1]), dim=-1)
-    top_ids, top_values = top.indices.tolist(), top.values.tolist()
     entries = []
-    for row, (token_id, logprob) in enumerate(zip(chosen_ids.tolist(), chosen[:, 0].tolist(), strict=True)):
-        count = num_top[row]
-        pairs = tuple(zip(top_ids[row][:count], top_values[row][:count], strict=True))
+    for row, (token_id, logprob, top) in enumerate(
+        zip(chosen_ids.tolist(), chosen[:, 0].tolist(), _top(logprobs, num_top), strict=True)
+    ):
         others = tuple(zip(given[row], logprobs[row, list(given[row])].tolist(), strict=True)) if given[row] else ()
-        entries.append(TokenLogprobs(token_id, logprob, ranks[row], pairs, others))
+        entries.append(TokenLogprobs(token_id, logprob, ranks[row], top, others))
     return entries
+
+
+def _top(logprobs: Tensor, num_top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Return the likeliest tokens of each row; a row that wants the whole vocabulary is no burden to the others."""
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(num_top)
+    for count in set(num_top) - {0}:
+        rows = [row for row, wanted in enumerate(num_top) if wanted == count]
+        token_ids, values = largest(logprobs if len(rows) == len(num_top) else logprobs[rows], count)
+        for row, *columns in zip(rows, token_ids.tolist(), values.tolist(), strict=True):
+            tops[row] = tuple(zip(*columns, strict=True))
+    return tops
