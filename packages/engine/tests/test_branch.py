@@ -143,6 +143,22 @@ def test_what_waits_gets_kept_blocks_when_nothing_runs(make):
     assert bench.output("b") == alone(PROMPT[::-1], 8)
 
 
+def test_what_ends_while_it_is_preempted_is_kept_all_the_same(make):
+    """A stop string is seen by the front end, steps after the token that made it."""
+    bench = make()
+    bench.add("parent", PROMPT, keep=True, max_tokens=20)
+    bench.step(6)
+    (sequence,) = bench.engine.scheduler.sequences("parent")
+    bench.engine.scheduler._residents.preempt(sequence)
+    bench.engine.abort("parent", 0)
+    tokens = bench.branch("child", Branch("parent"), max_tokens=5)
+    assert tokens == PROMPT + alone(PROMPT, len(tokens) - len(PROMPT))
+    bench.run()
+    assert bench.output("child") == alone(tokens, 5)
+    bench.engine.release("parent")
+    assert bench.num_used == 0
+
+
 def test_no_more_than_the_limit_are_kept_and_the_least_used_goes_first(make):
     bench = make(max_num_kept=2)
     for name in "ab":

@@ -38,16 +38,17 @@ class KeptSequences:
         return len(self._kept)
 
     def add(self, sequence: Sequence) -> None:
-        """Keep a running sequence that is about to leave; its blocks are held under an id of their own."""
+        """Keep a sequence that is about to leave; its blocks, if it has any, are held under an id of their own."""
         parent = Parent(sequence.request.request_id, sequence.index)
         if parent in self._kept or not self._max_num_kept:
             return
         request = sequence.request
         known = KnownTokens(tuple(sequence.token_ids), sequence.num_prompt_tokens, request.salt)
-        # What the last steps computed beyond the last token that counts is nobody's.
-        num_computed = min(self._cache.num_committed(sequence.seq_id), len(sequence.token_ids))
-        self._cache.fork(sequence.seq_id, _cache_id(parent), num_tokens=num_computed)
-        self._kept[parent] = _Kept(known, num_computed, has_blocks=True)
+        kept = self._kept[parent] = _Kept(known, num_computed_tokens=0, has_blocks=sequence.row is not None)
+        if kept.has_blocks:  # it is not preempted
+            # What the last steps computed beyond the last token that counts is nobody's.
+            kept.num_computed_tokens = min(self._cache.num_committed(sequence.seq_id), len(sequence.token_ids))
+            self._cache.fork(sequence.seq_id, _cache_id(parent), num_tokens=kept.num_computed_tokens)
         while len(self._kept) > self._max_num_kept:
             oldest, dropped = self._kept.popitem(last=False)
             self._free(oldest, dropped)

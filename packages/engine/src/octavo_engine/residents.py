@@ -241,9 +241,9 @@ class Residents:
         """End a sequence wherever it stands, and report its last tokens."""
         if sequence.request.pin:
             self.pins.end(sequence, reason)
+        if sequence.request.keep and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.kept.add(sequence)
         if sequence.status is SequenceStatus.RUNNING:
-            if sequence.request.keep and reason in (FinishReason.STOP, FinishReason.LENGTH):
-                self.kept.add(sequence)
             self.leave(sequence)
         else:
             self.waiting.discard()

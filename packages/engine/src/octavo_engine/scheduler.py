@@ -126,7 +126,7 @@ class Scheduler:
         sequences = [s for s in self.sequences(request_id) if index is None or s.index == index]
         if index is not None:  # a stop string ended it, which only the front end sees
             for sequence in sequences:
-                if sequence.request.keep and sequence.status is SequenceStatus.RUNNING:
+                if sequence.request.keep:
                     self._residents.kept.add(sequence)
         return self._end_all(sequences, FinishReason.ABORT)
 
