@@ -16,7 +16,8 @@ from octavo_engine.runner.step_rows import StepRows
 class Pooler:
     """Takes the hidden state of the last token of a prompt, or the mean over its tokens, scaled to unit length.
 
-    The running sums of prompts that are computed in chunks are fp64. Only the ModelRunner writes it.
+    The running sums of prompts that are computed in chunks are fp64, and take one token after the other, so that how a
+    prompt is cut does not show. Only the ModelRunner writes it.
     """
 
     def __init__(self) -> None:
@@ -49,9 +50,8 @@ class Pooler:
             before = None  # a sequence that starts, or starts again
         else:
             assert before is not None, f"row {row} pools the mean of a prompt whose first tokens it did not compute"
-        total = chunk.sum(dim=0, dtype=torch.float64)
-        if before is not None:
-            total = total + before
+        addends = chunk.double() if before is None else torch.cat((before[None], chunk.double()))
+        total = addends.cumsum(dim=0)[-1]
         if not step.samples[place]:
             self._sums[row] = total
         return total
