@@ -28,6 +28,7 @@ INFO = EngineInfo(
     mode="exact",
     device="cpu",
     kernel_backend="fake",
+    deterministic=True,
     vocab_size=27,
     max_model_len=40,
     max_num_seqs=4,

@@ -49,6 +49,7 @@ INFO = EngineInfo(
     mode="exact",
     device="cpu",
     kernel_backend="reference",
+    deterministic=True,
     vocab_size=VOCAB_SIZE,
     max_model_len=200,
     max_num_seqs=8,

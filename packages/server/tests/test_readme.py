@@ -10,7 +10,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 def test_every_option_of_serve_is_in_the_table_and_no_other():
     commands = typer.main.get_command(cli.app).commands
-    known = {option for parameter in commands["serve"].params for option in parameter.opts if option.startswith("--")}
+    given = [option for p in commands["serve"].params for option in (*p.opts, *p.secondary_opts)]
+    known = {option for option in given if option.startswith("--")}
     listed = set(re.findall(r"--[a-z-]+", "\n".join(line for line in README.splitlines() if line.startswith("| `--"))))
     assert listed == known
 

@@ -19,8 +19,9 @@ class EngineInfo:
     """What an engine serves and how it was set up; fixed for its lifetime.
 
     `dtype` is that of activations, `kv_dtype` that of the KV cache; `mode` is exact or fast, as in EngineConfig.
-    `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch. `host_kv_bytes` is
-    what sequences that must wait have in the host's memory, and `host_kv_reason` why.
+    `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch. `deterministic` says
+    whether answers are the same, bit for bit, in every company; see EngineConfig. `host_kv_bytes` is what sequences
+    that must wait have in the host's memory, and `host_kv_reason` why.
     """
 
     model_name: str
@@ -30,6 +31,7 @@ class EngineInfo:
     mode: str
     device: str
     kernel_backend: str
+    deterministic: bool
     vocab_size: int
     max_model_len: int
     max_num_seqs: int

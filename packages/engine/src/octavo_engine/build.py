@@ -13,6 +13,7 @@ import torch
 from octavo_engine.api import EngineInfo
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.config import EngineConfig
+from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.inline import InlineExecutor
@@ -68,11 +69,23 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     source = open_source(config.model)
     numerics = _resolve_numerics(config, source.config)
     device = numerics.device
-    quant = choose_method(device, numerics.dtype, int8_activations=config.mode == "fast")
+    quant = choose_method(
+        device,
+        numerics.dtype,
+        int8_activations=config.mode == "fast",
+        batch_invariant=numerics.deterministic,
+    )
     # Hashing and packing release the interpreter lock; the tokenizer is built in what is left of it.
     with ThreadPoolExecutor(2, thread_name_prefix="octavo-open") as pool:
         digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
-        model = load_model(source, device=device, dtype=numerics.dtype, quant=quant, progress=progress)
+        model = load_model(
+            source,
+            device=device,
+            dtype=numerics.dtype,
+            quant=quant,
+            batch_invariant=numerics.deterministic,
+            progress=progress,
+        )
     specs = model.kv_cache_specs(numerics.kv_dtype)
     plan = _plan(config, source.config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
@@ -120,6 +133,7 @@ class _Numerics(NamedTuple):
     dtype: torch.dtype
     kv_dtype: torch.dtype
     mode: str
+    deterministic: bool
 
     @property
     def root(self) -> bytes:
@@ -144,6 +158,7 @@ def _describe(
         mode=numerics.mode,
         device=str(numerics.device),
         kernel_backend=_describe_backend(choose("paged_attention", numerics.device)),
+        deterministic=numerics.deterministic,
         vocab_size=source.config.vocab_size,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -244,8 +259,9 @@ def _resolve_dtype(name: str, device: torch.device, model_config: ModelConfig) -
 def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numerics:
     device = _resolve_device(config.device)
     dtype = _resolve_dtype(config.dtype, device, model_config)
+    deterministic = resolve_deterministic(config.deterministic, device)
     if config.mode == "exact":
-        return _Numerics(device, dtype, dtype, config.mode)
+        return _Numerics(device, dtype, dtype, config.mode, deterministic)
     if device.type != "cpu":
         raise InvalidConfig(f"mode 'fast' is for CPUs, the device is {device}; use mode exact, or device cpu")
     if dtype != torch.float32:
@@ -255,7 +271,7 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
             "mode 'fast' needs the native CPU kernels, which this installation does not have or OCTAVO_CPU_ISA=none "
             "turns off; use mode exact"
         )
-    return _Numerics(device, dtype, torch.bfloat16, config.mode)
+    return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic)
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int) -> MemoryPlan:

@@ -25,6 +25,9 @@ class EngineConfig:
             CPUs: activations are rounded to 8 bits per group of 32 before products by weights in GGUF's block formats
             (products by dense weights stay in float32), and the KV cache is bfloat16.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
+        deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
+            however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
+            be had. With native kernels it costs nothing; where torch multiplies, rows are filled up for it.
         max_model_len: limit on prompt and output together, in tokens; None is the model's own, or what the KV cache
             can hold if that is less.
         block_size: tokens in a block of the KV cache.
@@ -51,6 +54,7 @@ class EngineConfig:
     dtype: str = "auto"
     mode: str = "exact"
     device: str = "auto"
+    deterministic: bool | None = None
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None

@@ -14,7 +14,8 @@ class AttentionOptions:
     """How scores are made and masked; nobody writes it after construction.
 
     scale: factor on q·k. causal, window: which keys a query sees. soft_cap: s -> cap * tanh(s / cap).
-    sinks, alibi_slopes: [num_heads] fp32 or None.
+    sinks, alibi_slopes: [num_heads] fp32 or None. batch_invariant: whether a query's bits may depend on its own keys
+    alone.
     """
 
     scale: float
@@ -23,6 +24,7 @@ class AttentionOptions:
     soft_cap: float | None = None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    batch_invariant: bool = False
 
     def check(self, op: str, num_heads: int) -> None:
         """Check every option against its range.

@@ -26,6 +26,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = True,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -57,6 +58,9 @@ def paged_attention(
         alibi_slopes: [num_heads] fp32; slope * |p - j| is subtracted from the score (arXiv 2108.12409).
         k_scale: [num_blocks, num_kv_heads, block_size] fp32, factor on each cached key vector.
         v_scale: as k_scale, on each value vector. Both or neither are given.
+        batch_invariant: whether the bits of a query's output may depend on its own keys alone: not on other sequences,
+            nor on how many queries of its own come with it. Native code keeps this in any case, and the torch code for
+            CPUs at some cost, which False saves. The other backends do not read it.
         out: like q; allocated when None.
         lse: [num_tokens, num_heads] fp32; receives the natural log of the softmax's denominator, sink included. A query
             that sees nothing gets output 0 and lse -inf (the sink's logit when there are sinks).
@@ -92,7 +96,7 @@ def paged_attention(
     _check.last_dim_contiguous(op, q=q, k_cache=k_cache, v_cache=v_cache)
     _check_scales(op, k_cache, v_cache, k_scale, v_scale)
     _check.option(op, "max_query_len", max_query_len, max_query_len >= 0, "at least 0")
-    options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes)
+    options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes, batch_invariant)
     options.check(op, q.shape[1])
     out = _output(op, q, out)
     _check_lse(op, q, lse)

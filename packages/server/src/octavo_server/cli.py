@@ -32,6 +32,14 @@ Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
 Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
 Device = Annotated[str, typer.Option(help="A torch device, or auto.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and output together, in tokens.")]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option(
+        "--deterministic/--no-deterministic",
+        help="Answers do not depend on what else runs, bit for bit. Default: yes on a CPU; a GPU cannot.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
 KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")]
 KVCacheBytes = Annotated[int | None, typer.Option(help="Memory for the KV cache, in bytes.")]
@@ -71,6 +79,7 @@ def serve(
     dtype: Dtype = "auto",
     mode: Mode = "exact",
     device: Device = "auto",
+    deterministic: Deterministic = None,
     max_model_len: MaxModelLen = None,
     block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
     num_blocks: Annotated[int | None, typer.Option(help="Blocks in the KV cache.")] = None,
@@ -115,6 +124,7 @@ def serve(
             dtype=dtype,
             mode=mode,
             device=device,
+            deterministic=deterministic,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -174,6 +184,7 @@ def run(
     dtype: Dtype = "auto",
     mode: Mode = "exact",
     device: Device = "auto",
+    deterministic: Deterministic = None,
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
 ) -> None:
@@ -190,6 +201,7 @@ def run(
             dtype=dtype,
             mode=mode,
             device=device,
+            deterministic=deterministic,
             max_model_len=max_model_len,
             max_num_seqs=1,
             num_threads=threads,
@@ -221,6 +233,7 @@ def chat(
     dtype: Dtype = "auto",
     mode: Mode = "exact",
     device: Device = "auto",
+    deterministic: Deterministic = None,
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
 ) -> None:
@@ -234,6 +247,7 @@ def chat(
             dtype=dtype,
             mode=mode,
             device=device,
+            deterministic=deterministic,
             max_model_len=max_model_len,
             max_num_seqs=1,
             num_threads=threads,

@@ -60,7 +60,8 @@ def engine_report(info: EngineInfo, default_sampling: Mapping[str, Any]) -> Tabl
     num_slots = info.num_blocks * info.block_size
     rows = {
         "model": f"{info.model_name} ({info.architecture}, {info.num_parameters / 1e6:.0f} M parameters)",
-        "compute": f"mode {info.mode}, {info.dtype} on {info.device}, kernels: {info.kernel_backend}",
+        "compute": f"mode {info.mode}, {info.dtype} on {info.device}, kernels: {info.kernel_backend}"
+        + (", deterministic" if info.deterministic else ""),
         "context": f"{info.max_model_len} tokens",
         "KV cache": f"{info.num_blocks} blocks of {info.block_size} tokens = {num_slots} tokens,"
         f" {info.kv_cache_bytes / 2**30:.2f} GiB of {info.kv_dtype}: {info.kv_cache_reason}",

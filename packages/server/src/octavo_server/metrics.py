@@ -210,6 +210,7 @@ def _info(info: EngineInfo) -> Metric:
         "mode": info.mode,
         "device": info.device,
         "kernel_backend": info.kernel_backend,
+        "deterministic": str(info.deterministic).lower(),
         "block_size": str(info.block_size),
         "num_blocks": str(info.num_blocks),
         "max_model_len": str(info.max_model_len),

@@ -25,7 +25,7 @@ class Attention:
         options: how the weights are made.
     """
 
-    __slots__ = ("_cos_sin", "_head_dim", "_layer", "_scale", "_split", "_window", "out", "qkv")
+    __slots__ = ("_batch_invariant", "_cos_sin", "_head_dim", "_layer", "_scale", "_split", "_window", "out", "qkv")
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, *, options: LayerOptions) -> None:
         num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -48,6 +48,7 @@ class Attention:
         self._split = [num_heads, num_kv_heads, num_kv_heads]
         self._scale = head_dim**-0.5
         self._window = config.sliding_window
+        self._batch_invariant = options.batch_invariant
 
     def __call__(self, x: Tensor, model_input: ModelInput) -> Tensor:
         """Return the block's output for x, both [num_tokens, hidden_size]; writes the layer's K and V of the tokens."""
@@ -68,6 +69,7 @@ class Attention:
             max_query_len=model_input.max_query_len,
             scale=self._scale,
             window=self._window,
+            batch_invariant=self._batch_invariant,
         )
         return self.out(out.view(len(x), -1))
 

@@ -13,7 +13,9 @@ from octavo_engine.quant.unquantized import Unquantized
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """Where weights live, in which dtype activations are, and how matrices are held.
+    """Where weights live, in which dtype activations are, how matrices are held, and who may share a sum.
+
+    With `batch_invariant` a token's bits depend on its own sequence alone, at the cost of time where torch computes.
 
     Memory for weights is allocated and not initialised: the loader fills it. On device `meta` nothing is allocated, to
     count a model's parameters before loading it.
@@ -22,6 +24,7 @@ class LayerOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     quant: QuantMethod[Any] = field(default_factory=Unquantized)
+    batch_invariant: bool = True
 
     def vector(self, size: int) -> torch.Tensor:
         """Allocate a weight [size]."""

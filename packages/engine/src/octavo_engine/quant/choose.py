@@ -31,9 +31,11 @@ def has_native_products(device: torch.device) -> bool:
     return device.type == "cpu" and native_isa() is not None
 
 
-def choose_method(device: torch.device, dtype: torch.dtype, *, int8_activations: bool = False) -> QuantMethod[Any]:
+def choose_method(
+    device: torch.device, dtype: torch.dtype, *, int8_activations: bool = False, batch_invariant: bool = True
+) -> QuantMethod[Any]:
     """Return how matrices are held: packed for the native kernels if activations are fp32, else in torch's own form."""
     if dtype == torch.float32 and has_native_products(device):
         return Packed(int8_activations=int8_activations)
     assert not int8_activations
-    return Unquantized()
+    return Unquantized(batch_invariant=batch_invariant)

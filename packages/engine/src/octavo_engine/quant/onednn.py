@@ -31,14 +31,15 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = True) -> Tensor:
     """Return x [rows, in_features] times a weight, packed or not: [rows, out_features].
 
-    On a CPU the last bits of torch's float32 products depend on how many rows there are, if there are fewer than 16 or
-    a broken number of sixteens. Such rows are filled up, so that a token's logits are the same in every batch.
+    On a CPU the last bits of torch's products depend on how many rows there are, if there are fewer than 16 or a broken
+    number of sixteens. With `batch_invariant` such rows are filled up, so that a token's logits are the same in every
+    batch.
     """
     num_rows = len(x)
-    missing = -num_rows % _ROW_MULTIPLE if x.device.type == "cpu" and x.dtype == torch.float32 else 0
+    missing = -num_rows % _ROW_MULTIPLE if batch_invariant and x.device.type == "cpu" else 0
     filled = F.pad(x, (0, 0, 0, missing)) if missing else x
     return _multiply(filled, weight, bias)[:num_rows]
 

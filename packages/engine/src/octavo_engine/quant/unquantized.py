@@ -21,7 +21,14 @@ class DenseParameters(NamedTuple):
 
 
 class Unquantized(QuantMethod[DenseParameters]):
-    """What serves on a GPU, and on a CPU without native kernels or with activations that are not fp32."""
+    """What serves on a GPU, and on a CPU without native kernels or with activations that are not fp32.
+
+    Args:
+        batch_invariant: whether, on a CPU, a row's product may not depend on the rows beside it.
+    """
+
+    def __init__(self, *, batch_invariant: bool = True) -> None:
+        self._batch_invariant = batch_invariant
 
     def create(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
@@ -49,8 +56,8 @@ class Unquantized(QuantMethod[DenseParameters]):
         return parameters
 
     def apply(self, parameters: DenseParameters, x: Tensor, out: Tensor | None = None) -> Tensor:  # noqa: ARG002
-        """Multiply with torch's own product, in new memory; see `onednn.linear` for what its last bits depend on."""
-        return linear(x, parameters.weight, parameters.bias)
+        """Multiply with torch's own product, in new memory."""
+        return linear(x, parameters.weight, parameters.bias, batch_invariant=self._batch_invariant)
 
     def embed(self, parameters: DenseParameters, token_ids: Tensor) -> Tensor:
         """Look up plain rows."""

@@ -35,8 +35,7 @@ def likeliest(logits: Tensor, count: int, changes: Iterable[LogitChange] = ()) -
 
     As in Transformers, rules change log-probabilities, which are not made to sum to one again. The `count` largest of a
     row lie in the `count` blocks with the largest maxima, so a maximum per block and a look into few blocks replace the
-    selection from whole rows, which takes longer than the softmax. Of equals the
-    lowest token id comes first.
+    selection from whole rows, which takes longer than the softmax. Of equals the lowest token id comes first.
 
     Args:
         logits: [rows, vocab_size] fp32.

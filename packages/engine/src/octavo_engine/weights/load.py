@@ -42,6 +42,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quant: QuantMethod[Any] | None = None,
+    batch_invariant: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Make a source's model and fill it with its weights.
@@ -51,6 +52,7 @@ def load_model(
         device: where the weights go.
         dtype: of activations.
         quant: how matrices are held; None chooses by device and dtype.
+        batch_invariant: whether a token's bits may not depend on the tokens beside it.
         progress: called after each weight with the number that was read and the total.
 
     Raises:
@@ -58,8 +60,9 @@ def load_model(
         CorruptModelFile: if a tensor is missing, unexpected, repeated or of the wrong shape; names it.
     """
     device = torch.device(device)
-    quant = quant or choose_method(device, dtype)
-    model = model_class(source.config.architecture)(source.config, LayerOptions(dtype, device, quant))
+    quant = quant or choose_method(device, dtype, batch_invariant=batch_invariant)
+    options = LayerOptions(dtype, device, quant, batch_invariant)
+    model = model_class(source.config.architecture)(source.config, options)
     load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)
     model.finish()
     return model

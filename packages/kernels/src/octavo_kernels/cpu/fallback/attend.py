@@ -9,9 +9,9 @@ from torch import Tensor
 
 from octavo_kernels._options import AttentionOptions
 
-_NEVER = float("-inf")
+NEVER = float("-inf")
 # Queries per product: bounds the score matrix, and lets causal tiles skip the columns behind their last query.
-_TILE_QUERIES = 128
+TILE_QUERIES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,16 @@ def attend(
     fused = everyone_sees and _fusable(q.dtype, q.shape[1], options, with_lse=with_lse)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (k, v) if fused else (k.to(wide), v.to(wide))
-    _silence(v, span, options)
+    silence(v, span, options)
     if fused:
-        _silence(k, span, options)
+        silence(k, span, options)
     outs: list[Tensor] = []
     log_sums: list[Tensor] = []
-    for start in range(0, span.query_len, _TILE_QUERIES):
-        stop = min(start + _TILE_QUERIES, span.query_len)
-        columns = _seen_columns(span, options, start, stop)
+    for start in range(0, span.query_len, TILE_QUERIES):
+        stop = min(start + TILE_QUERIES, span.query_len)
+        columns = seen_columns(span, options, start, stop)
         tile = q[:, start:stop], k[:, :, columns], v[:, :, columns]
-        bias = _Bias.make(span, options, start, stop, columns, wide)
+        bias = Bias.make(span, options, start, stop, columns, wide)
         if fused:
             outs.append(_fused(*tile, bias, options))
         else:
@@ -116,12 +116,12 @@ def product_dtype(dtype: torch.dtype, query_len: int, options: AttentionOptions,
 
 def _fusable(dtype: torch.dtype, query_len: int, options: AttentionOptions, *, with_lse: bool) -> bool:
     """Return whether torch's fused attention can serve: it is ahead on tiles of queries, the product on single rows."""
-    plain = options.soft_cap is None and options.sinks is None and not with_lse
+    plain = options.soft_cap is None and options.sinks is None and not with_lse and not options.batch_invariant
     return plain and query_len > 1 and dtype != torch.float64
 
 
 @dataclass(frozen=True, slots=True)
-class _Bias:
+class Bias:
     """What is laid over the scores of a tile.
 
     hidden: [sequences, query_len, columns] bool, or None when every query sees all. penalty: [sequences, num_heads,
@@ -134,7 +134,7 @@ class _Bias:
     @classmethod
     def make(
         cls, span: Span, options: AttentionOptions, start: int, stop: int, columns: slice, dtype: torch.dtype
-    ) -> "_Bias":
+    ) -> "Bias":
         """Lay the options over queries start to stop and some columns; penalties are in `dtype`."""
         alone = stop - start == 1 and span.query_len == 1 and options.window is None
         if alone and options.alibi_slopes is None and span.min_end >= columns.stop:
@@ -168,7 +168,7 @@ def _hidden(span: Span, options: AttentionOptions, distance: Tensor, columns: sl
     return hidden if options.window is None else hidden | (distance.abs() >= options.window)
 
 
-def _seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) -> slice:
+def seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) -> slice:
     """Return the columns that some query of a tile may see."""
     last = span.max_end
     if options.causal:
@@ -179,7 +179,7 @@ def _seen_columns(span: Span, options: AttentionOptions, start: int, stop: int) 
     return slice(first, last)
 
 
-def _silence(x: Tensor, span: Span, options: AttentionOptions) -> None:
+def silence(x: Tensor, span: Span, options: AttentionOptions) -> None:
     """Zero the columns that no query of a sequence sees: they may hold NaN, which no probability of 0 silences."""
     if span.min_end < x.shape[2]:
         hidden = span.mask("tail", span.hidden_tail)
@@ -191,13 +191,13 @@ def _silence(x: Tensor, span: Span, options: AttentionOptions) -> None:
         x[:, :, :head].masked_fill_(hidden[:, None, :, None], 0.0)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Bias, options: AttentionOptions) -> Tensor:
     """Return out by torch's fused attention."""
     mask: Tensor | None = None
     if bias.penalty is not None:
         mask = (-bias.penalty).to(q.dtype)
         if bias.hidden is not None:
-            mask = mask.masked_fill(bias.hidden[:, None], _NEVER)
+            mask = mask.masked_fill(bias.hidden[:, None], NEVER)
     elif bias.hidden is not None:
         mask = ~bias.hidden[:, None]
     heads_first = q.transpose(1, 2)
@@ -206,7 +206,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptio
 
 
 def _product(
-    q: Tensor, k: Tensor, v: Tensor, bias: _Bias, options: AttentionOptions, *, some_empty: bool, with_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Bias, options: AttentionOptions, *, some_empty: bool, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return out and, if asked for, lse by two batched products around a softmax, in k's dtype."""
     num_sequences, query_len, num_heads, head_dim = q.shape
@@ -221,7 +221,7 @@ def _product(
     if bias.penalty is not None:
         scores = scores.sub_(bias.penalty)
     if bias.hidden is not None:
-        scores = scores.masked_fill_(bias.hidden[:, None], _NEVER)
+        scores = scores.masked_fill_(bias.hidden[:, None], NEVER)
     lse: Tensor | None = None
     if with_lse or some_empty or options.sinks is not None:
         weights, lse = _softmax(scores, options.sinks)
@@ -239,6 +239,6 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
     lse = torch.logsumexp(scores, dim=-1)
-    shift = lse.masked_fill(lse == _NEVER, 0.0)
+    shift = lse.masked_fill(lse == NEVER, 0.0)
     weights = torch.exp(scores - shift[..., None])
     return (weights if sinks is None else weights[..., :-1].contiguous()), lse

@@ -3,8 +3,9 @@
 A bucket's blocks are gathered by one index per layer, and its scores are one batched product. Grouped heads are rows of
 the same product, so keys are never repeated.
 
-The result of a sequence may change in its last bits with its neighbours: the padded length and the number of rows
-decide how the matrix library orders its sums. Native attention does not.
+With `batch_invariant` the products are cut into tiles of one size. Without it the result of a sequence may change in
+its last bits with its neighbours: the padded length and the number of rows decide how the matrix library orders its
+sums.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from octavo_kernels._options import AttentionOptions
 from octavo_kernels.cpu.fallback.attend import Span, attend, product_dtype
+from octavo_kernels.cpu.fallback.attend_in_tiles import attend_in_tiles
 from octavo_kernels.cpu.fallback.plan import Bucket, plan_step
 from octavo_kernels.cpu.fallback.scratch import scratch
 
@@ -41,14 +43,15 @@ def paged_attention(
         block_table,
         block_size=k_cache.shape[2],
         block_bytes=block_bytes,
-        window=options.window,
+        window=None if options.batch_invariant else options.window,  # tiles lie at absolute positions
     )
+    attend_bucket = attend_in_tiles if options.batch_invariant else attend
     for bucket in buckets:
         rows, span = bucket.rows, bucket.span
         query = q.index_select(0, rows).view(bucket.num_sequences, -1, *q.shape[1:])
         dtype = product_dtype(q.dtype, query.shape[1], options, with_lse=lse is not None)
         k, v = _gather(k_cache, bucket, k_scale, dtype, "k"), _gather(v_cache, bucket, v_scale, dtype, "v")
-        result, log_sum = attend(query, k, v, span, options, with_lse=lse is not None)
+        result, log_sum = attend_bucket(query, k, v, span, options, with_lse=lse is not None)
         out.index_copy_(0, rows, result.flatten(0, 1))
         if lse is not None and log_sum is not None:
             lse.index_copy_(0, rows, log_sum.flatten(0, 1).to(lse.dtype))
