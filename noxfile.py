@@ -3,18 +3,21 @@
 nox -s demo                          the main job on a real model; `-- --serve` keeps the server running
 nox -s tests                         every package on every backend this machine has
 nox -s "tests(kvcache, cpu)"         one package on one backend; `-- -k name` goes to pytest
+nox -s soak                          the large checks at full size
 nox -s "isolation(kernels)"          one wheel with what it declares and nothing else
 nox -l                               what else there is; `nox -l --json` gives the default ones, for a CI matrix
 
-Plain venv and pip, on the Python that runs nox. One environment, made by `env`, serves `tests`, `e2e`, `types` and
-`bench`, so that torch is installed once; it is made anew when a requirement changes.
+Plain venv and pip, on the Python that runs nox. One environment, made by `env`, serves `tests`, `e2e`, `soak`, `types`
+and `bench`, so that torch is installed once; it is made anew when a requirement changes.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 
@@ -53,7 +56,7 @@ PROBES = {"cuda": "nvidia-smi", "rocm": "rocminfo"}
 ON_EVERY_BACKEND = {
     "kernels": ["packages/kernels/tests"],
     "kvcache": ["packages/kvcache/tests/test_storage.py"],
-    "engine": ["packages/engine/tests/test_llama.py", "packages/engine/tests/test_model_runner.py"],
+    "engine": [f"packages/engine/tests/test_{name}.py" for name in ("determinism", "llama", "model_runner")],
 }
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
 ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}
@@ -196,6 +199,21 @@ def e2e(session: nox.Session) -> None:
     """Run the tests that cross packages: the real model end to end, wheels, layers and isolation when broken."""
     _, arguments = take_torch(session)
     pytest(session, "tests", "-rP", *arguments)  # -rP: near-ties and preemptions are printed, and worth reading
+
+
+@nox.session(default=False, venv_backend="none", requires=["env"])
+def soak(session: nox.Session) -> None:
+    """Run the slow tests at full size, an hour or more; what ran is kept in benchmarks/results/soak.json."""
+    _, arguments = take_torch(session)
+    report = Path(session.create_tmp()).resolve() / "soak.xml"
+    pytest(session, "tests", "-m", "slow", "-s", f"--junitxml={report}", *arguments)
+    ran = [
+        {"test": case.get("name"), "seconds": float(case.get("time", 0))}
+        | {found.get("name"): found.get("value") for found in case.iter("property")}
+        for case in ElementTree.parse(report).iter("testcase")
+        if case.find("skipped") is None
+    ]
+    (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(ran, indent=1) + "\n")
 
 
 @nox.session(default=False)
