@@ -64,6 +64,22 @@ def only(*allowed: int) -> Rule:
     return Rule(lambda _, scores: scores.masked_fill(~keep, float("-inf")))
 
 
+def without_repeats(token_ids: list[int], scores: Tensor) -> Tensor:
+    """DRY with multiplier 2, base 1.5 and allowed length 1, by looking back from every earlier token."""
+    longest: dict[int, int] = {}
+    last = len(token_ids) - 1
+    for place in range(last):
+        length = 0
+        while length <= place and token_ids[place - length] == token_ids[last - length]:
+            length += 1
+        following = token_ids[place + 1]
+        longest[following] = max(longest.get(following, 0), length)
+    scores = scores.clone()
+    for token_id, length in longest.items():
+        scores[token_id] -= 2 * 1.5 ** (length - 1) if length else 0
+    return scores
+
+
 STOPS = ["2b", "7a", "ce5"]
 ODD = range(1, VOCAB_SIZE, 2)
 RULES: dict[str, tuple[dict[str, Any], Callable[[list[int]], dict[str, Any]]]] = {
@@ -81,6 +97,13 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[list[int]], dict[str, Any]]]] =
     "least length": (
         {"min_tokens": 9, "logit_bias": {EOS: 5.0}},
         lambda _: {"min_new_tokens": 9, "sequence_bias": {(EOS,): 5.0}},
+    ),
+    "dry": (
+        {"dry_multiplier": 2.0, "dry_base": 1.5, "dry_allowed_length": 1, "logit_bias": dict.fromkeys((8, 9, 11), 6.0)},
+        lambda _: {
+            "sequence_bias": {(8,): 6.0, (9,): 6.0, (11,): 6.0},
+            "logits_processor": [Rule(without_repeats)],
+        },
     ),
     "processor": ({"logits_processors": [slower]}, lambda _: {"logits_processor": [Rule(slower)]}),
     "stop strings": ({"stop": STOPS}, lambda _: {"stop_strings": STOPS, "tokenizer": transformers_tokenizer()}),
@@ -257,6 +280,15 @@ def test_searches_under_rules_equal_transformers(checkpoint, found_by_rule, plai
         assert [list(u.token_ids) for u in own] == [tokens for tokens, _ in hypotheses]
         assert [u.score for u in own] == pytest.approx([score for _, score in hypotheses], abs=1e-4)
     assert expected != plain
+
+
+def test_a_search_that_has_ended_leaves_no_rule_behind(checkpoint):
+    engine = make_engine(checkpoint[0])
+    engine.add(request_of(0, PROMPTS[0], replace(PLAIN, repetition_penalty=1.4, logit_bias={9: 3.0})))
+    run(engine)
+    engine.add(request_of(1, PROMPTS[1], temperature=0, max_tokens=2))  # its step tells the runner who has left
+    run(engine)
+    assert not engine._executor._runner._sampling._rules._used
 
 
 def test_beams_change_nothing_for_those_who_run_beside_them(checkpoint):
