@@ -193,6 +193,7 @@ def test_some_searches_equal_transformers(llm: LLM, reference: Any, prompts: lis
     assert llm.stats().cache.num_used == 0
 
 
+@pytest.mark.slow
 def test_searches_under_rules_equal_transformers(llm: LLM, reference: Any, prompts: list[Tokens]) -> None:
     transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
     path = Path(locate_model(None))
