@@ -71,6 +71,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def start(self, block_size: int, num_blocks: int, num_host_blocks: int, deduplicate: bool) -> None:
         self.size = block_size
+        self.deduplicate = deduplicate
         self.max_num_pinned = num_blocks // 3
         self.cache = CacheManager(
             num_blocks,
@@ -243,12 +244,12 @@ class CacheMachine(RuleBasedStateMachine):
             return
         if sum(self.set_aside[pin_id] for pin_id in self.pins) + num_blocks > self.max_num_pinned:
             with pytest.raises(PinLimit):
-                self.cache.reserve_pin(pin_id, num_tokens)
+                self.cache.pins.reserve(pin_id, num_tokens)
             return
-        self.cache.reserve_pin(pin_id, num_tokens)
+        self.cache.pins.reserve(pin_id, num_tokens)
         self.set_aside[pin_id] = num_blocks
         assert self.cache.pin(pin_id, seq_id) == num_blocks // len(self.groups) * self.size
-        held = self.cache._pins._held[pin_id]
+        held = self.cache.pins._held[pin_id]
         contents = {block_id: self.contents(block_id) for block_id in held}
         ends = {
             seq.content((index + 1) * self.size - 1, group)
@@ -265,7 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         pin_id = data.draw(st.sampled_from(sorted(self.pins)))
         del self.pins[pin_id]
-        self.cache.unpin(pin_id)
+        self.cache.pins.drop(pin_id)
 
     @precondition(lambda self: self.step_id % 8 == 7)  # seldom: nothing is cached for a while after it
     @rule()
@@ -359,13 +360,19 @@ class CacheMachine(RuleBasedStateMachine):
                     self.parked.append((in_flight, gave_way))
 
     def drop(self, seq_id: int, late: int | None) -> None:
-        held = [block_id for row in self.cache.block_ids(seq_id) for block_id in row if block_id]
-        del self.sequences[seq_id]
-        if late is None:
-            self.cache.free(seq_id)
-        else:
-            self.cache.free(seq_id, after=self.step_id + late)
-            self.parked.append((self.step_id + late, held))
+        table = self.cache.block_ids(seq_id)
+        held = [block_id for row in table for block_id in row if block_id]
+        seq, num_committed = self.sequences.pop(seq_id), self.cache.num_committed(seq_id)
+        sound = seq.num_computed >= num_committed  # else other tokens than those that were committed are to be computed
+        after = None if late is None else self.step_id + late
+        before = self.hittable()
+        self.cache.free(seq_id, after=after, token_ids=seq.tokens if sound else ())
+        if after is not None:
+            self.parked.append((after, held))
+        for block_id in self.hittable() - before:  # of an end only its tokens count, whatever lies behind them
+            assert block_id == table[0][num_committed // self.size]
+            for offset in range(num_committed % self.size, self.size):
+                self.memory[block_id, offset] = None
 
     def holders(self) -> Counter[int]:
         tables = (row for seq_id in self.sequences for row in self.cache.block_ids(seq_id))
@@ -373,13 +380,16 @@ class CacheMachine(RuleBasedStateMachine):
         everyone = itertools.chain(tables, parked, self.pins.values())
         return Counter(block_id for held in everyone for block_id in held if block_id)
 
+    def hittable(self) -> set[int]:
+        pool = self.cache._pool
+        return {block_id for block_id in range(1, self.cache.num_blocks) if pool.block_hash(block_id) is not None}
+
     def contents(self, block_id: int) -> list[object]:
         return [self.memory.get((block_id, offset)) for offset in range(self.size)]
 
     def longest_hit(self, tokens: list[int], salt: bytes) -> int:
         """Look into every block that can be hit for the longest beginning of some tokens, all but the last."""
-        pool = self.cache._pool
-        hittable = [self.contents(b) for b in range(1, self.cache.num_blocks) if pool.block_hash(b) is not None]
+        hittable = [self.contents(block_id) for block_id in self.hittable()]
         num_hit = 0
         for length in range(1, len(tokens)):
             offset = (length - 1) % self.size
@@ -403,12 +413,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_follow_from_updates(self) -> None:
-        """But for blocks that gave way since: they hold the same, and the next update tells."""
+        """But for blocks that gave way since, of which the next update tells."""
         for seq_id, seq in self.sequences.items():
             for row, table in zip(seq.rows, self.cache.block_ids(seq_id), strict=True):
                 assert len(row) == len(table)
-                first_open = self.cache.num_committed(seq_id) // self.size
-                assert row[first_open:] == table[first_open:]
+                assert row == table or self.deduplicate
 
     @invariant()
     def contents_equal_the_model(self) -> None:
@@ -500,7 +509,7 @@ class CacheMachine(RuleBasedStateMachine):
         for seq_id in self.swapped:
             self.cache.free(seq_id)
         for pin_id in self.pins:
-            self.cache.unpin(pin_id)
+            self.cache.pins.drop(pin_id)
         self.cache.step_done(self.step_id + 100)
         stats = self.cache.stats()
         assert (stats.num_used, stats.num_live_tokens, stats.num_table_blocks, stats.host.num_used) == (0, 0, 0, 0)

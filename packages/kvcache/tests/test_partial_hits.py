@@ -186,3 +186,118 @@ def test_lookups_are_counted_by_kind_and_by_admission():
     assert (first.num_full_hit_tokens, first.num_partial_hit_tokens, first.num_hit_tokens) == (4, 2, 6)
     assert (resumed.num_lookups, resumed.num_query_tokens, resumed.num_hit_tokens) == (1, 8, 6)
     assert stats.hit_rate == 6 / 16
+
+
+# Ends of sequences, which fill no block
+
+
+def end(cache: CacheManager, seq_id: str, token_ids: list[int], **match_options: object) -> int:
+    """Compute a sequence and free it with its tokens; return the number of cached ones."""
+    num_cached = prefill(cache, seq_id, token_ids, **match_options)
+    cache.free(seq_id, token_ids=token_ids)
+    return num_cached
+
+
+def test_end_of_a_sequence_is_hit_by_the_one_that_goes_on_from_it():
+    cache = CacheManager(20, 4)
+    end(cache, "turn 1", [1, 2, 3, 4, 5, 6])
+    assert cache.stats().num_cached == 2
+    assert cache.match("turn 2", [1, 2, 3, 4, 5, 6, 7]) == 6
+    assert cache.block_ids("turn 2") == ([1, 2],)
+    assert cache.allocate("turn 2", 6, 1) == Allocation((BlockCopy(2, 3),), (TableUpdate(1, (3,)),))
+    assert cache.match("other", [1, 2, 3, 4, 5, 9]) == 5
+
+
+def test_only_committed_tokens_of_an_end_are_hit():
+    cache = CacheManager(20, 4)
+    cache.match("a", [1, 2, 3, 4])
+    cache.allocate("a", 0, 4)
+    cache.commit("a", [1, 2], 2)
+    cache.free("a", token_ids=[1, 2, 3, 4])
+    assert cache.match("b", [1, 2, 3, 4, 5]) == 2
+
+
+def test_end_that_says_less_than_another_block_is_not_kept():
+    cache = CacheManager(20, 4)
+    end(cache, "long", [1, 2, 3])
+    end(cache, "short", [1, 2])
+    assert cache.stats().num_cached == 1
+    assert cache.match("a", [1, 2, 3, 9]) == 3
+    cache.free("a")
+    end(cache, "longer", [1, 2, 3, 4, 5])  # block 1 is of no more use
+    assert cache.stats().num_cached == 2
+    end(cache, "longest", [1, 2, 3, 4, 5, 6])
+    assert cache.stats().num_cached == 2
+    assert cache.match("b", [1, 2, 3, 4, 5, 6, 7]) == 6
+
+
+def test_end_that_somebody_holds_stays_although_another_says_more():
+    cache = CacheManager(20, 4)
+    end(cache, "short", [1, 2])
+    assert cache.match("holds", [1, 2, 9]) == 2
+    end(cache, "long", [1, 2, 3])
+    assert cache.match("a", [1, 2, 3, 9]) == 3
+    assert cache.allocate("holds", 2, 1).copies == (BlockCopy(1, 3),)
+
+
+def test_end_that_a_fork_shares_is_left_to_it():
+    cache = CacheManager(20, 4)
+    prefill(cache, "a", [1, 2])
+    cache.fork("a", "b")
+    cache.free("a", token_ids=[1, 2])
+    assert cache.match("c", [1, 2, 9]) == 0
+    assert cache.allocate("b", 2, 1) is UNCHANGED
+    cache.commit("b", [1, 2, 3], 3)
+    cache.free("b", token_ids=[1, 2, 3])
+    assert cache.match("d", [1, 2, 3, 9]) == 3
+
+
+def test_end_in_use_by_a_step_in_flight_is_hit_but_not_given_away():
+    cache = CacheManager(3, 4)
+    prefill(cache, "a", [1, 2])
+    cache.free("a", after=5, token_ids=[1, 2])
+    assert cache.match("b", [1, 2, 9]) == 2
+    assert cache.allocate("b", 2, 1).copies == (BlockCopy(1, 2),)
+    cache.step_done(5)
+    assert cache.num_free == 1
+
+
+def test_ends_are_evicted_before_the_blocks_before_them():
+    cache = CacheManager(4, 4)
+    end(cache, "a", [1, 2, 3, 4, 5, 6])
+    cache.add("big")
+    cache.allocate("big", 0, 8)
+    assert cache.match("b", [1, 2, 3, 4, 5, 6, 7]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "match_options"),
+    [
+        ({"min_partial_hit": 4}, {}),
+        ({"prefix_cache": False}, {}),
+        ({"groups": [KVCacheSpec(1, 8, kind="window", window=5)]}, {}),
+        ({}, {"extra_keys": {0: b"image"}}),
+    ],
+    ids=["whole blocks only", "switched off", "window", "image"],
+)
+def test_ends_that_can_not_be_hit_are_given_up(options, match_options):
+    cache = CacheManager(20, 4, **options)
+    end(cache, "a", [1, 2, 3], **match_options)
+    assert cache.stats().num_cached == 0
+
+
+def test_ends_of_before_a_reset_are_not_hit():
+    cache = CacheManager(20, 4)
+    prefill(cache, "a", [1, 2, 3])
+    end(cache, "b", [7, 8])
+    cache.reset_prefix_cache()
+    cache.free("a", token_ids=[1, 2, 3])
+    assert cache.match("c", [1, 2, 3, 4]) == 0
+    assert cache.match("d", [7, 8, 9]) == 0
+
+
+def test_ends_of_another_salt_are_not_hit():
+    cache = CacheManager(20, 4)
+    end(cache, "a", [1, 2, 3], salt=b"one")
+    assert cache.match("b", [1, 2, 3, 4], b"two") == 0
+    assert cache.match("c", [1, 2, 3, 4], b"one") == 3

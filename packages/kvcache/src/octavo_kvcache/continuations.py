@@ -39,11 +39,23 @@ class Continuations:
         """Say whether any block follows the one with this hash."""
         return parent in self._following
 
-    def add(self, parent: BlockHash, tokens: bytes, block_id: int) -> None:
-        """Note that a block with these packed tokens follows the one with the hash `parent`."""
+    def add(self, parent: BlockHash, tokens: bytes, block_id: int) -> int | None:
+        """Note that a block with these packed tokens, of which there is no other, follows the one with hash `parent`.
+
+        Return the block before it in the order if that holds nothing else, only less of it.
+        """
         following = self._following.setdefault(parent, [])
-        following.insert(bisect_left(following, tokens, key=_tokens_of), (tokens, block_id))
+        place = bisect_left(following, tokens, key=_tokens_of)
+        following.insert(place, (tokens, block_id))
         self._places[block_id] = parent, tokens
+        shorter, shorter_id = following[place - 1]
+        return shorter_id if place and tokens.startswith(shorter) else None
+
+    def covers(self, parent: BlockHash, tokens: bytes) -> bool:
+        """Say whether a block after `parent` begins with all these tokens."""
+        following = self._following.get(parent, [])
+        place = bisect_left(following, tokens, key=_tokens_of)
+        return place < len(following) and following[place][0].startswith(tokens)
 
     def remove(self, block_id: int) -> None:
         """Forget a block; one that is not there is ignored."""

@@ -36,7 +36,7 @@ class CacheManager:
             copy a block costs less than to compute one token of it; `block_size` leaves whole blocks alone to be hit.
         deduplicate: let a block that becomes full give way to a cached one with the same content. Only where computing
             the same tokens twice gives the same bits, whatever else is in the step: the blocks change places.
-        max_num_pinned: the most blocks that pins may hold.
+        max_num_pinned: the most blocks that `pins` may hold; without a prefix cache they hold none.
         root: digest of all that cached content depends on besides tokens: weights, tokenizer, KV dtype.
         groups: one spec per group of layers with equal specs; () means one group with full attention.
         num_host_blocks: blocks in the host's memory for sequences that are swapped out, block 0 included; 0 for none.
@@ -81,8 +81,8 @@ class CacheManager:
         self._sequences: dict[SeqId, SequenceBlocks] = {}
         self._empty_slots = EmptySlots(self._pool)
         self._parked = ParkedBlocks(self._pool)
-        self._pins = Pins(self._pool, max_num_pinned)
-        self._census = Census(block_size, self._pool, self._parked, self._pins, self._empty_slots)
+        self.pins = Pins(self._pool, block_size, len(self._windows), max_num_pinned if prefix_cache else 0)
+        self._census = Census(block_size, self._pool, self._parked, self.pins, self._empty_slots)
         self.host = (
             HostTier(num_host_blocks, self._pool, self._prefix, self._sequences, self._empty_slots)
             if num_host_blocks
@@ -203,12 +203,13 @@ class CacheManager:
         self._empty_slots.enter(child)
         self._sequences[child_id] = child
 
-    def free(self, seq_id: SeqId, *, after: int | None = None) -> None:
+    def free(self, seq_id: SeqId, *, after: int | None = None, token_ids: Sequence[int] = ()) -> None:
         """End a sequence and release its blocks, tail first.
 
         Args:
             seq_id: the sequence; it may be swapped out.
             after: a step in flight that still uses the blocks: they are released when `step_done` reports it.
+            token_ids: all its tokens, so that the last of them, which fill no block, can be hit too; () gives them up.
 
         Raises:
             UnknownSequence: there is no such sequence.
@@ -218,6 +219,8 @@ class CacheManager:
             self.host.free(seq_id)
             return
         seq = self._get(seq_id)
+        if token_ids:
+            self._prefix.register_end(seq, token_ids)
         self._empty_slots.leave(seq)
         del self._sequences[seq_id]
         self._parked.add(seq.held(), after)
@@ -321,52 +324,27 @@ class CacheManager:
 
         Running sequences go on, but cache nothing more.
         """
-        self._pins.clear()
+        self.pins.clear()
         self._prefix.clear()
         for seq in self._sequences.values():
             seq.next_commit = NEVER
         if self.host is not None:
             self.host.forget_hashes()
 
-    # Pins
-
-    def reserve_pin(self, pin_id: str, num_tokens: int) -> None:
-        """Set room aside for a pin of the full blocks of `num_tokens` tokens, which may have yet to be computed.
-
-        Raises:
-            PinLimit: pins would hold more than `max_num_pinned` blocks.
-            DuplicatePin: the id is in use.
-            InvalidArgument: too few tokens for a block, or there is no prefix cache.
-
-        """
-        if not self.prefix_cache:
-            raise InvalidArgument(f"pin {pin_id!r} needs the prefix cache, which is switched off")
-        self._pins.reserve(pin_id, num_tokens // self.block_size * len(self._windows))
-
     def pin(self, pin_id: str, seq_id: SeqId) -> int:
         """Hold the committed full blocks of a sequence against eviction; return the number of their tokens.
 
-        They are held until `unpin` or `reset_prefix_cache`, whatever becomes of the sequence. If a reset came since
-        room was set aside, the pin is gone: nothing is held, and 0 returned.
+        Room must have been set aside with `pins.reserve`. They are held until `pins.drop` or `reset_prefix_cache`,
+        whatever becomes of the sequence.
 
         Raises:
+            UnknownPin: no room was set aside, or a reset has given it up.
             UnknownSequence: there is no such sequence.
 
         """
         seq = self._get(seq_id)
-        if pin_id not in self._pins:
-            return 0
-        self._pins.hold(pin_id, self._prefix.cached_blocks(seq))
+        self.pins.hold(pin_id, self._prefix.cached_blocks(seq))
         return len(seq.hashes) * self.block_size
-
-    def unpin(self, pin_id: str) -> None:
-        """Drop a pin; blocks that nobody else holds can be evicted again.
-
-        Raises:
-            UnknownPin: there is no such pin.
-
-        """
-        self._pins.drop(pin_id)
 
     # What there is
 

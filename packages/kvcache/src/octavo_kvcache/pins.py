@@ -8,13 +8,15 @@ from octavo_kvcache.pool import BlockPool
 
 
 class Pins:
-    """Which blocks are pinned, by pin. Only the `CacheManager` writes it.
+    """Which blocks are pinned, by pin: the part of a `CacheManager` that its caller asks for room, and gives it back.
 
     Room is set aside when a pin is asked for and its prefix has yet to be computed, so that what was granted can be
     held. Blocks that several pins share count for each: dropping one never takes room from another.
 
     Args:
         pool: the pool of the blocks.
+        block_size: tokens per block.
+        num_groups: blocks that as many tokens take.
         max_num_blocks: the most blocks that pins hold together.
 
     Attributes:
@@ -22,10 +24,12 @@ class Pins:
 
     """
 
-    __slots__ = ("_held", "_pool", "_refs", "_reserved", "max_num_blocks", "num_reserved")
+    __slots__ = ("_block_size", "_held", "_num_groups", "_pool", "_refs", "_reserved", "max_num_blocks", "num_reserved")
 
-    def __init__(self, pool: BlockPool, max_num_blocks: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, num_groups: int, max_num_blocks: int) -> None:
         self._pool = pool
+        self._block_size = block_size
+        self._num_groups = num_groups
         self.max_num_blocks = max_num_blocks
         self.num_reserved = 0
         self._reserved: dict[str, int] = {}
@@ -43,26 +47,29 @@ class Pins:
         """Blocks that pins hold, each once."""
         return len(self._refs)
 
-    def reserve(self, pin_id: str, num_blocks: int) -> None:
-        """Set room aside for a new pin.
+    def reserve(self, pin_id: str, num_tokens: int) -> None:
+        """Set room aside for a pin of the full blocks of `num_tokens` tokens, which may have yet to be computed.
 
         Raises:
             DuplicatePin: the id is in use.
-            InvalidArgument: a pin without blocks.
+            InvalidArgument: too few tokens for a block.
             PinLimit: pins would hold more than they may; nothing was changed.
 
         """
+        num_blocks = num_tokens // self._block_size * self._num_groups
         if pin_id in self._reserved:
-            raise DuplicatePin(f"pin {pin_id!r} exists already; unpin it first or take another id")
+            raise DuplicatePin(f"pin {pin_id!r} exists already; drop it first or take another id")
         if num_blocks < 1:
-            raise InvalidArgument(f"pin {pin_id!r} would hold {num_blocks} blocks; only whole blocks can be pinned")
+            raise InvalidArgument(
+                f"pin {pin_id!r} has {num_tokens} tokens, and whole blocks of {self._block_size} are pinned; pin more"
+            )
         if self.num_reserved + num_blocks > self.max_num_blocks:
             raise PinLimit(num_blocks, self.num_reserved, self.max_num_blocks)
         self._reserved[pin_id] = num_blocks
         self.num_reserved += num_blocks
 
     def hold(self, pin_id: str, block_ids: Sequence[int]) -> None:
-        """Hold the blocks for which room was set aside; they may be fewer.
+        """Hold the blocks for which room was set aside; they may be fewer. Call `CacheManager.pin` for it.
 
         Raises:
             UnknownPin: no room was set aside under this id.

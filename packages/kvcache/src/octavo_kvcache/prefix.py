@@ -74,6 +74,10 @@ class BlockHasher:
         # parent and tokens have a fixed length, so what follows them needs no length of its own
         return BlockHash(blake2b(parent + tokens + extra, digest_size=_DIGEST_SIZE).digest())
 
+    def end_hash(self, parent: BlockHash, tokens: bytes) -> BlockHash:
+        """Hash the packed tokens of a block that they do not fill."""
+        return BlockHash(blake2b(b"octavo.kvcache.end" + parent + tokens, digest_size=_DIGEST_SIZE).digest())
+
     def chain(
         self, parent: BlockHash, token_ids: Sequence[int], first: int, stop: int, extra_keys: Mapping[int, bytes]
     ) -> Iterator[BlockHash]:

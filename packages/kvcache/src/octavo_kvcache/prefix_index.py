@@ -6,7 +6,7 @@ from octavo_kvcache.block import NULL_BLOCK, BlockHash
 from octavo_kvcache.continuations import Continuations, PartialHit
 from octavo_kvcache.pool import BlockPool
 from octavo_kvcache.prefix import BlockHasher, PrefixCache, group_hash, num_blocks_behind
-from octavo_kvcache.sequence import SequenceBlocks
+from octavo_kvcache.sequence import NEVER, SequenceBlocks
 from octavo_kvcache.table import BlockTable
 
 
@@ -16,7 +16,8 @@ class PrefixIndex:
     A prefix is hit block by block, and then in part: of the blocks that follow the last one hit, that whose first
     tokens agree longest is shared too, up to where it differs, and copied by the first write. A block is hit in part
     only where there is one group, with full attention (a window would have to look for such blocks behind each other),
-    and if nothing but tokens goes into it (how far an image reaches is not known).
+    and if nothing but tokens goes into it (how far an image reaches is not known). So the end of a sequence, which
+    fills no block, can be hit too.
 
     Args:
         pool: the pool of the blocks.
@@ -139,7 +140,7 @@ class PrefixIndex:
                     self._pool.set_hash(block_id, key)
                     if self._continuations is not None and index not in seq.extra_keys:
                         tokens = self._hasher.pack(token_ids[index * size : (index + 1) * size])
-                        self._continuations.add(parent, tokens, block_id)
+                        self._continue(self._continuations, parent, tokens, block_id)
                 elif self._deduplicates:
                     dropped.append(self._give_way(table, index, key))
             seq.hashes.append(block_hash)
@@ -150,6 +151,31 @@ class PrefixIndex:
             seq.writable_stop = 0  # the next allocation looks at the tables, and tells what has changed
             self.num_deduplicated += len(dropped)
         return dropped
+
+    def register_end(self, seq: SequenceBlocks, token_ids: Sequence[int]) -> None:
+        """Let the last block of a sequence that ends be hit in part: its committed tokens, which do not fill it.
+
+        Only where nobody else has the block, and no cached one begins with the same tokens.
+        """
+        index, size = len(seq.hashes), self._block_size
+        tokens = token_ids[index * size : seq.num_committed]
+        if self._continuations is None or seq.next_commit == NEVER or index in seq.extra_keys:
+            return
+        if not 0 < len(tokens) < size or seq.num_committed - index * size != len(tokens):
+            return
+        block_id, packed = seq.tables[0].block_ids[index], self._hasher.pack(tokens)
+        alone = self._pool.ref_count(block_id) == 1 and self._pool.block_hash(block_id) is None
+        if alone and not self._continuations.covers(seq.last_hash, packed):
+            key = self._hasher.end_hash(seq.last_hash, packed)
+            self._cache.insert(key, block_id)
+            self._pool.set_hash(block_id, key)
+            self._continue(self._continuations, seq.last_hash, packed, block_id)
+
+    def _continue(self, continuations: Continuations, parent: BlockHash, tokens: bytes, block_id: int) -> None:
+        """Note what follows a block; an end that says less of the same, and that nobody holds, is of no more use."""
+        shorter = continuations.add(parent, tokens, block_id)
+        if shorter is not None and self._pool.ref_count(shorter) == 0:
+            self.uncache(shorter)
 
     def _give_way(self, table: BlockTable, index: int, key: BlockHash) -> int:
         """Put the cached block with this key in the place of the one in the table; return that one."""
