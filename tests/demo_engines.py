@@ -62,6 +62,7 @@ class DemoEngines:
             shape.num_blocks,
             shape.block_size,
             prefix_cache=shape.prefix_cache,
+            deduplicate=self.built.info.deterministic,
             num_host_blocks=shape.num_host_blocks,
         )
         eos_token_ids = self.built.engine.scheduler._eos_token_ids

@@ -53,6 +53,19 @@ def test_answers_are_the_same_bit_for_bit_whatever_was_hit() -> None:
     assert lookups.num_query_tokens == 48 + 2 * sum(map(len, prompts))
 
 
+def test_a_prompt_that_two_requests_compute_at_once_is_held_once_and_answered_alike() -> None:
+    with LLM(prefix_cache=False, **OPTIONS) as llm:
+        _, prompts = conversation(llm)
+        (expected,) = llm.generate({"prompt_token_ids": prompts[-1]}, SAMPLED)
+    with LLM(**OPTIONS) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompts[-1]}] * 3, SAMPLED)
+        stats = llm.stats().cache
+    assert [output.outputs for output in outputs] == [expected.outputs] * 3
+    assert [output.cached for output in outputs] == [CachedTokens()] * 3
+    # Each of the two that came to nothing gave three blocks of the prompt back; of what they drew they may give more.
+    assert stats.num_deduplicated >= 2 * (len(prompts[-1]) // 16)
+
+
 def test_pins_stay_and_salts_keep_apart() -> None:
     with LLM(**OPTIONS, max_pinned_share=0.03) as llm:  # 5 of 199 blocks
         beginning, prompts = conversation(llm)

@@ -65,6 +65,17 @@ def test_a_prompt_starts_within_a_block_that_begins_alike(make):
     bench.assert_empty()
 
 
+def test_the_next_turn_of_a_conversation_computes_what_is_new_alone(make):
+    bench = make()
+    bench.add("turn 1", prompt(9), max_tokens=6)
+    answer = bench.run()["turn 1", 0]
+    history = [*prompt(9), *answer]
+    bench.add("turn 2", [*history, 1, 2, 3], max_tokens=6)
+    assert bench.run()["turn 2", 0] == alone([*history, 1, 2, 3], 6)
+    assert bench.cached("turn 2") == CachedTokens(full=12, partial=2)  # the last token drawn was never computed
+    bench.assert_empty()
+
+
 def test_another_salt_is_not_hit_in_part_nor_forked(make):
     bench = make()
     bench.add("a", prompt(16), max_tokens=1, salt=b"one", keep=True)
@@ -129,7 +140,7 @@ def test_requests_with_one_prompt_computed_at_once_end_up_with_one_copy_of_it(ma
     # Three blocks of the prompt, and what they answer: the fake model says the same to all three.
     stats = bench.cache.stats()
     assert stats.num_deduplicated >= 6
-    assert stats.num_cached == (14 + 9 - 1) // 4
+    assert stats.num_cached == -(-(14 + 9 - 1) // 4)
     bench.assert_empty()
 
 

@@ -67,7 +67,9 @@ class WarmedPrompt(_Answer):
     index: int = Field(ge=0, description="Which of the prompts.")
     prompt_tokens: int = Field(ge=1, description="Its tokens.")
     cached_tokens: int = Field(ge=0, description="Those of them that were cached before.")
-    warm_tokens: int = Field(ge=0, description="Those that prompts which go on from here need not compute.")
+    warm_tokens: int = Field(
+        ge=0, description="Those of full blocks, which prompts that go on from here need not compute."
+    )
 
 
 class CacheWarmResponse(_Answer):

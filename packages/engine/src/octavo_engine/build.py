@@ -108,6 +108,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         plan.num_blocks,
         config.block_size,
         prefix_cache=config.prefix_cache,
+        deduplicate=numerics.deterministic,
         max_num_pinned=_num_pinnable(config, plan),
         root=root,
         num_host_blocks=host.num_blocks,

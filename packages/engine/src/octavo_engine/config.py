@@ -27,7 +27,8 @@ class EngineConfig:
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
-            be had. With native kernels it costs nothing; where torch multiplies, rows are filled up for it.
+            be had. With native kernels it costs nothing; where torch multiplies, rows are filled up for it. Where it
+            holds, requests that compute the same prompt at once end up with one copy of its blocks.
         max_model_len: limit on prompt and output together, in tokens; None is the model's own, or what the KV cache
             can hold if that is less.
         block_size: tokens in a block of the KV cache.

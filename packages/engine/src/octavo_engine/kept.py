@@ -84,7 +84,7 @@ class KeptSequences:
     def _free(self, parent: Parent, kept: _Kept) -> None:
         if kept.has_blocks:
             kept.has_blocks = False
-            self._cache.free(_cache_id(parent))
+            self._cache.free(_cache_id(parent), token_ids=kept.known.token_ids)
 
 
 def _cache_id(parent: Parent) -> str:

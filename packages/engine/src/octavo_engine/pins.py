@@ -60,7 +60,7 @@ class Pins:
                 param="prompt",
             )
         try:
-            self._cache.reserve_pin(request.request_id, num_tokens)
+            self._cache.pins.reserve(request.request_id, num_tokens)
         except PinLimit as error:
             raise PinLimitReached(
                 f"a prompt of {num_tokens} tokens takes {error.wanted} blocks, pins hold {error.held} and may hold "
@@ -78,7 +78,7 @@ class Pins:
             num_tokens = self._cache.pin(pin_id, sequence.seq_id)
             self._pins[pin_id] = Pin(pin_id, num_tokens, num_tokens // self._cache.block_size), request.salt
         else:
-            self._cache.unpin(pin_id)
+            self._cache.pins.drop(pin_id)
 
     def get(self, pin_id: str) -> Pin:
         """Return the pin that a request has made.
@@ -109,14 +109,14 @@ class Pins:
         if entry is None or (salt is not None and entry[1] != salt):  # others must not learn that it exists
             raise UnknownPin(f"no pin has the id {pin_id!r}; it was never made, or dropped, or the cache was reset")
         del self._pins[pin_id]
-        self._cache.unpin(pin_id)
+        self._cache.pins.drop(pin_id)
 
     def cancel(self, pin_id: str) -> None:
         """Let go of a pin, or of the room for it, that nobody waits for any more; unknown ids are ignored."""
         if pin_id in self._pins or pin_id in self._reserved:
             self._pins.pop(pin_id, None)
             self._reserved.discard(pin_id)
-            self._cache.unpin(pin_id)
+            self._cache.pins.drop(pin_id)
 
     def reset(self) -> None:
         """Forget all cached content and all pins."""

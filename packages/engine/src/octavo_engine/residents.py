@@ -198,7 +198,7 @@ class Residents:
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; the blocks are free after the steps in flight."""
         self._leave_row(sequence)
-        self.cache.free(sequence.seq_id, after=self.last_step)
+        self.cache.free(sequence.seq_id, after=self.last_step, token_ids=sequence.token_ids)
 
     def _leave_row(self, sequence: Sequence) -> None:
         assert sequence.row is not None

@@ -223,8 +223,8 @@ class RequestOutput:
 class WarmOutput:
     """A prompt that was computed into the prefix cache.
 
-    `cached` are the tokens that were there before; `num_warm_tokens` those that prompts which go on from here need not
-    compute: the tokens of full blocks.
+    `cached` are the tokens that were there before; `num_warm_tokens` those of full blocks, which prompts that go on
+    from here need not compute: nor the last few, as long as the block that they begin is not given to others.
     """
 
     prompt_token_ids: list[int]
