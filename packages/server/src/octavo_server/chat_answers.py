@@ -28,7 +28,7 @@ class ChatAnswer:
 
     def deltas(self, piece: Piece) -> tuple[list[Delta], str | None]:
         """Return what a piece adds to the message, and why the choice has ended, if it has."""
-        deltas = [self._delta(event) for event in self._events(piece)]
+        deltas = [self._delta(event) for event in events_of(self._parser, piece)]
         reason = piece.finish_reason
         if reason is FinishReason.STOP and self._num_calls and not self._names_call:
             return deltas, "tool_calls"
@@ -54,12 +54,6 @@ class ChatAnswer:
             message["content"] = ""
         return message, reason
 
-    def _events(self, piece: Piece) -> list[Event]:
-        if self._parser is None:
-            return [Content(piece.text)] if piece.text else []
-        events = self._parser.push(piece.text) if piece.text else []
-        return events if piece.finish_reason is None else events + self._parser.finish()
-
     def _delta(self, event: Event) -> Delta:
         if isinstance(event, Content):
             return {"content": event.text}
@@ -73,3 +67,11 @@ class ChatAnswer:
         else:
             call = {"index": self._num_calls - 1, "function": {"arguments": event.text}}
         return {"tool_calls": [call]}
+
+
+def events_of(parser: AnswerParser | None, piece: Piece) -> list[Event]:
+    """Return what a parser finds in the next piece of an answer; without a parser all text is content."""
+    if parser is None:
+        return [Content(piece.text)] if piece.text else []
+    events = parser.push(piece.text) if piece.text else []
+    return events if piece.finish_reason is None else events + parser.finish()

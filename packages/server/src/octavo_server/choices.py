@@ -17,7 +17,7 @@ class Piece:
     """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for.
 
     `token_ids` are those that came since the last piece; some of their text may be held back. `begins` says that no
-    piece of the choice came before.
+    piece of the choice came before. `stop_reason` is the stop string, or the caller's stop token, that ended it.
     """
 
     index: int
@@ -26,6 +26,7 @@ class Piece:
     finish_reason: FinishReason | None
     token_ids: list[int] = field(default_factory=list)
     begins: bool = True
+    stop_reason: str | int | None = None
 
 
 class Choice:
@@ -42,6 +43,7 @@ class Choice:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._finish_reason: FinishReason | None = None
+        self._stop_reason: str | int | None = None
         self._begun = False
         self._track: LogprobTrack | None = None
         if sampling.logprobs is not None:
@@ -52,7 +54,7 @@ class Choice:
         if delta.text:
             self._texts.append(delta.text)
         self._token_ids += delta.token_ids
-        self._finish_reason = delta.finish_reason
+        self._finish_reason, self._stop_reason = delta.finish_reason, delta.stop_reason
         if self._track is not None:
             self._track.push(delta)
 
@@ -73,7 +75,7 @@ class Choice:
         entries = None if self._track is None else self._track.take()
         token_ids, self._token_ids = self._token_ids, []
         begins, self._begun = not self._begun, True
-        return Piece(self._index, text, entries, self._finish_reason, token_ids, begins)
+        return Piece(self._index, text, entries, self._finish_reason, token_ids, begins, self._stop_reason)
 
 
 async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:

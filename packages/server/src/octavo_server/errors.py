@@ -29,6 +29,16 @@ CLIENT_GONE = 499
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 
 
+_MESSAGE_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_MESSAGES = "/v1/messages"
+
+
 class ApiError(Exception):
     """An answer in OpenAI's error shape.
 
@@ -58,6 +68,11 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def message_body(self) -> dict[str, Any]:
+        """Return the JSON body in Anthropic's shape."""
+        kind = _MESSAGE_TYPES.get(self.status, "api_error" if self.status >= 500 else _INVALID)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body; all four keys are always there."""
@@ -115,15 +130,16 @@ def to_api_error(error: Exception) -> ApiError:
     )
 
 
-def error_response(error: Exception) -> JSONResponse:
-    """Return an exception as a response in OpenAI's shape."""
+def error_response(error: Exception, path: str = "") -> JSONResponse:
+    """Return an exception as a response in OpenAI's shape, or in Anthropic's on Anthropic's routes."""
     api_error = to_api_error(error)
-    return JSONResponse(api_error.body(), api_error.status, headers=api_error.headers)
+    body = api_error.message_body() if path.startswith(_MESSAGES) else api_error.body()
+    return JSONResponse(body, api_error.status, headers=api_error.headers)
 
 
-async def handle_error(_: Request, error: Exception) -> JSONResponse:
+async def handle_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an exception that a route raised."""
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def handle_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -131,4 +147,5 @@ async def handle_http_exception(request: Request, error: Exception) -> JSONRespo
     assert isinstance(error, HTTPException)
     code, template = _HTTP_MESSAGES.get(error.status_code, (None, str(error.detail)))
     message = template.format(method=request.method, path=request.url.path[:200]) if code else template
-    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+    api_error = ApiError(error.status_code, message, code=code, headers=error.headers)
+    return error_response(api_error, request.url.path)

@@ -122,13 +122,18 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
         params, field = replace(params, structured_outputs=constraint), "tools"
     if text.answers.parses(use):
         params = text.showing_marks(params)
-    token_ids = await _encode_chat(body, use, text)
+    token_ids = await chat_prompt(body, text)
     with _called("prompt", "messages"):
         return await _request(body, text, token_ids, params, request_id, constraint_field=field)
 
 
-async def _encode_chat(body: ChatBody, use: ToolUse | None, text: TextProcessor) -> list[int]:
-    """Lay a conversation out, with the functions that may be called."""
+async def chat_prompt(body: ChatBody, text: TextProcessor) -> list[int]:
+    """Lay a conversation out, with the functions that may be called; return its token ids.
+
+    Raises:
+        InvalidRequest: if a message or a function cannot be taken.
+    """
+    use = body.tool_use
     messages = body.template_messages
     continues = bool(body.continue_final_message)
     adds_prompt = not continues if body.add_generation_prompt is None else body.add_generation_prompt

@@ -47,7 +47,7 @@ class RequestContext:
             _log.error("request %s failed", exchange.request_id)
             if exchange.status is not None:
                 raise
-            await error_response(error)(scope, exchange.receive, exchange.send)
+            await error_response(error, scope["path"])(scope, exchange.receive, exchange.send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.observe_http(scope["method"], route, exchange.outcome, time.monotonic() - started)
@@ -127,7 +127,7 @@ class ApiKeyGate:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
@@ -153,7 +153,7 @@ class BodyLimit:
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             if "expect" not in headers:
                 await _drain(receive)
-            await error_response(self._too_large(f"{int(declared)} bytes"))(scope, receive, send)
+            await error_response(self._too_large(f"{int(declared)} bytes"), scope["path"])(scope, receive, send)
             return
         await self._app(scope, self._limited(receive), send)
 

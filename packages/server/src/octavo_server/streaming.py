@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo_server.errors import to_api_error
+from octavo_server.errors import ApiError, to_api_error
 from octavo_server.generation import cancel_all, wait_for_disconnect
 from octavo_server.protocol.generation import StreamOptions
 
@@ -71,11 +71,19 @@ class EventStream(Response):
     Args:
         events: whole events, as bytes.
         keep_alive: seconds of silence after which a comment is sent.
+        error_event: writes an error after the start.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        keep_alive: float,
+        error_event: Callable[[ApiError], bytes] = lambda error: b"data: " + to_json(error.body()) + b"\n\n",
+    ) -> None:
+        self._error_event = error_event
         self._events = events
         self._keep_alive = keep_alive
         self._last_sent = 0.0
@@ -103,7 +111,7 @@ class EventStream(Response):
                 async for event in events:
                     await self._send(send, event)
             except Exception as error:  # the boundary: the status is sent, so the error becomes an event
-                await self._send(send, b"data: " + to_json(to_api_error(error).body()) + b"\n\n")
+                await self._send(send, self._error_event(to_api_error(error)))
         self._last_sent = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
