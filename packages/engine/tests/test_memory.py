@@ -54,15 +54,15 @@ def test_this_machine_has_memory():
 
 
 def host(**changes):
-    sizes = {"bytes_per_block": 1000, "num_device_blocks": 50, "host_kv_bytes": None, "on_cpu": False}
+    sizes = {"bytes_per_block": 1000, "num_device_blocks": 50, "host_kv_bytes": None, "on_gpu": True}
     return plan_host_tier(**(sizes | {"free_bytes": 400_000} | changes))
 
 
 def test_a_cpu_has_no_host_tier_unless_it_is_asked_for():
-    chosen = host(on_cpu=True)
+    chosen = host(on_gpu=False)
     assert (chosen.num_blocks, chosen.num_bytes) == (0, 0)
     assert "the device's memory is the host's" in chosen.reason
-    assert host(on_cpu=True, host_kv_bytes=7999).num_blocks == 7
+    assert host(on_gpu=False, host_kv_bytes=7999).num_blocks == 7
 
 
 def test_a_gpu_has_as_much_on_the_host_as_it_can_use_within_limits():

@@ -8,6 +8,7 @@ import pytest
 
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_search import BeamSearch
+from octavo_engine.branch import Parent
 from octavo_engine.engine import Engine
 from octavo_engine.executor.fake import FakeExecutor, hashed_candidates, hashed_next_token
 from octavo_engine.preemption import PreemptionPolicy, PreemptionStats, TransferCost
@@ -58,7 +59,9 @@ class Bench:
     def preemption(self) -> PreemptionStats:
         return collect_stats(self.scheduler).preemption
 
-    def add(self, request_id: str, prompt: list[int], beams: BeamSearchParams | None = None, **sampling) -> None:
+    def add(
+        self, request_id: str, prompt: list[int], beams: BeamSearchParams | None = None, keep: bool = False, **sampling
+    ) -> None:
         self.arrivals += 1
         self.engine.add(
             Request(
@@ -66,6 +69,7 @@ class Bench:
                 inputs=(TokenSpan(tuple(prompt)),),
                 sampling=SamplingParams(seed=0, **sampling) if beams is None else beams.sampling(),
                 beams=beams,
+                keep=keep,
                 arrival_time=float(self.arrivals),
             )
         )
@@ -403,6 +407,24 @@ def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
         assert sequence.seq_id in bench.cache.host
     bench.run()
     assert [u.pooled for u in bench.updates] == [(1.0,)]
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_kept_sequences_give_up_blocks_for_one_that_comes_back_and_grows(make, prefix: bool, num_late: int):
+    bench = make(num_blocks=9, max_model_len=30, prefix=prefix)
+    bench.add("kept", prompt(12, start=1), keep=True, max_tokens=4)
+    bench.run()
+    assert bench.cache.num_free == 4
+    bench.add("a", prompt(6), max_tokens=20)
+    (sequence,) = bench.scheduler.sequences("a")
+    while sequence.num_computed_tokens < 16:
+        bench.step()
+    bench.scheduler._residents.preempt(sequence)
+    assert bench.cache.num_free == 4  # as many as it had; the next token takes one more
+    assert bench.run()["a", 0] == alone(prompt(6), 20)
+    assert bench.scheduler._residents.kept.blocks(Parent("kept", 0)) is None
+    assert bench.preemption.num_swapped == 1
     bench.assert_empty()
 
 

@@ -293,7 +293,7 @@ def _plan_host(config: EngineConfig, plan: MemoryPlan, device: torch.device) -> 
         bytes_per_block=plan.num_bytes // plan.num_blocks,
         num_device_blocks=plan.num_blocks,
         host_kv_bytes=config.host_kv_bytes,
-        on_cpu=device.type == "cpu",
+        on_gpu=device.type == "cuda",
         free_bytes=available_bytes(),
     )
     if config.preemption_mode == "swap" and not host.num_blocks:

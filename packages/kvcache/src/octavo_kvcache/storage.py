@@ -27,7 +27,7 @@ class KVStorage:
     Memory is not initialised: unwritten slots hold anything, NaN included. On a CPU it comes in large pages where the
     system has them, and takes no physical memory until a block of the page is written. Null block 0 is zero.
 
-    Blocks of the host tier have the same layout, in memory of the host that a GPU can copy from and to by itself.
+    Blocks of the host tier have the same layout, in memory of the host that an NVIDIA or AMD GPU copies by itself.
 
     Args:
         specs: one per layer.
@@ -141,13 +141,7 @@ class KVStorage:
         tensor[NULL_BLOCK].zero_()
         self._tensors[DEVICE].append(tensor)
         if self.num_host_blocks:
-            host_shape = (self.num_host_blocks, *block_shape)
-            on_cpu = self.device.type == "cpu"
-            self._tensors[HOST].append(
-                _empty(host_shape, dtype, self.device)
-                if on_cpu
-                else torch.empty(host_shape, dtype=dtype, pin_memory=True)
-            )
+            self._tensors[HOST].append(_empty_on_host((self.num_host_blocks, *block_shape), dtype, self.device))
         return tensor
 
 
@@ -155,6 +149,13 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cpu":
         return octavo_kernels.host_empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make a tensor in the host's memory for copies from and to a device."""
+    if device.type == "cuda":
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return octavo_kernels.host_empty(shape, dtype)
 
 
 def _resolve(copies: Sequence[BlockCopy]) -> dict[int, int]:

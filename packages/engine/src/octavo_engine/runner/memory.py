@@ -95,7 +95,7 @@ class HostPlan:
 
 
 def plan_host_tier(
-    *, bytes_per_block: int, num_device_blocks: int, host_kv_bytes: int | None, on_cpu: bool, free_bytes: int
+    *, bytes_per_block: int, num_device_blocks: int, host_kv_bytes: int | None, on_gpu: bool, free_bytes: int
 ) -> HostPlan:
     """Choose the number of host blocks: what was asked for, else none on a CPU and a share of the memory on a GPU.
 
@@ -104,7 +104,7 @@ def plan_host_tier(
     Raises:
         InvalidConfig: if what was asked for holds less than a block; says how much does.
     """
-    if host_kv_bytes is None and on_cpu:
+    if host_kv_bytes is None and not on_gpu:
         return HostPlan(0, 0, "the device's memory is the host's, so a larger KV cache takes its place")
     if host_kv_bytes is None:
         chosen = min(_HOST_BYTES, int(free_bytes * _CPU_SHARE)) // bytes_per_block
