@@ -1,22 +1,19 @@
 """Sequences whose blocks wait on the host, on a fake model with a real paged memory, 0, 1 and 3 steps late."""
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass, field
 
 import pytest
 
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.beam_search import BeamSearch
 from octavo_engine.branch import Parent
-from octavo_engine.engine import Engine
-from octavo_engine.executor.fake import FakeExecutor, hashed_candidates, hashed_next_token
+from octavo_engine.executor.fake import hashed_candidates, hashed_next_token
 from octavo_engine.preemption import PreemptionPolicy, PreemptionStats, TransferCost
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.scheduler_bench import SchedulerBench
 from octavo_engine.sequence import Sequence
 from octavo_engine.stats import collect_stats
-from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
-from octavo_kvcache import CacheManager
+from octavo_engine.types import FinishReason
 
 VOCAB_SIZE = 60
 NEXT_TOKEN = hashed_next_token(VOCAB_SIZE)
@@ -41,15 +38,8 @@ class Alternating(PreemptionPolicy):
         return self._coin.random() < 0.6
 
 
-@dataclass
-class Bench:
-    """An engine on a fake executor, with everything it has said so far."""
-
-    engine: Engine
-    executor: FakeExecutor
-    cache: CacheManager
-    updates: list[SequenceUpdate] = field(default_factory=list)
-    arrivals: int = 0
+class SwapBench(SchedulerBench):
+    """A bench that knows who is on the host."""
 
     @property
     def scheduler(self) -> Scheduler:
@@ -59,31 +49,9 @@ class Bench:
     def preemption(self) -> PreemptionStats:
         return collect_stats(self.scheduler).preemption
 
-    def add(
-        self, request_id: str, prompt: list[int], beams: BeamSearchParams | None = None, keep: bool = False, **sampling
-    ) -> None:
-        self.arrivals += 1
-        self.engine.add(
-            Request(
-                request_id=request_id,
-                inputs=(TokenSpan(tuple(prompt)),),
-                sampling=SamplingParams(seed=0, **sampling) if beams is None else beams.sampling(),
-                beams=beams,
-                keep=keep,
-                arrival_time=float(self.arrivals),
-            )
-        )
-
-    def step(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.updates += self.engine.step()
-
-    def run(self) -> dict[tuple[str, int], list[int]]:
-        for _ in range(5000):
-            if not self.engine.has_work:
-                return self.tokens()
-            self.step()
-        raise AssertionError("the engine does not come to an end")
+    def swapped(self) -> list[Sequence]:
+        sequences = [s for found in self.scheduler._residents.by_request.values() for s in found]
+        return [s for s in sequences if s.seq_id in self.cache.host]
 
     def run_until_swapped(self) -> list[Sequence]:
         """Go on until some sequences are on the host; return them."""
@@ -92,59 +60,14 @@ class Bench:
             self.step()
         return swapped
 
-    def swapped(self) -> list[Sequence]:
-        sequences = [s for found in self.scheduler._residents.by_request.values() for s in found]
-        return [s for s in sequences if s.seq_id in self.cache.host]
-
-    def tokens(self) -> dict[tuple[str, int], list[int]]:
-        tokens = defaultdict(list)
-        for update in self.updates:
-            tokens[update.request_id, update.index] += update.token_ids
-        return dict(tokens)
-
-    def reasons(self) -> dict[tuple[str, int], FinishReason]:
-        return {(u.request_id, u.index): u.finish_reason for u in self.updates if u.finish_reason}
-
     def num_computed(self) -> int:
-        return sum(batch.num_tokens for batch in self.executor.batches)
-
-    def assert_empty(self) -> None:
-        stats, scheduler = self.cache.stats(), self.scheduler
-        assert (stats.num_used, stats.num_sequences, stats.num_parked) == (0, 0, 0)
-        assert (stats.host.num_used, stats.host.num_sequences) == (0, 0)
-        assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
-        assert scheduler._rows.num_available == len(scheduler._rows._free)
+        return sum(batch.num_tokens for batch in self.batches)
 
 
 @pytest.fixture
 def make(num_late: int):
-    def make(
-        *,
-        num_blocks=14,
-        num_host_blocks=60,
-        max_num_seqs=8,
-        budget=64,
-        max_model_len=52,
-        eos=(),
-        prefix=True,
-        fail=(),
-        preemption=None,
-    ) -> Bench:
-        cache = CacheManager(num_blocks, BLOCK_SIZE, prefix_cache=prefix, num_host_blocks=num_host_blocks)
-        scheduler = Scheduler(
-            cache,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=max_model_len,
-            eos_token_ids=eos,
-            preemption=preemption or policy(),
-        )
-        executor = FakeExecutor(
-            BLOCK_SIZE, NEXT_TOKEN, num_late=num_late, fail_steps=frozenset(fail), candidates=CANDIDATES
-        )
-        return Bench(Engine(scheduler, executor), executor, cache)
-
-    return make
+    usual = {"num_blocks": 14, "num_host_blocks": 60, "max_model_len": 52, "candidates": CANDIDATES}
+    return lambda **options: SwapBench.make(NEXT_TOKEN, num_late, **usual | {"preemption": policy()} | options)
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -173,7 +96,7 @@ def searched(prompt: list[int], params: BeamSearchParams) -> list[list[int]]:
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_swapped_sequences_go_on_with_the_same_tokens_and_compute_none_twice(make, prefix: bool):
-    bench = make(prefix=prefix)
+    bench = make(prefix_cache=prefix)
     for i in range(5):
         bench.add(str(i), prompt(6, start=i), max_tokens=30)
     assert bench.run() == {(str(i), 0): alone(prompt(6, start=i), 30) for i in range(5)}
@@ -199,7 +122,7 @@ def test_a_prompt_in_chunks_goes_on_where_it_was(make):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_samples_under_swapping_stay_what_they_are_and_share_what_they_shared(make, prefix: bool):
-    bench = make(num_blocks=16, max_model_len=40, prefix=prefix)
+    bench = make(num_blocks=16, max_model_len=40, prefix_cache=prefix)
     bench.add("a", prompt(10), n=3, max_tokens=24)
     bench.add("b", prompt(8, start=4), n=2, max_tokens=20)
     while bench.engine.has_work:
@@ -221,7 +144,7 @@ def test_samples_under_swapping_stay_what_they_are_and_share_what_they_shared(ma
 @pytest.mark.parametrize("num_steps", [3, 9, 10])
 def test_a_group_of_beams_is_swapped_as_one(make, prefix: bool, width: int, num_steps: int):
     params = BeamSearchParams(beam_width=width, max_tokens=16)
-    bench = make(num_blocks=80, prefix=prefix, max_num_seqs=12)
+    bench = make(num_blocks=80, prefix_cache=prefix, max_num_seqs=12)
     bench.add("first", prompt(10), params)
     bench.add("second", prompt(10, start=3), params)
     bench.step(num_steps)
@@ -242,7 +165,7 @@ def test_a_group_of_beams_is_swapped_as_one(make, prefix: bool, width: int, num_
 @pytest.mark.parametrize("prefix", [True, False])
 def test_beams_samples_and_single_requests_swap_beside_each_other(make, prefix: bool):
     params = BeamSearchParams(beam_width=3, max_tokens=20)
-    bench = make(num_blocks=26, max_num_seqs=12, prefix=prefix)
+    bench = make(num_blocks=26, max_num_seqs=12, prefix_cache=prefix)
     bench.add("plain", prompt(9), max_tokens=30)
     bench.add("beams", prompt(13), params)
     bench.add("samples", prompt(5, start=2), n=3, max_tokens=20)
@@ -377,7 +300,7 @@ def test_one_that_came_back_after_a_step_whose_copies_failed_is_computed_again(m
 
 
 def test_blocks_that_a_failed_step_was_to_fill_are_shared_with_nobody(make):
-    bench = make(prefix=False, num_blocks=30)
+    bench = make(prefix_cache=False, num_blocks=30)
     bench.add("a", prompt(9), n=2, max_tokens=12)
     bench.add("other", prompt(5), max_tokens=30)
     bench.step(7)
@@ -400,7 +323,7 @@ def test_blocks_that_a_failed_step_was_to_fill_are_shared_with_nobody(make):
 
 def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
     bench = make(num_blocks=40)
-    bench.engine.add(Request(request_id="e", inputs=(TokenSpan(tuple(prompt(10))),), task="embed"))
+    bench.add("e", prompt(10), task="embed")
     bench.step()
     for sequence in bench.scheduler.sequences("e"):  # unless its only step has been answered
         bench.scheduler._residents.preempt(sequence)
@@ -412,7 +335,7 @@ def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_kept_sequences_give_up_blocks_for_one_that_comes_back_and_grows(make, prefix: bool, num_late: int):
-    bench = make(num_blocks=9, max_model_len=30, prefix=prefix)
+    bench = make(num_blocks=9, max_model_len=30, prefix_cache=prefix)
     bench.add("kept", prompt(12, start=1), keep=True, max_tokens=4)
     bench.run()
     assert bench.cache.num_free == 4
@@ -437,7 +360,7 @@ def test_copies_wait_for_a_step_that_computes_something(make):
     copies = list(bench.scheduler._swapper.copies)
     assert len(copies) == len(bench.cache.host._sequences[sequence.seq_id].held())
     assert bench.run()["a", 0] == alone(prompt(6), 9)
-    assert next(batch.copies[: len(copies)] for batch in bench.executor.batches if batch.copies) == tuple(copies)
+    assert next(batch.copies[: len(copies)] for batch in bench.batches if batch.copies) == tuple(copies)
     bench.assert_empty()
 
 
@@ -450,7 +373,7 @@ def test_random_traffic_gives_each_request_its_own_tokens_and_leaks_nothing(make
         max_num_seqs=rng.randint(4, 9),
         budget=rng.randint(4, 40),
         max_model_len=60,
-        prefix=rng.random() < 0.7,
+        prefix_cache=rng.random() < 0.7,
         fail=rng.sample(range(120), 2) if seed % 2 else (),
         preemption=Alternating(seed),
     )

@@ -11,6 +11,7 @@ from octavo_engine.batch import ScheduledBatch
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.engine import Engine
 from octavo_engine.executor.fake import Candidates, FakeExecutor, NextToken, hashed_candidates
+from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
 from octavo_kvcache import CacheManager
@@ -44,6 +45,7 @@ class SchedulerBench:
         fail: Iterable[int] = (),
         max_num_kept: int = 64,
         candidates: Candidates | None = None,
+        preemption: PreemptionPolicy | None = None,
         **cache: Any,
     ) -> Self:
         """Make one whose executor answers `num_late` steps late and fails in the steps `fail`."""
@@ -55,6 +57,7 @@ class SchedulerBench:
             max_model_len=max_model_len,
             eos_token_ids=eos,
             max_num_kept=max_num_kept,
+            preemption=preemption,
         )
         executor = FakeExecutor(
             block_size,
@@ -117,6 +120,7 @@ class SchedulerBench:
         """Check that nothing is held any more but what is pinned."""
         stats = self.cache.stats()
         assert (stats.num_used, stats.num_sequences, stats.num_parked) == (stats.num_pinned, 0, 0)
+        assert (stats.host.num_used, stats.host.num_sequences) == (0, 0)
         scheduler = self.engine.scheduler
         assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
         assert scheduler._rows.num_available == len(scheduler._rows._free)
