@@ -239,6 +239,21 @@ def test_abort_frees_what_is_on_the_host(make):
     bench.assert_empty()
 
 
+def test_beams_that_come_back_take_the_rows_that_they_had(make):
+    bench = make(num_blocks=80, max_num_seqs=6)
+    bench.add("a", prompt(10), BeamSearchParams(beam_width=4, max_tokens=16))
+    bench.step(6)
+    group = bench.scheduler.sequences("a")
+    for _ in range(2):
+        group[0].beams.preempt()
+        assert bench.scheduler._rows.num_available == 6
+        while group[0].row is None:
+            bench.step()
+        assert bench.scheduler._rows.num_available == 6 - 4
+    bench.run()
+    bench.assert_empty()
+
+
 def test_abort_of_swapped_beams_frees_what_is_on_the_host(make):
     bench = make(num_blocks=80)
     bench.add("a", prompt(10), BeamSearchParams(beam_width=3, max_tokens=16))
@@ -321,7 +336,7 @@ def test_blocks_that_a_failed_step_was_to_fill_are_shared_with_nobody(make):
     bench.assert_empty()
 
 
-def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
+def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make, num_late: int):
     bench = make(num_blocks=40)
     bench.add("e", prompt(10), task="embed")
     bench.step()
@@ -330,7 +345,39 @@ def test_a_prompt_that_is_embedded_goes_on_after_its_answer_was_void(make):
         assert sequence.seq_id in bench.cache.host
     bench.run()
     assert [u.pooled for u in bench.updates] == [(1.0,)]
+    assert bench.num_computed() == 10 + (num_late > 0)  # its last token once more
     bench.assert_empty()
+
+
+def test_one_that_can_not_grow_goes_back_to_the_host_whole(make):
+    bench = make(prefix_cache=False)
+    bench.add("a", prompt(6), max_tokens=20)
+    bench.step(5)
+    (sequence,) = bench.scheduler.sequences("a")
+    bench.scheduler._residents.preempt(sequence)
+    swapper = bench.scheduler._swapper
+    swapper.copies.clear()
+    assert swapper.try_in([sequence], 0)
+    came, swapper.copies[:] = swapper.copies[:], []
+    swapper.put_back(sequence)
+    assert [copy.dst for copy in came] == [copy.src for copy in swapper.copies] != []
+    assert swapper.has(sequence)
+
+
+def test_nobody_comes_back_to_drive_others_out_at_once(make):
+    bench = make()
+    for i in range(5):
+        bench.add(str(i), prompt(6, start=i), max_tokens=30)
+    num_back = num_preemptions = 0
+    came_back = False
+    while bench.engine.has_work:
+        bench.step()
+        if came_back:
+            num_back += 1
+            assert bench.scheduler.counters.num_preemptions == num_preemptions
+        num_preemptions = bench.scheduler.counters.num_preemptions
+        came_back = any(new.num_computed_tokens > 6 for new in bench.batches[-1].new)
+    assert num_back > 2
 
 
 @pytest.mark.parametrize("prefix", [True, False])
