@@ -127,6 +127,9 @@ CASES = {
     "json, a list and text": Case(
         tools("json"), ' [{"name":"f","arguments":{"a": 1}}]  tail', content="tail", calls=(ONE,)
     ),
+    "json, a call and a number": Case(
+        tools("json"), '[{"name":"f","arguments":{"a": 1}}, 3]', content=" 3]", calls=(ONE,)
+    ),
     "json, a list of numbers": Case(tools("json"), "[1, 2]", content="[1, 2]"),
     "thoughts": Case(thinks(), "<think>\nso 1 < 2\n</think>\n\nYes < no", content="Yes < no", reasoning="so 1 < 2"),
     "thoughts, begun by the prompt": Case(
@@ -212,6 +215,10 @@ def test_arguments_come_while_they_are_written() -> None:
     parser.push('<tool_call>{"name": "f", "arguments": {"text": "')
     assert parser.push("one ") == [CallArguments("one ")]
     assert parser.push("two") == [CallArguments("two")]
+
+
+def test_an_answer_in_json_comes_while_it_is_written() -> None:
+    assert tools("json")().push('{"answer": ') == [Content('{"answer": ')]
 
 
 def test_text_is_held_back_no_longer_than_it_may_be_a_mark() -> None:

@@ -50,15 +50,20 @@ def json_calls(reader: Reader, out: Out, *, known: frozenset[str] | None = None)
         NoCall: for anything else, if nothing has been put out of it.
     """
     taken = Recorder()
-    if not (yield from reader.skip("[")):
+    if (yield from reader.peek()) == "[":
+        yield from _list(reader, taken, lambda: _object(reader, out, known, taken))
+    else:
         yield from _object(reader, out, known, taken)
-        return
-    taken("[")
+
+
+def _list(reader: Reader, taken: Recorder, one: Callable[[], Reading[None]]) -> Reading[None]:
+    """Read a list in brackets; `one` reads an item."""
+    taken((yield from reader.take()))
     while True:
         taken((yield from reader.skip_space()))
         if (yield from reader.skip("]")):
             return
-        yield from _object(reader, out, known, taken)
+        yield from one()
         taken.text = ""
         yield from reader.skip_space()
         yield from reader.skip(",")
@@ -195,17 +200,9 @@ def python_calls(reader: Reader, out: Out, *, known: frozenset[str] | None = Non
         NoCall: for anything else, if nothing has been put out of it.
     """
     taken = Recorder()
-    if not (yield from reader.skip("[")):
+    if (yield from reader.peek()) != "[":
         raise NoCall("")
-    taken("[")
-    while True:
-        taken((yield from reader.skip_space()))
-        if (yield from reader.skip("]")):
-            return
-        yield from _python_call(reader, out, known, taken)
-        taken.text = ""
-        yield from reader.skip_space()
-        yield from reader.skip(",")
+    yield from _list(reader, taken, lambda: _python_call(reader, out, known, taken))
 
 
 def _python_call(reader: Reader, out: Out, known: frozenset[str] | None, taken: Recorder) -> Reading[None]:
