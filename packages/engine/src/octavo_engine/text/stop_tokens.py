@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -40,23 +41,24 @@ class StopTokens:
         skipped = self._tokenizer.special_token_ids if skip_special_tokens else frozenset()
         silent = skipped.union(self._ids_of.get(b"", ()))
         matcher = _Matcher([stop.encode("utf-8", "surrogatepass") for stop in stops])
-        next_states: dict[int, int | None] = {}
-        for raw, token_ids in self._ids_of.items():
-            if (state := matcher.after(b"", raw)) != 0:
-                next_states |= dict.fromkeys(token_ids, state)
+        first = {raw: matcher.after(b"", raw) for raw in self._ids_of}
+        next_states = {
+            i: state for raw, token_ids in self._ids_of.items() if (state := first[raw]) != 0 for i in token_ids
+        }
+        compatible = {rest: self._compatible(rest) for rest in matcher.rests}
         exceptions: dict[tuple[int, int], int | None] = {}
         for number, held in enumerate(matcher.states):
-            for raw in {raw for rest in matcher.rests(held) for raw in self._compatible(rest)}:
-                if (state := matcher.after(held, raw)) != matcher.after(b"", raw):
+            for raw in {raw for rest in matcher.rests_from(held) for raw in compatible[rest]}:
+                if (state := matcher.after(held, raw)) != first[raw]:
                     exceptions |= {(number, token_id): state for token_id in self._ids_of[raw]}
         return StopAutomaton(next_states, exceptions, silent)
 
-    def _compatible(self, rest: bytes) -> Iterator[bytes]:
+    def _compatible(self, rest: bytes) -> list[bytes]:
         """Return the tokens that are the beginning of a text, and those that it is the beginning of."""
-        yield from (rest[:length] for length in range(1, len(rest)) if rest[:length] in self._ids_of)
+        beginnings = [rest[:length] for length in range(1, len(rest)) if rest[:length] in self._ids_of]
         in_order = self._in_order
         places = range(bisect_left(in_order, rest), len(in_order))
-        yield from takewhile(lambda raw: raw.startswith(rest), map(in_order.__getitem__, places))
+        return beginnings + list(takewhile(lambda raw: raw.startswith(rest), map(in_order.__getitem__, places)))
 
     @cached_property
     def _ids_of(self) -> dict[bytes, list[int]]:
@@ -72,12 +74,19 @@ class StopTokens:
 
 
 class _Matcher:
-    """Stop strings as bytes. A state is the longest end of a text that one of them begins with."""
+    """Stop strings as bytes. A state is the longest end of a text that one of them begins with.
+
+    Attributes:
+        states: by number; the first is that of a text which ends with nothing of a stop string.
+        rests: every end of a stop string.
+    """
 
     def __init__(self, stops: Sequence[bytes]) -> None:
         self._stops = stops
+        self._any = re.compile(b"|".join(map(re.escape, stops)))
         beginnings = {stop[:length] for stop in stops for length in range(1, len(stop))}
-        self.states = [b"", *sorted(held for held in beginnings if not any(stop in held for stop in stops))]
+        self.states = [b"", *sorted(held for held in beginnings if not self._any.search(held))]
+        self.rests = {stop[length:] for stop in stops for length in range(1, len(stop))}
         self._numbers = {held: number for number, held in enumerate(self.states)}
         self._last_bytes = {held[-1] for held in beginnings}
         self._longest = max(map(len, self.states))
@@ -85,14 +94,14 @@ class _Matcher:
     def after(self, held: bytes, raw: bytes) -> int | None:
         """Return the number of the state after a token that follows a state; None if a stop string is complete."""
         text = held + raw
-        if any(stop in text for stop in self._stops):
+        if self._any.search(text):
             return None
         if not text or text[-1] not in self._last_bytes:
             return 0
         ends = (text[len(text) - length :] for length in range(min(self._longest, len(text)), 0, -1))
         return next((self._numbers[end] for end in ends if end in self._numbers), 0)
 
-    def rests(self, held: bytes) -> Iterator[bytes]:
+    def rests_from(self, held: bytes) -> Iterator[bytes]:
         """Return what would complete stop strings from a state."""
         for start in range(len(held)):
             yield from (stop[len(held) - start :] for stop in self._stops if stop.startswith(held[start:]))
