@@ -105,6 +105,7 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="Web origin that browsers may call from; may be given several times.")
     ] = None,
+    max_num_requests: Annotated[int, typer.Option(help="Requests that may run or wait at once.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="The largest request body, in bytes.")] = 8 << 20,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every HTTP request.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -116,6 +117,7 @@ def serve(
         settings = ServerSettings(
             served_model_names=tuple(served_model_name or ()),
             api_keys=tuple(api_key or ()),
+            max_num_requests=max_num_requests,
             max_body_bytes=max_body_bytes,
             allowed_origins=tuple(allowed_origin or ()),
         )

@@ -21,6 +21,7 @@ class ServerSettings:
         served_model_names: names that requests may use for the model; the first is reported where none was given.
             Empty serves the engine's own name.
         api_keys: if not empty, every route but health, readiness, version and metrics needs one of them.
+        max_num_requests: prompts that may run or wait at once; what comes beyond is answered with 503.
         max_body_bytes: the largest request body that is read.
         body_timeout: seconds within which a request's body must have come.
         allowed_origins: web origins that browsers may call from; empty allows none.
@@ -32,13 +33,14 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    max_num_requests: int = 1024
     max_body_bytes: int = 8 << 20
     body_timeout: float = 60.0
     allowed_origins: tuple[str, ...] = ()
     keep_alive: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "body_timeout", "keep_alive"):
+        for name in ("max_num_requests", "max_body_bytes", "body_timeout", "keep_alive"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("served_model_names", "api_keys", "allowed_origins"):

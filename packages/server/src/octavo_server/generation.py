@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from octavo_engine.api import EngineClient
 from octavo_engine.errors import RequestFailed
 from octavo_engine.types import CompletionDelta, FinishReason, Request, TokenLogprobs
+from octavo_server.admission import Ticket
 from octavo_server.metrics import Metrics
 
 WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -31,6 +32,7 @@ class Generation:
         engine: runs them.
         metrics: is told of each request.
         requests: one per prompt, all with the same `n`.
+        ticket: lets the requests in; it is given back when they have ended.
         prompt_only: generate nothing: every choice ends at once, empty, for its length. The requests run if their
             prompts' log-probabilities are wanted.
 
@@ -39,8 +41,15 @@ class Generation:
     """
 
     def __init__(
-        self, engine: EngineClient, metrics: Metrics, requests: Sequence[Request], *, prompt_only: bool = False
+        self,
+        engine: EngineClient,
+        metrics: Metrics,
+        requests: Sequence[Request],
+        ticket: Ticket,
+        *,
+        prompt_only: bool = False,
     ) -> None:
+        self._ticket = ticket
         self._engine = engine
         self._metrics = metrics
         self._requests = requests
@@ -73,6 +82,12 @@ class Generation:
             RequestFailed: if the engine could not compute one of them; the others are aborted.
             EngineDead: if the engine has stopped.
         """
+        with self._ticket:
+            async with aclosing(self._deltas()) as all_deltas:
+                async for deltas in all_deltas:
+                    yield deltas
+
+    async def _deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
         if self._prompt_only and self._requests[0].sampling.prompt_logprobs is None:
             yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
             return

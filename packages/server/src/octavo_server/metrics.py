@@ -78,6 +78,7 @@ class Metrics:
             self.success.labels(reason)
         self.aborted = self._counter("requests_aborted", "Requests whose client left before their end.")
         self.failed = self._counter("requests_failed", "Requests that the engine could not compute.")
+        self.refused = self._counter("requests_refused", "HTTP requests refused because too many had been taken in.")
         self.http_requests = self._counter(
             "http_requests",
             "HTTP requests by method, route template and status; 499 is a client that left.",

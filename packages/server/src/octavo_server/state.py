@@ -10,6 +10,7 @@ from importlib.metadata import version
 from starlette.requests import Request
 
 from octavo_engine.api import EngineClient
+from octavo_server.admission import Admission
 from octavo_server.config import MAX_CHOICES_PER_PROMPT, ServerSettings
 from octavo_server.errors import ApiError
 from octavo_server.metrics import Metrics
@@ -23,12 +24,14 @@ class ServerState:
     engine: EngineClient
     settings: ServerSettings
     metrics: Metrics
+    admission: Admission
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
     def build(cls, engine: EngineClient, settings: ServerSettings) -> ServerState:
         """Make the state of an app."""
-        return cls(engine, settings, Metrics(engine))
+        metrics = Metrics(engine)
+        return cls(engine, settings, metrics, Admission(settings.max_num_requests, metrics.refused.inc))
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ async def create_chat_completion(request: Request) -> Response:
         "model": model,
         "system_fingerprint": state.fingerprint,
     }
-    generation = Generation(state.engine, state.metrics, [engine_request])
+    generation = Generation(state.engine, state.metrics, [engine_request], state.admission.enter(1))
     choices = [Choice(i, engine_request.sampling, text.tokenizer) for i in range(generation.num_choices)]
     answers = [_answer_of(body, engine_request, text) for _ in choices]
     names = TokenNames(text.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))

@@ -45,7 +45,13 @@ async def create_completion(request: Request) -> Response:
         "model": model,
         "system_fingerprint": state.fingerprint,
     }
-    generation = Generation(state.engine, state.metrics, requests, prompt_only=body.num_new_tokens == 0)
+    generation = Generation(
+        state.engine,
+        state.metrics,
+        requests,
+        state.admission.enter(len(requests)),
+        prompt_only=body.num_new_tokens == 0,
+    )
     answer = _Answer(body, generation, requests, _echoes(body, requests, text), text.tokenizer)
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)

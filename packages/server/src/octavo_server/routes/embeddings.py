@@ -34,7 +34,8 @@ async def create_embeddings(request: Request) -> Response:
     model = state.resolve_model(body.model)
     requests = await embedding_requests(body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}")
     state.engine.check_health()
-    outputs = await until_disconnect(request, _embed_all(state.engine, requests))
+    with state.admission.enter(len(requests)):
+        outputs = await until_disconnect(request, _embed_all(state.engine, requests))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     in_base64 = body.encoding_format == "base64"
     data = [

@@ -34,7 +34,7 @@ async def create_message(request: Request) -> Response:
     text = state.engine.text
     engine_request = await chat_request(chat, text, request_id=message_id, max_n=1)
     state.engine.check_health()
-    generation = Generation(state.engine, state.metrics, [engine_request])
+    generation = Generation(state.engine, state.metrics, [engine_request], state.admission.enter(1))
     choice = Choice(0, engine_request.sampling, text.tokenizer)
     blocks = Blocks(text.answer_parser(chat.tool_use, engine_request.prompt_token_ids))
     head = {"id": message_id, "type": "message", "role": "assistant", "model": model}
