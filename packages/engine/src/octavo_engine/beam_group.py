@@ -118,6 +118,8 @@ class BeamGroup:
         """End the search without an answer."""
         leader, request = self.leader, self.leader.request
         self.residents.counters.finished[reason.value] += request.sampling.n
+        for member in self.members:
+            member.finish_reason = reason
         self._leave()
         return SequenceUpdate(
             request.request_id, 0, finish_reason=reason, error=error, times=self.residents.times(leader)

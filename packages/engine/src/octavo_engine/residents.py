@@ -198,7 +198,9 @@ class Residents:
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; the blocks are free after the steps in flight."""
         self._leave_row(sequence)
-        self.cache.free(sequence.seq_id, after=self.last_step, token_ids=sequence.token_ids)
+        # A step that failed may not have copied what the last block held before, so that it must not be hit.
+        token_ids = () if sequence.finish_reason is FinishReason.ERROR else sequence.token_ids
+        self.cache.free(sequence.seq_id, after=self.last_step, token_ids=token_ids)
 
     def _leave_row(self, sequence: Sequence) -> None:
         assert sequence.row is not None
@@ -239,6 +241,7 @@ class Residents:
         error: str | None = None,
     ) -> SequenceUpdate:
         """End a sequence wherever it stands, and report its last tokens."""
+        sequence.finish_reason = reason
         if sequence.request.pin:
             self.pins.end(sequence, reason)
         if sequence.request.keep and reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -249,7 +252,6 @@ class Residents:
             self.waiting.discard()
             self.swapper.drop(sequence)
         sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason = reason
         self.counters.finished[reason.value] += 1
         self.forget(sequence)
         return SequenceUpdate(
