@@ -71,10 +71,9 @@ PATHS: dict[str, Callable[[], Llama]] = {
 def engine_of(model: Llama, **shape: Any) -> Engine:
     """Return an engine; by default one with room, without a prefix cache."""
     options = {"num_blocks": 400, "max_num_batched_tokens": 1024, "max_num_seqs": 16, "prefix_cache": False} | shape
-    dtype = model.embedding.parameters.weight.dtype if hasattr(model.embedding.parameters, "weight") else torch.float32
     runner = ModelRunner(
         model,
-        KVStorage(model.kv_cache_specs(dtype), options["num_blocks"], 8),
+        KVStorage(model.kv_cache_specs(model.norm.weight.dtype), options["num_blocks"], 8),
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         max_model_len=CONFIG.max_position_embeddings,

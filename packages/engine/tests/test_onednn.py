@@ -25,6 +25,14 @@ def test_other_dtypes_are_left_as_they_are():
     assert torch.equal(onednn.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+def test_rows_are_filled_up_only_where_the_batch_must_not_show():
+    x, weight = torch.randn(3, 96), torch.randn(50, 96)
+    expected = torch.nn.functional.linear(x, weight)
+    assert torch.equal(onednn.linear(x, weight, batch_invariant=False), expected)
+    filled = torch.nn.functional.linear(torch.nn.functional.pad(x, (0, 0, 0, 13)), weight)[:3]
+    assert torch.equal(onednn.linear(x, weight), filled)
+
+
 def test_a_torch_without_the_operators_packs_nothing(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert not onednn.can_pack(torch.randn(4, 3))
