@@ -189,18 +189,20 @@ class RandomAsks:
 
     def _beams(self) -> BeamSearchParams:
         pick = self._rng
-        width = pick.randint(1, MAX_BEAM_WIDTH)
-        constraint = StructuredOutputsParams(**pick.choice(CONSTRAINTS[1:])) if self._chance(0.2) else None
-        return BeamSearchParams(
-            beam_width=width,
-            max_tokens=pick.randint(1, 12),
-            length_penalty=pick.choice((0.0, 1.0, 2.0)),
-            early_stopping=pick.choice((True, False, "never")),
-            num_return_sequences=pick.randint(1, width) if constraint is None else 1,
-            stop_token_ids=self._some_ids(2),
-            logprobs=pick.choice((None, 0, 3)),
-            structured_outputs=constraint,
-        )
+        width, max_tokens = pick.randint(1, MAX_BEAM_WIDTH), pick.randint(1, 12)
+        options: dict[str, Any] = {
+            "beam_width": width,
+            "max_tokens": max_tokens,
+            "length_penalty": pick.choice((0.0, 1.0, 2.0)),
+            "early_stopping": pick.choice((True, False, "never")),
+            "num_return_sequences": pick.randint(1, width),
+            "logprobs": pick.choice((None, 0, 3)),
+        }
+        if self._chance(0.2):
+            options["structured_outputs"] = StructuredOutputsParams(**pick.choice(CONSTRAINTS))
+        else:
+            options |= self._ends(max_tokens)
+        return BeamSearchParams(**options, **self._changes())
 
     def _prompt(self) -> tuple[int, ...]:
         stem = self._rng.choice(self._stems)[: self._rng.randint(1, 90)]
