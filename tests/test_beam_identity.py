@@ -200,12 +200,11 @@ def test_searches_under_rules_equal_transformers(llm: LLM, reference: Any, promp
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     few = [prompt for prompt in prompts if len(prompt) >= 16][:3]
     banned = [llm._text.encode_prompt(text) for text in (" the", " a", "\n")]
-    setting, stops = Setting(4, False, 1.0), [" to", "e t", "s t", "d a"]
-    own = ours(
-        llm, few, setting, [], repetition_penalty=1.2, bad_words_ids=banned, stop=stops,
-        include_stop_str_in_output=True,
-    )  # fmt: skip
-    rules = {"repetition_penalty": 1.2, "bad_words_ids": banned, "stop_strings": stops, "tokenizer": tokenizer}
+    setting, own_rules = Setting(4, False, 1.0), {"repetition_penalty": 1.2, "bad_words_ids": banned}
+    free = ours(llm, few, setting, [], **own_rules)
+    stops = [llm.decode(beams[0].token_ids)[5:8] for beams in free]  # what comes, and spans tokens
+    own = ours(llm, few, setting, [], stop=stops, include_stop_str_in_output=True, **own_rules)
+    rules = own_rules | {"stop_strings": stops, "tokenizer": tokenizer}
     # One by one: what fills up a shorter prompt would count as repeated.
     other = [theirs(reference, [prompt], setting, [], **rules)[0] for prompt in few]
     # Transformers fills up what a stop string ends.
