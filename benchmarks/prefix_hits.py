@@ -3,11 +3,11 @@
     python benchmarks/prefix_hits.py                    # counts, on a model of 0 ms
     python benchmarks/prefix_hits.py --times            # and times, on the demo model
 
-The workload is a chat: users share a few system prompts, each says something, is answered, and goes on; three turns in
-ten are edited, so that a conversation leaves the one before it at any token. The turns of a round come in bursts.
-Lengths are log-normal, tokens are random: texts agree only where they are the same. The counts are exact on any
-machine; the times (to the first token, one request at a time; of copying a block and of computing a token of a prompt)
-need a quiet one.
+The first workload is a chat: users share a few system prompts, each says something, is answered, and goes on; three
+turns in ten are edited, so that a conversation leaves the one before it at any token. The turns of a round come in
+bursts. In the second, eight users ask about one document at once. Lengths are log-normal, tokens are random: texts
+agree only where they are the same. The counts are exact on any machine; the times (to the first token, one request at a
+time; of copying a block and of computing a token of a prompt) need a quiet one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -51,10 +52,17 @@ class Chat:
     answer_tokens: int
 
 
+CHATS = {
+    "chat": Chat(4, num_users=24, num_rounds=3, system_tokens=200, message_tokens=40, answer_tokens=80),
+    "document": Chat(1, num_users=8, num_rounds=1, system_tokens=800, message_tokens=20, answer_tokens=80),
+}
+
+
 @dataclass(frozen=True)
 class Counts:
     """One run, counted."""
 
+    case: str
     block_size: int
     hits: str
     deduplicate: bool
@@ -124,8 +132,9 @@ def step(engine: Engine, answers: dict[str, list[int]]) -> int:
     return engine.scheduler.cache.stats().num_used
 
 
-def count(chat: Chat, block_size: int, hits: str, deduplicate: bool, arguments: argparse.Namespace) -> Counts:
+def count(case: str, block_size: int, hits: str, deduplicate: bool, arguments: argparse.Namespace) -> Counts:
     """Run a chat on a model that takes no time, and count."""
+    chat = CHATS[case]
     cache = CacheManager(
         arguments.tokens // block_size,
         block_size,
@@ -140,6 +149,7 @@ def count(chat: Chat, block_size: int, hits: str, deduplicate: bool, arguments: 
     blocks = list(talk(engine, chat, arguments.seed))
     counters, stats = scheduler.counters, cache.stats()
     return Counts(
+        case=case,
         block_size=block_size,
         hits=hits,
         deduplicate=deduplicate,
@@ -203,51 +213,55 @@ def copy_beside_token(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def table(rows: list[Counts]) -> str:
-    """Return a Markdown table, one row per block size."""
+    """Return a Markdown table, one row per workload and block size."""
     lines = [
-        f"| block size | computed: {' | '.join(HITS.values())} | copies | held at once less, equal blocks once |",
-        "|---|---|---|---|---|---|",
+        f"| | block size | computed: {' | '.join(HITS.values())} | copies | equal blocks once: memory saved |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for block_size in dict.fromkeys(row.block_size for row in rows):
-        own = {row.hits: row for row in rows if row.block_size == block_size and not row.deduplicate}
-        single = next(row for row in rows if row.block_size == block_size and row.deduplicate)
+    for case, block_size in dict.fromkeys((row.case, row.block_size) for row in rows):
+        alike = [row for row in rows if (row.case, row.block_size) == (case, block_size)]
+        own = {row.hits: row for row in alike if not row.deduplicate}
         computed = " | ".join(f"{own[hits].computed:.1%}" for hits in HITS)
-        saved = 1 - single.mean_blocks / own["part"].mean_blocks
-        lines.append(f"| {block_size} | {computed} | {own['part'].num_copies} | {saved:.1%} |")
+        saved = 1 - next(row for row in alike if row.deduplicate).mean_blocks / own["part"].mean_blocks
+        lines.append(f"| {case} | {block_size} | {computed} | {own['part'].num_copies} | {saved:.1%} |")
     return "\n".join(lines)
 
 
 def plot(rows: list[Counts], path: Path) -> None:
-    """Draw the share of prompt tokens that are computed, by block size, and the blocks held with and without copies."""
+    """Draw the share of a chat's tokens that is computed, and what is held of the document's users, by block size."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     sizes = list(dict.fromkeys(row.block_size for row in rows))
     for place, (hits, name) in enumerate(list(HITS.items())[1:]):
-        values = [100 * row.computed for row in rows if row.hits == hits and not row.deduplicate]
+        own = [row for row in rows if row.case == "chat" and row.hits == hits and not row.deduplicate]
+        values = [100 * row.computed for row in own]
         bars = left.bar([i + 0.4 * place - 0.2 for i in range(len(sizes))], values, 0.38, label=name)
         left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set_ylabel("prompt tokens computed, %")
+    left.set_title("a chat whose turns part at any token", fontsize=9)
     for place, deduplicate in enumerate((False, True)):
         values = [
-            row.mean_blocks * row.block_size for row in rows if row.hits == "part" and row.deduplicate == deduplicate
+            row.mean_blocks * row.block_size
+            for row in rows
+            if row.case == "document" and row.hits == "part" and row.deduplicate == deduplicate
         ]
         name = "equal blocks once" if deduplicate else "each its own"
         bars = right.bar([i + 0.4 * place - 0.2 for i in range(len(sizes))], values, 0.38, label=name)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     right.set_ylabel("slots held, mean over steps")
+    right.set_title("eight users, one document, at once", fontsize=9)
     for axes in (left, right):
         axes.set_xticks(range(len(sizes)), [f"blocks of {size}" for size in sizes])
+        axes.margins(y=0.25)  # room for the legend
         axes.legend(fontsize=8)
-    figure.suptitle("A chat whose turns part at any token")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--users", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", default=",".join(CHATS))
     parser.add_argument("--rows", type=int, default=32, help="sequences that run at once")
     parser.add_argument("--tokens", type=int, default=1 << 17, help="of the KV cache")
     parser.add_argument("--seed", type=int, default=7)
@@ -255,23 +269,16 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="for the times; the demo model if left out")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     arguments = parser.parse_args()
-    chat = Chat(
-        num_systems=4,
-        num_users=arguments.users,
-        num_rounds=arguments.rounds,
-        system_tokens=200,
-        message_tokens=40,
-        answer_tokens=80,
-    )
     rows = []
-    for block_size in arguments.block_sizes:
+    for case, block_size in product(arguments.cases.split(","), arguments.block_sizes):
         for hits, deduplicate in (("none", False), ("whole", False), ("part", False), ("part", True)):
-            rows.append(count(chat, block_size, hits, deduplicate, arguments))
-            print(f"blocks of {block_size}, {HITS[hits]}: {rows[-1].computed:.1%} computed", flush=True)
+            rows.append(count(case, block_size, hits, deduplicate, arguments))
+            print(f"{case}, blocks of {block_size}, {HITS[hits]}: {rows[-1].computed:.1%} computed", flush=True)
     print(table(rows))
-    document: dict[str, object] = {"chat": asdict(chat), "rows": [asdict(row) for row in rows]}
+    chats = {case: asdict(chat) for case, chat in CHATS.items()}
+    document: dict[str, object] = {"chats": chats, "rows": [asdict(row) for row in rows]}
     if arguments.times:
-        few = replace(chat, num_users=4, num_rounds=3, answer_tokens=24)
+        few = replace(CHATS["chat"], num_users=4, num_rounds=3, answer_tokens=24)
         times = {hits: first_token_times(few, hits, arguments) for hits in HITS}
         for hits, own in times.items():
             print(f"{HITS[hits]}: {median(own):.0f} ms to the first token (median of {len(own)})")
