@@ -158,6 +158,18 @@ def test_prompts_hold_their_blocks_once_while_they_run(make, num_late: int):
     bench.assert_empty()
 
 
+def test_blocks_that_gave_way_wait_for_the_steps_in_flight(make, num_late: int):
+    bench = make(deduplicate=True)
+    for name in "ab":
+        bench.add(name, prompt(14), max_tokens=20)
+    while not bench.cache.stats().num_deduplicated:
+        bench.step()
+    assert bench.cache.stats().num_deduplicated == 3
+    assert bench.cache.stats().num_parked == (3 if num_late else 0)
+    bench.run()
+    bench.assert_empty()
+
+
 def test_samples_and_beams_of_prompts_computed_at_once_stay_what_they_are(make):
     beams = BeamSearchParams(beam_width=3, max_tokens=12, ignore_eos=True)
     expected = []

@@ -101,6 +101,19 @@ def test_without_a_free_block_a_held_one_is_not_written():
     assert (caught.value.wanted, caught.value.free) == (1, 0)
 
 
+def test_several_that_grow_together_take_no_block_to_spare_a_cached_one():
+    cache = CacheManager(6, 2)
+    prefill(cache, "first", [1, 2, 3, 4, 5])
+    cache.free("first")
+    assert cache.match("a", [1, 2, 3, 9]) == 3
+    cache.add("b")
+    cache.allocate("b", 0, 3)
+    cache.fork("b", "c")
+    in_place, copied, last = cache.allocate_together(["a", "b", "c"], 3)
+    assert (in_place, last) == (UNCHANGED, UNCHANGED)
+    assert copied == Allocation((BlockCopy(4, 5),), (TableUpdate(1, (5,)),))
+
+
 def test_tokens_taken_back_into_a_cached_block_leave_it_cached():
     cache = CacheManager(10, 2)
     prefill(cache, "a", [1, 2, 3, 4, 5])
