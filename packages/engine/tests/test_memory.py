@@ -1,7 +1,8 @@
 import pytest
 
+from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
-from octavo_engine.runner.memory import available_bytes, plan_host_tier, plan_memory
+from octavo_engine.runner.memory import MemoryPlan, available_bytes, plan_host_tier, plan_memory
 
 SIZES = {"bytes_per_block": 1000, "block_size": 16, "max_num_seqs": 4, "model_max_len": 256, "free_bytes": 400_000}
 
@@ -78,3 +79,19 @@ def test_host_bytes_that_hold_no_block_are_refused():
     assert host(host_kv_bytes=2000).num_blocks == 2
     with pytest.raises(InvalidConfig, match=r"holds 1 blocks of 1000 bytes.* give 2000 or more, or 0"):
         host(host_kv_bytes=1999)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_model_len", "share", "num_pinnable"),
+    [(101, 320, 0.25, 25), (101, 1400, 0.25, 12), (101, 1401, 0.25, 12), (101, 1600, 0.25, 0), (101, 16, 0.0, 0)],
+    ids=["a share", "what the longest sequence leaves", "rounded up", "nothing left", "none wanted"],
+)
+def test_pins_leave_room_for_the_longest_sequence(num_blocks, max_model_len, share, num_pinnable):
+    plan = MemoryPlan(num_blocks, num_bytes=0, max_model_len=max_model_len, reason="")
+    assert plan.num_pinnable(16, share) == num_pinnable
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InvalidConfig, match="max_pinned_share must be at least 0 and below 1"):
+        EngineConfig(max_pinned_share=share)

@@ -235,13 +235,14 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "make_server", make_server)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
-    sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap"
+    sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap", "--max-pinned-share", "0.5"
     result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes)
     assert result.exit_code == 0, result.output
     assert seen == {"health": 200, "models": "m", "locked": 401}
     assert octavo.configs[0].kv_cache_bytes == 2**29
     assert octavo.configs[0].host_kv_bytes == 2**28
     assert octavo.configs[0].preemption_mode == "swap"
+    assert octavo.configs[0].max_pinned_share == 0.5
     assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
     assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB of float32: a test asked for it" in result.stderr
     assert "mode exact, float32 on cpu, kernels: reference" in result.stderr

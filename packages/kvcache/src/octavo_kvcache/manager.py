@@ -213,6 +213,7 @@ class CacheManager:
 
         Raises:
             UnknownSequence: there is no such sequence.
+            InvalidArgument: one of the last tokens is no unsigned 32-bit integer; nothing was freed.
 
         """
         if self.host is not None and seq_id in self.host:
