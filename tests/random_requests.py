@@ -67,13 +67,15 @@ class RandomAsks:
         rng: where the choices come from.
         text: of the model.
         max_tokens: the most tokens that a sequence generates.
+        share_long: of samples that generate half as many at least; several of these outgrow a small pool.
     """
 
-    def __init__(self, rng: random.Random, text: TextProcessor, max_tokens: int = 40) -> None:
+    def __init__(self, rng: random.Random, text: TextProcessor, *, max_tokens: int, share_long: float = 0.3) -> None:
         self._rng = rng
         self._ids = text.encode_prompt("\n".join(inspect.getsource(m) for m in (textwrap, json)))
         self._vocab_size = text.vocab_size
         self._max_tokens = max_tokens
+        self._kinds = (share_long, 0.3 * (1 - share_long), 0.7 * (1 - share_long))
         self._stems = [self._cut(rng.choice((8, 15, 16, 17, 33, 64, 90))) for _ in range(4)]
 
     def __iter__(self) -> Iterator[Ask]:
@@ -113,8 +115,8 @@ class RandomAsks:
             options["n"], options["best_of"] = 1, 3
         if temperature:
             options |= self._distribution()
-        match pick.choices(("long", "constrained", "ending"), (3, 2, 5))[0]:
-            case "long":  # several of these outgrow a small pool
+        match pick.choices(("long", "constrained", "ending"), self._kinds)[0]:
+            case "long":
                 options |= {"max_tokens": pick.randint(self._max_tokens // 2, self._max_tokens), "ignore_eos": True}
             case "constrained":
                 options["structured_outputs"] = StructuredOutputsParams(**pick.choice(CONSTRAINTS))

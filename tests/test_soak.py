@@ -160,14 +160,16 @@ def leaks(engine: AsyncEngine, max_num_rows: int) -> dict[str, int]:
     }
 
 
-def check(shapes: Sequence[Shape], num_requests: int, num_compared: int | None, record: RecordProperty) -> Counter[str]:
+def check(
+    shapes: Sequence[Shape], num_requests: int, max_tokens: int, num_compared: int | None, record: RecordProperty
+) -> Counter[str]:
     seed = int(os.environ.get("OCTAVO_SEED") or secrets.randbits(32))
     rng = random.Random(seed)
     shape = rng.choice(shapes)
     print(f"\nOCTAVO_SEED={seed}, {shape}")
     engines = DemoEngines(mode="exact")
     engine = AsyncEngine(engines.make(shape), engines.built.text, engines.built.info)
-    asks = islice(RandomAsks(rng, engines.built.text), num_requests)
+    asks = islice(RandomAsks(rng, engines.built.text, max_tokens=max_tokens), num_requests)
     callers = [Caller.draw(rng, str(number), ask) for number, ask in enumerate(asks)]
     soak = Soak(engine)
     asyncio.run(soak.run(callers))
@@ -192,10 +194,10 @@ def check(shapes: Sequence[Shape], num_requests: int, num_compared: int | None, 
 
 
 def test_forty_requests_leave_nothing_behind(record_property: RecordProperty) -> None:
-    check(SHAPES, NUM_EVERY_DAY, NUM_COMPARED_EVERY_DAY, record_property)
+    check(SHAPES, NUM_EVERY_DAY, 24, NUM_COMPARED_EVERY_DAY, record_property)
 
 
 @pytest.mark.slow
 def test_two_thousand_requests_leave_nothing_behind(record_property: RecordProperty) -> None:
-    counts = check(SHAPES[:1], NUM_SLOW, None, record_property)
+    counts = check(SHAPES[:1], NUM_SLOW, 40, None, record_property)
     assert counts["preemptions"] > 0
