@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--model", help="a GGUF file or a folder; the demo model if left out")
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--prompt", type=int, default=96, help="mean tokens of a prompt")
-    parser.add_argument("--output", type=int, default=160, help="mean tokens of an answer")
+    parser.add_argument("--output", type=int, default=128, help="mean tokens of an answer")
     parser.add_argument("--share", type=float, default=0.5, help="of the blocks that all requests hold at their ends")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="where to put JSON and a plot, without a suffix")
