@@ -83,6 +83,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.pins: dict[str, dict[int, list[object]]] = {}  # what each block of a pin holds
         self.set_aside: dict[str, int] = {}  # blocks, for each pin there ever was
+        self.ends: dict[int, tuple[bytes | None, int]] = {}  # of blocks that ended a sequence: hash, tokens that count
         self.num_deduplicated = 0
         self.sequences: dict[int, Model] = {}
         self.swapped: dict[int, Model] = {}
@@ -369,10 +370,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.free(seq_id, after=after, token_ids=seq.tokens if sound else ())
         if after is not None:
             self.parked.append((after, held))
-        for block_id in self.hittable() - before:  # of an end only its tokens count, whatever lies behind them
+        for block_id in self.hittable() - before:
             assert block_id == table[0][num_committed // self.size]
-            for offset in range(num_committed % self.size, self.size):
-                self.memory[block_id, offset] = None
+            self.ends[block_id] = self.cache._pool.block_hash(block_id), num_committed % self.size
 
     def holders(self) -> Counter[int]:
         tables = (row for seq_id in self.sequences for row in self.cache.block_ids(seq_id))
@@ -389,7 +389,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     def longest_hit(self, tokens: list[int], salt: bytes) -> int:
         """Look into every block that can be hit for the longest beginning of some tokens, all but the last."""
-        hittable = [self.contents(block_id) for block_id in self.hittable()]
+        hittable = []
+        for block_id in self.hittable():
+            block_hash, num_tokens = self.ends.get(block_id, (None, 0))
+            is_end = block_hash == self.cache._pool.block_hash(block_id)
+            slots = self.contents(block_id)
+            hittable.append(slots[:num_tokens] + [None] * (self.size - num_tokens) if is_end else slots)
         num_hit = 0
         for length in range(1, len(tokens)):
             offset = (length - 1) % self.size
