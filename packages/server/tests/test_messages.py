@@ -1,5 +1,6 @@
 """Anthropic's messages: shapes, whole and streamed; tools, thinking, counting and errors."""
 
+import importlib.util
 import json
 from typing import Any
 
@@ -133,6 +134,7 @@ def test_thinking_text_and_calls_are_blocks(hermes, engine, step):
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llguidance") is None, reason="needs octavo-engine[structured]")
 def test_a_call_may_be_demanded(hermes, engine):
     engine.replies = ['{"city": "Rome"}']
     answer = ask(hermes, tools=[TOOL], tool_choice={"type": "tool", "name": "get_weather"})

@@ -1,5 +1,6 @@
 """Tools and reasoning in chats: what a model writes becomes calls, whole and streamed; what cannot be is one 400."""
 
+import importlib.util
 import json
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 
 from octavo_engine.text.answer_format import AnswerFormat
 
+needs_grammars = pytest.mark.skipif(
+    importlib.util.find_spec("llguidance") is None, reason="demanded calls need the extra octavo-engine[structured]"
+)
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -122,7 +126,13 @@ def hermes(client, engine):
 
 
 @pytest.mark.parametrize("step", [1, 3, 100], ids=["a token at a time", "three", "at once"])
-@pytest.mark.parametrize(("reply", "body", "message", "reason"), ANSWERS.values(), ids=ANSWERS.keys())
+@pytest.mark.parametrize(
+    ("reply", "body", "message", "reason"),
+    [
+        pytest.param(*answer, id=name, marks=[needs_grammars] if name in ("named", "required") else [])
+        for name, answer in ANSWERS.items()
+    ],
+)
 def test_an_answer_whole_and_streamed(hermes, engine, reply, body, message, reason, step):
     engine.replies, engine.step = [reply], step
     body = {"tools": TOOLS, **body}
@@ -151,6 +161,7 @@ def test_a_template_without_tools_is_told_of_them(client, engine):
     assert "get_weather" not in bytes(engine.requests[-1].prompt_token_ids).decode()
 
 
+@needs_grammars
 def test_what_is_demanded_becomes_a_constraint(hermes, engine):
     engine.replies = ["{}"]
     ask(hermes, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "get_weather"}})
