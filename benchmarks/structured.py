@@ -4,8 +4,8 @@
 
 All requests draw at temperature 1. With a grammar each writes JSON that does not end before its last token: a list of
 objects whose texts are the model's own, or one long text. `step by step` draws every token; `jump ahead` takes tokens
-that the grammar forces without a draw, as the engine does by default. Ratios count; absolute figures move from machine
-to machine.
+that the grammar forces without a draw, as the engine does by default: the target is for that. Ratios count; absolute
+figures move from machine to machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Figure:
 
     def __str__(self) -> str:
         line = f"{self.name:24} {self.tokens_per_second:8.1f} tokens/s {self.ratio:7.3f}  {self.num_steps} steps"
-        if STEPS not in self.name:
+        if JUMPS not in self.name:
             return line
         return f"{line}  (target {TARGET:g}, {'met' if self.ratio >= TARGET else 'NOT met'})"
 
