@@ -23,7 +23,7 @@ from octavo_engine.text.parsers.base import AnswerParser
 from octavo_engine.text.sampling_tokens import SamplingTokens
 from octavo_engine.text.stop_tokens import StopTokens
 from octavo_engine.text.tokenizer import Tokenizer
-from octavo_engine.text.tool_prompt import tell_of_tools
+from octavo_engine.text.tool_prompt import makes_calls, tell_of_tools
 from octavo_engine.text.tool_use import ToolUse
 from octavo_engine.types import (
     CompletionDelta,
@@ -136,7 +136,7 @@ class TextProcessor:
                 "add_generation_prompt is a field of its own; leave it out of the template's variables",
                 param="add_generation_prompt",
             )
-        if not self.answers.template_has_tools and (tools or any(message.get("tool_calls") for message in messages)):
+        if not self.answers.template_has_tools and (tools or makes_calls(messages)):
             messages, tools = tell_of_tools(messages, tools or ()), None
         text = self._chat_template.render(
             list(messages), tools=tools, add_generation_prompt=add_generation_prompt, **variables
