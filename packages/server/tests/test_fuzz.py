@@ -24,6 +24,21 @@ FORMAT = st.fixed_dictionaries(
     optional={"json_schema": st.fixed_dictionaries({"schema": SCHEMA}) | ANY, "structures": ANY, "triggers": ANY},
 )
 SMALL = st.integers(-2, 25)
+NAME = st.sampled_from(["f", "g"]) | ANY
+TOOL = st.fixed_dictionaries(
+    {
+        "type": st.just("function") | ANY,
+        "function": st.fixed_dictionaries({"name": NAME}, optional={"parameters": SCHEMA | ANY}),
+    }
+)
+CHOICE = st.sampled_from(["auto", "none", "required"]) | ANY
+BLOCK = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "image"]) | ANY},
+    optional={"text": ANY, "name": NAME, "input": ANY, "content": ANY | st.lists(PART, max_size=2), "tool_use_id": ANY},
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]) | ANY, "content": ANY | st.lists(BLOCK, max_size=3)}
+)
 SHARED = {
     "model": ANY,
     "n": ANY | SMALL,
@@ -50,7 +65,28 @@ BODIES = {
     ),
     "/v1/chat/completions": st.fixed_dictionaries(
         {"messages": ANY | st.lists(MESSAGE, max_size=3)},
-        optional=SHARED | {"logprobs": ANY, "top_logprobs": ANY | SMALL, "tools": ANY},
+        optional=SHARED
+        | {
+            "logprobs": ANY,
+            "top_logprobs": ANY | SMALL,
+            "tools": ANY | st.lists(TOOL, max_size=2),
+            "tool_choice": CHOICE,
+        }
+        | {"parallel_tool_calls": ANY, "chat_template_kwargs": ANY, "continue_final_message": ANY},
+    ),
+    "/v1/messages": st.fixed_dictionaries(
+        {"messages": ANY | st.lists(TURN, max_size=3), "max_tokens": ANY | SMALL},
+        optional={name: SHARED[name] for name in ("temperature", "top_p", "top_k", "stream")}
+        | {
+            "system": ANY | st.lists(PART, max_size=2),
+            "stop_sequences": ANY | st.lists(st.text(max_size=2), max_size=6),
+        }
+        | {"tools": ANY | st.lists(st.fixed_dictionaries({"name": NAME, "input_schema": SCHEMA | ANY}), max_size=2)}
+        | {
+            "tool_choice": ANY
+            | st.fixed_dictionaries({"type": st.sampled_from(["auto", "any", "tool", "none"]), "name": NAME})
+        }
+        | {"thinking": ANY},
     ),
     "/v1/embeddings": st.fixed_dictionaries(
         {"input": ANY}, optional={"encoding_format": ANY, "pooling": ANY, "dimensions": ANY}
@@ -70,7 +106,8 @@ def test_any_body_is_answered_without_a_server_error(client, path):
         response = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
         assert response.status_code in (200, 400, 404), response.text
         if response.status_code != 200:
-            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            expected = {"message", "type"} if path == "/v1/messages" else {"message", "type", "param", "code"}
+            assert set(response.json()["error"]) == expected
             assert len(response.content) < 32_000
 
     check()
