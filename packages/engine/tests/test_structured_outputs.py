@@ -30,6 +30,7 @@ from octavo_engine import StructuredOutputsParams as Params
 from octavo_engine.prompts import EncodedPrompt
 from octavo_engine.runner.rules import grammar
 from octavo_engine.runner.rules.grammar import GrammarRule
+from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.structured.compiler import GrammarCompiler
 
 EOS = 2
@@ -127,8 +128,8 @@ def test_jumping_ahead_changes_no_token(make_llm: MakeLLM, monkeypatch: pytest.M
     llm.generate(PROMPT, MIXED[0])
     num_steps = llm.stats().num_steps - before
     assert num_steps < len(expected[0].outputs[0].token_ids)
-    monkeypatch.setattr(GrammarRule, "forced", lambda self, row: [])
     step_by_step = make_llm()
+    monkeypatch.setattr(step_by_step._engine._executor._runner, "_jumps_ahead", False)
     assert [chosen(o) for o in step_by_step.generate([PROMPT] * len(MIXED), MIXED)] == [chosen(o) for o in expected]
 
 
@@ -136,8 +137,7 @@ def test_jumping_ahead_changes_no_token(make_llm: MakeLLM, monkeypatch: pytest.M
 def test_a_token_that_is_tried_is_the_one_drawn_under_a_mask(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, jumps: bool
 ) -> None:
-    if not jumps:
-        monkeypatch.setattr(GrammarRule, "forced", lambda self, row: [])
+    monkeypatch.setattr(llm._engine._executor._runner, "_jumps_ahead", jumps)
     many = [replace(own, seed=seed, top_p=top_p) for seed in range(3) for own in MIXED for top_p in (1.0, 0.9)]
     found: list[bool] = []
     allows = GrammarRule.allows
@@ -149,6 +149,7 @@ def test_a_token_that_is_tried_is_the_one_drawn_under_a_mask(
     monkeypatch.setattr(GrammarRule, "allows", watched)
     tried = llm.generate([PROMPT] * len(many), many)
     assert {*found} == {True, False}
+    monkeypatch.setattr(SamplingRows, "forced", lambda self, rows: {})
     monkeypatch.setattr(grammar, "_may_draw_first", lambda sampling: False)
     found.clear()
     assert [chosen(o) for o in llm.generate([PROMPT] * len(many), many)] == [chosen(o) for o in tried]
@@ -160,17 +161,21 @@ def test_a_token_that_is_tried_is_the_one_drawn_under_a_mask(
     [Params(json=SCHEMA), Params(regex="(foo|bar)+[0-9]{2,4}@x"), Params(grammar='start: "a"* "b" "c"?')],
     ids=["json", "regex", "lark"],
 )
-def test_a_token_is_allowed_if_its_mask_has_it(llm: LLM, params: Params) -> None:
+def test_a_token_is_forced_or_allowed_as_its_mask_says(llm: LLM, params: Params) -> None:
     grammars = GrammarCompiler(llm._text.tokenizer, vocab_size=llm.info.vocab_size, eos_token_ids=[EOS])
-    rule, source = GrammarRule(1, grammars.vocab_size, grammars), random.Random(4)
+    source = random.Random(4)
     for _ in range(5):
+        rule = GrammarRule(1, grammars.vocab_size, grammars)
         rule._matchers[0] = matcher = grammars.matcher(params)
         while not matcher.is_stopped():
             words = rule.masks(np.array([0]), np.array([0])).bitmask.numpy().view(np.uint8)
             bits = np.unpackbits(words, bitorder="little")[: grammars.vocab_size]
-            expected = bits * 0 if matcher.compute_ff_tokens() else bits  # forced text is always drawn under its mask
-            assert [rule.allows(0, token_id) for token_id in range(grammars.vocab_size)] == expected.tolist()
-            matcher.consume_token(source.choice(np.flatnonzero(bits).tolist()))
+            allowed = np.flatnonzero(bits).tolist()
+            if rule.forced(0):
+                assert allowed == rule.forced(0)[:1]
+            else:
+                assert [i for i in range(grammars.vocab_size) if rule.allows(0, i)] == allowed
+            rule.append(np.array([0]), np.array([source.choice(allowed)]))
 
 
 def test_preemption_changes_no_token(make_llm: MakeLLM, llm: LLM) -> None:

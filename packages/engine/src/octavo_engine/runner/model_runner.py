@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 
 import numpy as np
@@ -205,13 +206,40 @@ class ModelRunner:
             positions: [draws].
             shared: [draws], which of the sources each draw goes by; None if each has its own.
         """
-        sampling = self._sampling.batch(rows, positions)
-        if sampling is None:
-            drawn = greedy(*self.model.greedy(hidden), shared)
+        forced = self._sampling.forced(rows)
+        if forced:
+            drawn = self._draw_others(forced, hidden, rows, positions, shared)
         else:
-            drawn = sample(self._make_logits(hidden), sampling, shared)
+            drawn = self._draw_all(hidden, rows, positions, shared)
         self._append(rows, positions, drawn)
         return drawn
+
+    def _draw_all(
+        self, hidden: Tensor, rows: NDArray[np.int64], positions: NDArray[np.int64], shared: NDArray[np.int64] | None
+    ) -> Drawn:
+        sampling = self._sampling.batch(rows, positions)
+        if sampling is None:
+            return greedy(*self.model.greedy(hidden), shared)
+        return sample(self._make_logits(hidden), sampling, shared)
+
+    def _draw_others(
+        self,
+        forced: Mapping[int, list[int]],
+        hidden: Tensor,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        shared: NDArray[np.int64] | None,
+    ) -> Drawn:
+        """Draw in the places whose token is not forced; no logits are computed for the others."""
+        firsts = {place: token_ids[0] for place, token_ids in forced.items()}
+        places = np.array([place for place in range(len(rows)) if place not in forced], np.int64)
+        if not len(places):
+            return Drawn(places, np.ones(0, np.bool_)).beside(firsts, places)
+        sources = places
+        if shared is not None:
+            sources, shared = np.unique(shared[places], return_inverse=True)
+        drawn = self._draw_all(_rows_of(hidden, sources), rows[places], positions[places], shared)
+        return drawn.beside(firsts, places)
 
     def _make_logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden, out=self._logits.rows(len(hidden)))

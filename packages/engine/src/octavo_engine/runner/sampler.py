@@ -36,6 +36,23 @@ class Drawn:
     logprobs: list[TokenLogprobs | None] | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
 
+    def beside(self, forced: Mapping[int, int], places: NDArray[np.int64]) -> Drawn:
+        """Return this draw in some places of a step, beside tokens that were not drawn in the others.
+
+        Args:
+            forced: these tokens, by place.
+            places: [rows] int64, where the rows of this draw stand.
+        """
+        num_rows = len(places) + len(forced)
+        token_ids, sound = np.empty(num_rows, np.int64), np.ones(num_rows, np.bool_)
+        token_ids[[*forced]], token_ids[places], sound[places] = [*forced.values()], self.token_ids, self.sound
+        logprobs: list[TokenLogprobs | None] | None = None
+        if self.logprobs is not None:
+            logprobs = [None] * num_rows
+            for place, entry in zip(places.tolist(), self.logprobs, strict=True):
+                logprobs[place] = entry
+        return Drawn(token_ids, sound, logprobs, {int(places[row]): error for row, error in self.errors.items()})
+
     @property
     def all_sound(self) -> bool:
         """True unless some row drew no token."""
@@ -67,7 +84,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         batch: how to draw, one entry per row.
         shared: [rows], which of the sources each row goes by; None if each has its own.
     """
-    if shared is not None and batch.changes:  # rows of one source may be changed in different ways
+    if shared is not None and (batch.changes or batch.trial):  # rows of one source may be changed in different ways
         logits, shared = logits[_to(shared, logits)], None
     logprobs = None if batch.logprobs is None else batch.logprobs.raw(logits, shared)
     given_best = _largest(logits) if batch.changes else None
@@ -80,7 +97,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         barred = np.flatnonzero(~sound & np.isfinite(given_best))
         errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
     if batch.trial is not None:
-        errors = _try(batch.trial, token_ids, sound, logits, batch, shared) | errors
+        errors = _try(batch.trial, token_ids, sound, logits, batch) | errors
     sound[[*errors]] = False
     entries = None
     if batch.logprobs is not None and logprobs is not None:
@@ -107,20 +124,19 @@ def _draw(
 
 
 def _try(
-    trial: Trial,
-    token_ids: NDArray[np.int64],
-    sound: NDArray[np.bool_],
-    logits: Tensor,
-    batch: SamplingBatch,
-    shared: NDArray[np.int64] | None,
+    trial: Trial, token_ids: NDArray[np.int64], sound: NDArray[np.bool_], logits: Tensor, batch: SamplingBatch
 ) -> dict[int, str]:
-    """Draw again, now with their masks, the tokens that grammars do not allow; return why rows failed, by place."""
-    places, mask = trial.masks(token_ids)
-    if not len(places):
+    """Draw again the tokens that grammars do not allow, from logits [draws, vocab_size], which lose what masks lack.
+
+    Returns:
+        Why rows failed, by place.
+    """
+    mask = trial.mask(token_ids)
+    if mask is None:
         return {}
-    again = logits[_to(places if shared is None else shared[places], logits)]
-    mask.remove(again)
-    token_ids[places], best = _draw(again, batch.drawing(places), None)
+    places = mask.places
+    mask.remove(logits)
+    token_ids[places], best = _draw(logits, batch.drawing(places), places)
     barred = places[sound[places] & ~np.isfinite(best)]
     sound[places] &= np.isfinite(best)
     return dict.fromkeys(barred.tolist(), _BARRED) | dict(mask.errors)

@@ -105,7 +105,7 @@ class SamplingRows:
         if sampling.wants_logprobs:
             self._sampling[row] = sampling
         ruled = self._rules.add(new)
-        if sampling.structured_outputs is not None and not sampling.wants_logprobs and not sampling.mirostat_mode:
+        if _may_jump(sampling):
             self._may_jump.add(row)
         else:
             self._may_jump.discard(row)
@@ -181,7 +181,8 @@ class SamplingRows:
     def forced(self, rows: NDArray[np.int64]) -> dict[int, list[int]]:
         """Return the tokens that must come next in some rows, by place; most rows have none.
 
-        Rows that want log-probabilities, or whose draws depend on those of earlier ones, draw them like any others.
+        Rows that want log-probabilities, whose draws depend on those of earlier ones, or which ban tokens, draw them
+        like any others.
         """
         if not self._may_jump:
             return {}
@@ -191,3 +192,10 @@ class SamplingRows:
     def states(self, rows: NDArray[np.int64]) -> dict[int, float]:
         """Return what the next draw of some rows depends on beside their tokens, by place; most rows have nothing."""
         return self._mirostat.states(rows)
+
+
+def _may_jump(sampling: SamplingParams) -> bool:
+    """Return whether tokens that a grammar forces need no draw, which could bring or refuse anything."""
+    bans = sampling.allowed_token_ids is not None or sampling.bad_words_ids
+    watched = sampling.wants_logprobs or sampling.mirostat_mode or bans
+    return sampling.structured_outputs is not None and not watched

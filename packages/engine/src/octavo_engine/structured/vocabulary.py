@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from octavo_engine.errors import InvalidRequest
@@ -11,6 +12,7 @@ from octavo_engine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+_NUM_KEPT, _KEPT_CHARS = 4096, 256  # forced texts, such as keys and commas, are few and come again and again
 _LEAD = "\n"  # text that begins with it is not given a space by tokenizers of SentencePiece's kind
 
 
@@ -54,9 +56,13 @@ class _Adapter:
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
         self.vocabulary: LLTokenizer | None = None
         self._tokenizer = tokenizer
+        self._kept = lru_cache(_NUM_KEPT)(self._tokenise)
 
     def __call__(self, text: str) -> list[int]:
         """Return ordinary tokens with exactly the bytes of a text: the model's own where there are such."""
+        return self._kept(text) if len(text) <= _KEPT_CHARS else self._tokenise(text)
+
+    def _tokenise(self, text: str) -> list[int]:
         data = text.encode()
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         if self._spells(token_ids, data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,19 +68,15 @@ class Trial:
     places: NDArray[np.int64]
     rows: NDArray[np.int64]
 
-    def masks(self, token_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], TokenMask]:
-        """Return the places whose tokens need a mask to tell if they are allowed, and these masks in order.
+    def mask(self, token_ids: NDArray[np.int64]) -> TokenMask | None:
+        """Return the mask of the places whose tokens must be drawn again under one; None if all are allowed.
 
         Args:
             token_ids: [num_draws], the token that was drawn in each place.
         """
-        drawn = token_ids[self.places]
-        misses = [
-            not self.rule.allows(row, token) for row, token in zip(self.rows.tolist(), drawn.tolist(), strict=True)
-        ]
-        places = self.places[misses]
-        mask = self.rule.masks(places, self.rows[misses])
-        return places, replace(mask, places=np.arange(len(places)))
+        drawn = zip(self.rows.tolist(), token_ids[self.places].tolist(), strict=True)
+        misses = [not self.rule.allows(row, token_id) for row, token_id in drawn]
+        return self.rule.masks(self.places[misses], self.rows[misses]) if any(misses) else None
 
 
 class GrammarRule:
@@ -100,6 +96,7 @@ class GrammarRule:
         self._grammars = grammars
         self._matchers: dict[int, LLMatcher] = {}
         self._refused: dict[int, str] = {}
+        self._ahead: dict[int, list[int]] = {}  # the tokens that must come next, where that is known
         self._tried: set[int] = set()
         self._bitmask: Tensor | None = None
         self._executor: LLExecutor | None = None
@@ -107,9 +104,7 @@ class GrammarRule:
     def add(self, new: NewRow) -> bool:
         """Fill a row; True if its text is constrained."""
         params = new.sampling.structured_outputs
-        self._matchers.pop(new.row, None)
-        self._refused.pop(new.row, None)
-        self._tried.discard(new.row)
+        self._forget(new.row)
         if params is None:
             return False
         if _may_draw_first(new.sampling) and not new.num_candidates:  # a search needs all that may come next
@@ -117,10 +112,7 @@ class GrammarRule:
         assert self._grammars is not None, "a request with a constraint reached a runner without grammars"
         try:
             matcher = self._grammars.matcher(params)
-        except (
-            InvalidRequest,
-            EngineBusy,
-        ) as error:  # it was compiled at submission; a later failure ends this request alone
+        except (InvalidRequest, EngineBusy) as error:  # it was compiled at submission: this request alone ends
             self._refused[new.row] = str(error)
             return True
         matcher.consume_tokens(list(new.token_ids[new.num_prompt_tokens :]))
@@ -148,28 +140,35 @@ class GrammarRule:
         It is not where the text that comes next is forced: a mask has one of its spellings alone.
         """
         matcher = self._matchers.get(row)
-        return matcher is not None and matcher.validate_tokens([token_id]) == 1 and not matcher.compute_ff_tokens()
+        return matcher is not None and not self.forced(row) and matcher.validate_tokens([token_id]) == 1
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Follow one drawn token in each of some different rows."""
         for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            if row in self._matchers:
-                self._matchers[row].consume_token(token_id)  # one that does not fit shows at the next mask
+            if row not in self._matchers:
+                continue
+            fits = self._matchers[row].consume_token(token_id)  # one that does not shows at the next mask
+            ahead = self._ahead.pop(row, None)
+            if fits and ahead and ahead[0] == token_id and len(ahead) > 1:
+                self._ahead[row] = ahead[1:]
 
     def copy(self, row: int, source: int) -> None:
         """Make a row what another one is; both follow their own tokens from here."""
-        self._matchers.pop(row, None)
-        self._refused.pop(row, None)
-        self._tried.discard(row)
+        self._forget(row)
         if source in self._refused:
             self._refused[row] = self._refused[source]
         else:
             self._matchers[row] = self._matchers[source].deep_copy()
 
     def forced(self, row: int) -> list[int]:
-        """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none."""
-        matcher = self._matchers.get(row)
-        return [] if matcher is None else matcher.compute_ff_tokens()
+        """Return the tokens that must come next in a row, as the model's tokenizer writes them; mostly none.
+
+        Its mask has the first of them alone.
+        """
+        if row not in self._ahead:
+            matcher = self._matchers.get(row)
+            self._ahead[row] = [] if matcher is None else matcher.compute_ff_tokens()
+        return self._ahead[row]
 
     def masks(self, places: NDArray[np.int64], rows: NDArray[np.int64]) -> TokenMask:
         """Compute the masks of some rows, many of them on several threads; they hold until the next ones."""
@@ -193,6 +192,12 @@ class GrammarRule:
                 errors[int(places[index])] = f"the grammar of this request failed: {error_of(matcher)}"
                 bitmask[index] = -1
         return TokenMask(places, bitmask[: len(rows)], errors)
+
+    def _forget(self, row: int) -> None:
+        self._matchers.pop(row, None)
+        self._refused.pop(row, None)
+        self._ahead.pop(row, None)
+        self._tried.discard(row)
 
     def _scratch(self) -> tuple[Tensor, LLExecutor]:
         if self._bitmask is None or self._executor is None:
