@@ -8,9 +8,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from octavo_engine.api import EngineClient
+from octavo_server.access import ApiKeyGate
 from octavo_server.config import ServerSettings
 from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
-from octavo_server.middleware import ApiKeyGate, BodyLimit, Cors, RequestContext
+from octavo_server.middleware import BodyLimit, Cors, RequestContext
 from octavo_server.routes import (
     cache,
     chat,
@@ -56,7 +57,7 @@ def _middleware(state: ServerState) -> list[Middleware]:
         Middleware(RequestContext, metrics=state.metrics),
         Middleware(Cors, allowed_origins=settings.allowed_origins),
     ]
-    if settings.api_keys:
-        layers.append(Middleware(ApiKeyGate, api_keys=settings.api_keys))
+    if settings.has_keys or settings.admin_api_key:
+        layers.append(Middleware(ApiKeyGate, keys=settings.key_ring()))
     layers.append(Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
     return layers

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ from rich.console import Console
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
 from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
-from octavo_server.config import ServerSettings
+from octavo_server.config import ServerSettings, is_loopback
+from octavo_server.keys import read_keys
 from octavo_server.loading import engine_report, load_engine
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
@@ -103,6 +105,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Key that requests must bring; may be given several times.", envvar="OCTAVO_API_KEY"),
     ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="TOML file of keys with names and limits: a table [keys.NAME] each.")
+    ] = None,
+    admin_api_key: Annotated[
+        str | None, typer.Option(help="Key that opens the admin routes.", envvar="OCTAVO_ADMIN_API_KEY")
+    ] = None,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="Web origin that browsers may call from; may be given several times.")
     ] = None,
@@ -118,6 +126,9 @@ def serve(
         settings = ServerSettings(
             served_model_names=tuple(served_model_name or ()),
             api_keys=tuple(api_key or ()),
+            named_keys=read_keys(api_keys_file) if api_keys_file else (),
+            admin_api_key=admin_api_key or None,
+            local_only=is_loopback(host),
             max_num_requests=max_num_requests,
             max_body_bytes=max_body_bytes,
             allowed_origins=tuple(allowed_origin or ()),
@@ -160,7 +171,7 @@ def _serve(
             names = ", ".join(settings.served_model_names or (engine.info.model_name,))
             console.print(
                 f"serving {names} at http://{shown}:{listening.getsockname()[1]}/v1"
-                + (" with API keys" if settings.api_keys else ""),
+                + (" with API keys" if settings.has_keys else ""),
                 markup=False,
                 highlight=False,
                 soft_wrap=True,

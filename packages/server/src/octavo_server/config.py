@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidConfig
+from octavo_server.keys import ApiKey, KeyRing
 
 MAX_CHOICES_PER_PROMPT = 128
 """OpenAI's limit on `n`; an engine that runs fewer sequences lowers it."""
@@ -21,6 +23,9 @@ class ServerSettings:
         served_model_names: names that requests may use for the model; the first is reported where none was given.
             Empty serves the engine's own name.
         api_keys: if not empty, every route but health, readiness, version and metrics needs one of them.
+        named_keys: further ones, with names and limits.
+        admin_api_key: the one that opens the admin routes, and all others; see `admin_only` for those without one.
+        local_only: whether only programs of this machine can reach the server.
         max_num_requests: prompts that may run or wait at once; what comes beyond is answered with 503.
         max_body_bytes: the largest request body that is read.
         body_timeout: seconds within which a request's body must have come.
@@ -28,11 +33,14 @@ class ServerSettings:
         keep_alive: seconds of silence in a stream after which a comment is sent, so that proxies keep it open.
 
     Raises:
-        InvalidConfig: if a limit is not positive, or a name or key is empty.
+        InvalidConfig: if a limit is not positive, a name or key is empty, or two keys are the same.
     """
 
     served_model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    named_keys: tuple[ApiKey, ...] = ()
+    admin_api_key: str | None = None
+    local_only: bool = False
     max_num_requests: int = 1024
     max_body_bytes: int = 8 << 20
     body_timeout: float = 60.0
@@ -46,3 +54,28 @@ class ServerSettings:
         for name in ("served_model_names", "api_keys", "allowed_origins"):
             if not all(getattr(self, name)):
                 raise InvalidConfig(f"{name} must not hold an empty string")
+        if self.admin_api_key == "":
+            raise InvalidConfig("admin_api_key must not be empty; leave it out for none")
+        self.key_ring()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return bool(self.api_keys or self.named_keys)
+
+    def key_ring(self) -> KeyRing:
+        """Return all keys.
+
+        Raises:
+            InvalidConfig: if two have one name, or are the same.
+        """
+        unnamed = (ApiKey.of(f"key-{number}", key) for number, key in enumerate(dict.fromkeys(self.api_keys), 1))
+        return KeyRing([*unnamed, *self.named_keys], self.admin_api_key)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address can be reached from this machine alone; a name other than localhost is not taken so."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -31,6 +31,7 @@ _INVALID, _SERVER = "invalid_request_error", "server_error"
 
 _MESSAGE_TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

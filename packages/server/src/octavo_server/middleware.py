@@ -1,9 +1,8 @@
-"""What every request passes on its way in: an id and a count, the web origins, the key, and the body's limits."""
+"""What every request passes on its way in: an id and a count, the web origins, and the body's limits."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import time
@@ -16,12 +15,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo_server.errors import CLIENT_GONE, ApiError, error_response
+from octavo_server.exchange import Exchange, begin_exchange
 from octavo_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
-
-FREE_ROUTES = frozenset({"/health", "/ready", "/version", "/metrics"})
-"""What monitors ask; it needs no key."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _DRAIN_BYTES = 16 << 20
@@ -39,21 +36,22 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send, _request_id(scope))
-        started = time.monotonic()
+        exchange = Exchange(_request_id(scope))
+        begin_exchange(exchange)
+        wire = _Wire(receive, send, exchange.request_id)
         try:
-            await self._app(scope, exchange.receive, exchange.send)
+            await self._app(scope, wire.receive, wire.send)
         except Exception as error:  # the boundary: whatever a route forgot becomes a 500 with an id to look for
             _log.error("request %s failed", exchange.request_id)
-            if exchange.status is not None:
+            if wire.status is not None:
                 raise
-            await error_response(error, scope["path"])(scope, exchange.receive, exchange.send)
+            await error_response(error, scope["path"])(scope, wire.receive, wire.send)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.observe_http(scope["method"], route, exchange.outcome, time.monotonic() - started)
+            self._metrics.observe_http(scope["method"], route, wire.outcome, time.monotonic() - exchange.arrival)
 
 
-class _Exchange:
+class _Wire:
     """One request's messages in both directions, watched."""
 
     def __init__(self, receive: Receive, send: Send, request_id: str) -> None:
@@ -108,32 +106,6 @@ class Cors(CORSMiddleware):
         return error_response(
             ApiError(400, "this origin, method or header is not allowed here; see --allowed-origin", code="cors")
         )
-
-
-class ApiKeyGate:
-    """Lets requests with a known key pass, by `Authorization: Bearer` or `X-Api-Key`."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
-        self._app = app
-        self._api_keys = [key.encode() for key in api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in FREE_ROUTES or self._knows(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-            return
-        error = ApiError(
-            401,
-            "a valid API key is needed; send it as Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"www-authenticate": "Bearer"},
-        )
-        await error_response(error, scope["path"])(scope, receive, send)
-
-    def _knows(self, headers: Headers) -> bool:
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # All keys are compared, so that the time taken tells nothing about which one is close.
-        return any([hmac.compare_digest(given.encode("latin-1"), key) for key in self._api_keys])  # noqa: C419
 
 
 class BodyLimit:
