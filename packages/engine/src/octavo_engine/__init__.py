@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import (
         CorruptModelFile,
+        EngineAsleep,
         EngineBusy,
         EngineDead,
         EngineError,
+        EngineInUse,
+        IncompatibleWeights,
         InvalidConfig,
         InvalidRequest,
         ModelNotFound,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     )
     from octavo_engine.llm import LLM
     from octavo_engine.pins import Pin
+    from octavo_engine.standby import MemoryReport
     from octavo_engine.structured.params import StructuredOutputsParams
     from octavo_engine.types import (
         CachedTokens,
@@ -52,9 +56,12 @@ _EXPORTS = {
     "config": ("EngineConfig",),
     "errors": (
         "CorruptModelFile",
+        "EngineAsleep",
         "EngineBusy",
         "EngineDead",
         "EngineError",
+        "EngineInUse",
+        "IncompatibleWeights",
         "InvalidConfig",
         "InvalidRequest",
         "ModelNotFound",
@@ -66,6 +73,7 @@ _EXPORTS = {
     ),
     "llm": ("LLM",),
     "pins": ("Pin",),
+    "standby": ("MemoryReport",),
     "structured.params": ("StructuredOutputsParams",),
     "types": (
         "CachedTokens",
@@ -92,16 +100,20 @@ __all__ = [
     "CompletionOutput",
     "CorruptModelFile",
     "EmbeddingOutput",
+    "EngineAsleep",
     "EngineBusy",
     "EngineClient",
     "EngineConfig",
     "EngineDead",
     "EngineError",
+    "EngineInUse",
     "EngineInfo",
     "EngineStats",
     "FinishReason",
+    "IncompatibleWeights",
     "InvalidConfig",
     "InvalidRequest",
+    "MemoryReport",
     "ModelNotFound",
     "Pin",
     "PinLimitReached",

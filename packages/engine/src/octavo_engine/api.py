@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo_engine.branch import Branch
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
+from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import CachedTokens, CompletionDelta, EmbeddingOutput, Request, WarmOutput
 from octavo_kvcache import CacheStats
@@ -16,12 +17,13 @@ from octavo_kvcache import CacheStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What an engine serves and how it was set up; fixed for its lifetime.
+    """What an engine serves and how it was set up; fixed for its lifetime, but for the weights.
 
     `dtype` is that of activations, `kv_dtype` that of the KV cache; `mode` is exact or fast, as in EngineConfig.
     `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch. `deterministic` says
     whether answers are the same, bit for bit, in every company; see EngineConfig. `host_kv_bytes` is what sequences
-    that must wait have in the host's memory, and `host_kv_reason` why.
+    that must wait have in the host's memory, and `host_kv_reason` why. `weights_digest` stands for the contents of the
+    model's files; it is another one after other weights were loaded.
     """
 
     model_name: str
@@ -45,6 +47,7 @@ class EngineInfo:
     num_host_blocks: int = 0
     host_kv_bytes: int = 0
     host_kv_reason: str = ""
+    weights_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +152,56 @@ class EngineClient(Protocol):
         """Forget all cached content and drop all pins; requests that run go on."""
         ...
 
+    async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:
+        """Let go of the weights and the KV cache; requests are refused with EngineAsleep until `wake_up`.
+
+        Cached prefixes and pins are lost, kept answers keep their tokens.
+
+        Args:
+            level: 1 to serve the same model again, 2 to give its weights up; see `Standby`.
+            mode: `wait` until the requests that run or wait have ended, taking no more; or `abort` them: their readers
+                get EngineAsleep. None refuses to sleep while there are any.
+
+        Raises:
+            EngineInUse: requests run or wait, or the engine falls asleep, wakes or changes its weights already.
+            InvalidRequest: there is no such level or mode.
+        """
+        ...
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> MemoryReport:
+        """Take the model into memory again; of an engine that is awake nothing changes.
+
+        Args:
+            tags: `weights` and `kv_cache` to wake in parts; None wakes what is missing.
+
+        Raises:
+            IncompatibleWeights: the files are others than those that went to sleep (level 1), or do not fit.
+            ModelNotFound, CorruptModelFile, UnsupportedModel: they cannot be read any more.
+            EngineInUse: as for `sleep`.
+        """
+        ...
+
+    async def update_weights_from_disk(self, path: str, mode: SleepMode | None = None) -> MemoryReport:
+        """Serve the weights of other files from now on; if anything fails, those that were served stay.
+
+        Requests are refused with EngineAsleep meanwhile. Nothing that was cached is used any more.
+
+        Args:
+            path: a GGUF file, a folder in Hugging Face layout, or a hub id.
+            mode: as for `sleep`.
+
+        Raises:
+            IncompatibleWeights: the model has another shape or tokenizer.
+            ModelNotFound, CorruptModelFile, UnsupportedModel: it cannot be read.
+            EngineInUse: as for `sleep`.
+        """
+        ...
+
+    @property
+    def sleep_level(self) -> int:
+        """How deep the engine sleeps; 0 is awake."""
+        ...
+
     async def release(self, request_id: str) -> bool:
         """Drop what is kept of an ended request, whose blocks are then free; False if nothing is.
 
@@ -162,5 +215,14 @@ class EngineClient(Protocol):
         ...
 
     def check_health(self) -> None:
-        """Return if the engine can serve; raise EngineDead with the reason if not."""
+        """Return if the engine lives, awake or asleep; raise EngineDead with the reason if not."""
+        ...
+
+    def check_ready(self) -> None:
+        """Return if requests are taken.
+
+        Raises:
+            EngineDead: the engine has stopped.
+            EngineAsleep: it sleeps, or is about to, or its weights are being replaced.
+        """
         ...

@@ -7,17 +7,19 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
-from octavo_engine.errors import EngineDead, InvalidRequest, RequestFailed
+from octavo_engine.errors import EngineAsleep, EngineDead, EngineError, InvalidRequest, RequestFailed
 from octavo_engine.pins import Pin
 from octavo_engine.sampling_params import SamplingParams
+from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.stats import collect_stats
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.processor import TextProcessor
@@ -37,10 +39,10 @@ class _Mailbox:
     """Where a request's updates are put for its reader; filled on the reader's event loop only."""
 
     loop: asyncio.AbstractEventLoop
-    updates: list[SequenceUpdate | EngineDead] = field(default_factory=list)
+    updates: list[SequenceUpdate | EngineError] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def put(self, update: SequenceUpdate | EngineDead) -> None:
+    def put(self, update: SequenceUpdate | EngineError) -> None:
         self.updates.append(update)
         self.arrived.set()
 
@@ -50,7 +52,7 @@ class _Mailbox:
         taken, self.updates = self.updates, []
         updates = []
         for update in taken:
-            if isinstance(update, EngineDead):
+            if isinstance(update, EngineError):
                 raise update
             updates.append(update)
         return updates
@@ -69,6 +71,8 @@ class AsyncEngine:
         self._mailboxes: dict[str, _Mailbox] = {}
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
         self._answers: set[Future[Any]] = set()  # asked for and not given
+        self._waiting_for_idle: list[Future[None]] = []
+        self._standby = AsyncStandby(engine.standby, self._ask, self._idle, self._abort_all)
         self._wake = threading.Condition()
         self._closing = False
         self._dead: EngineDead | None = None
@@ -181,6 +185,28 @@ class AsyncEngine:
         """Drop what is kept of an ended request. See `EngineClient.release`."""
         return await self._ask(lambda: self._engine.release(request_id))
 
+    async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:
+        """Let go of the weights and the KV cache. See `EngineClient.sleep`."""
+        return await self._standby.sleep(level, mode)
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> MemoryReport:
+        """Take the model into memory again. See `EngineClient.wake_up`."""
+        return self._changed(await self._standby.wake_up(tags))
+
+    async def update_weights_from_disk(self, path: str, mode: SleepMode | None = None) -> MemoryReport:
+        """Serve the weights of other files from now on. See `EngineClient.update_weights_from_disk`."""
+        return self._changed(await self._standby.update_weights(path, mode))
+
+    def _changed(self, report: MemoryReport) -> MemoryReport:
+        """Take note that there may be other weights."""
+        self._info = replace(self._info, weights_digest=report.weights_digest)
+        return report
+
+    @property
+    def sleep_level(self) -> int:
+        """How deep the engine sleeps; 0 is awake."""
+        return self._engine.standby.level
+
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""
         return collect_stats(self._engine.scheduler)
@@ -189,6 +215,11 @@ class AsyncEngine:
         """Return if the loop runs; raise EngineDead with the reason if not."""
         if self._dead is not None:
             raise self._dead
+
+    def check_ready(self) -> None:
+        """Return if requests are taken. See `EngineClient.check_ready`."""
+        self.check_health()
+        self._engine.standby.check()
 
     def close(self) -> None:
         """Stop the loop, abort what runs, and release the model; waits for the step in progress."""
@@ -207,21 +238,42 @@ class AsyncEngine:
         self._mailboxes[request_id] = mailbox
         try:
             self.check_health()  # again: a loop that ended before the mailbox stood there cannot have told it
-            self._do(lambda: self._engine.add(request))
+            self._do(lambda: self._add(request, mailbox))
             yield mailbox
         finally:
             del self._mailboxes[request_id]
             self._abort(request_id, None)  # unknown to the engine if it has ended
+
+    def _add(self, request: Request, mailbox: _Mailbox) -> None:
+        """Queue a request, in the engine's thread; whoever reads its mailbox is told if it is refused."""
+        try:
+            self._engine.add(request)
+        except EngineAsleep as error:
+            _post(mailbox.loop, [(mailbox, error)])
 
     def _abort(self, request_id: str, index: int | None) -> None:
         self._command(lambda: self._engine.abort(request_id, index))
 
     async def _ask(self, question: Callable[[], T]) -> T:
         """Ask the engine something, in its thread."""
-        self.check_health()
         answer: Future[T] = Future()
+        return await self._answered(answer, lambda: _answer(answer, question))
+
+    async def _idle(self) -> None:
+        """Wait until no request runs or waits."""
+        answer: Future[None] = Future()
+
+        def note() -> list[SequenceUpdate]:
+            self._waiting_for_idle.append(answer)
+            return []
+
+        await self._answered(answer, note)
+
+    async def _answered(self, answer: Future[T], command: Callable[[], list[SequenceUpdate]]) -> T:
+        """Wait for an answer that a command brings."""
+        self.check_health()
         self._answers.add(answer)
-        self._command(lambda: _answer(answer, question))
+        self._command(command)
         try:
             self.check_health()  # again: a loop that ended before the question stood there does not answer it
             return await asyncio.wrap_future(answer)
@@ -251,6 +303,8 @@ class AsyncEngine:
                 if self._engine.has_work:
                     updates += self._engine.step()
                 self._deliver(updates)
+                if self._waiting_for_idle and not self._engine.has_work:
+                    self._tell_idle()
         except Exception as error:  # the loop itself broke: nothing can be served any more, and everyone is told
             _log.exception("the engine loop stopped")
             self._dead = EngineDead(f"the engine stopped: {type(error).__name__}: {error}")
@@ -273,6 +327,20 @@ class AsyncEngine:
             self._commands.clear()
         return commands
 
+    def _tell_idle(self) -> None:
+        for answer in self._waiting_for_idle:
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(None)
+        self._waiting_for_idle.clear()
+
+    def _abort_all(self) -> None:
+        """End all requests, in the engine's thread, and tell their readers why."""
+        error = EngineAsleep("the request was ended because the engine was put to sleep or given other weights")
+        for request_id in self._engine.scheduler.request_ids:
+            self._engine.abort(request_id)
+            if (mailbox := self._mailboxes.get(request_id)) is not None:
+                _post(mailbox.loop, [(mailbox, error)])
+
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         """Hand a step's updates over, in one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Letter]] = {}
@@ -290,12 +358,12 @@ def _answer(answer: Future[T], question: Callable[[], T]) -> list[SequenceUpdate
     if answer.set_running_or_notify_cancel():
         try:
             answer.set_result(question())
-        except (InvalidRequest, RequestFailed) as error:
+        except EngineError as error:
             answer.set_exception(error)
     return []
 
 
-_Letter = tuple[_Mailbox, SequenceUpdate | EngineDead]
+_Letter = tuple[_Mailbox, SequenceUpdate | EngineError]
 
 
 def _post(loop: asyncio.AbstractEventLoop, letters: list[_Letter]) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,12 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
-from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
 from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
+from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
@@ -75,35 +76,59 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         int8_activations=config.mode == "fast",
         batch_invariant=numerics.deterministic,
     )
+    make_model = partial(
+        load_model, device=device, dtype=numerics.dtype, quant=quant, batch_invariant=numerics.deterministic
+    )
     # Hashing and packing release the interpreter lock; the tokenizer is built in what is left of it.
     with ThreadPoolExecutor(2, thread_name_prefix="octavo-open") as pool:
         digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
-        model = load_model(
-            source,
-            device=device,
-            dtype=numerics.dtype,
-            quant=quant,
-            batch_invariant=numerics.deterministic,
-            progress=progress,
-        )
+        model = make_model(source, progress=progress)
     specs = model.kv_cache_specs(numerics.kv_dtype)
     plan = _plan(config, source.config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
     )
-    host = _plan_host(config, plan, device)
-    storage = KVStorage(specs, plan.num_blocks, config.block_size, device=device, num_host_blocks=host.num_blocks)
-    runner = ModelRunner(
-        model,
-        storage,
+    host_plan = _plan_host(config, plan, device)
+    parts = ModelParts(
+        make_model,
+        partial(
+            KVStorage, specs, plan.num_blocks, config.block_size, device=device, num_host_blocks=host_plan.num_blocks
+        ),
+        _runner_maker(config, plan, device, grammars),
+        numerics.root,
+    )
+    digest.result()
+    weights, storage = parts.weights(source, model), parts.make_storage()
+    host = LocalModel(weights, storage, config=source.config, tokenizer=tokenizer.result(), parts=parts, device=device)
+    scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root)
+    text = _text_processor(source, tokenizer.result(), grammars, config, plan)
+    info = _describe(source, config, numerics, plan, host_plan, model, started)
+    return BuiltEngine(Engine(scheduler, host.executor, host), text, info)
+
+
+def _runner_maker(
+    config: EngineConfig, plan: MemoryPlan, device: torch.device, grammars: GrammarCompiler
+) -> Callable[[Model, KVStorage], ModelRunner]:
+    return partial(
+        ModelRunner,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         device=device,
         grammars=grammars,
     )
-    root = digest.result() + numerics.root
+
+
+def _scheduler(
+    config: EngineConfig,
+    plan: MemoryPlan,
+    host_plan: HostPlan,
+    source: Source,
+    numerics: _Numerics,
+    storage: KVStorage,
+    root: bytes,
+) -> Scheduler:
     cache = CacheManager(
         plan.num_blocks,
         config.block_size,
@@ -111,9 +136,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         deduplicate=numerics.deterministic,
         max_num_pinned=_num_pinnable(config, plan),
         root=root,
-        num_host_blocks=host.num_blocks,
+        num_host_blocks=host_plan.num_blocks,
     )
-    scheduler = Scheduler(
+    return Scheduler(
         cache,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -122,9 +147,6 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_kept=config.max_num_kept,
         preemption=_preemption_policy(config, storage),
     )
-    text = _text_processor(source, tokenizer.result(), grammars, config, plan)
-    info = _describe(source, config, numerics, plan, host, model, started)
-    return BuiltEngine(Engine(scheduler, InlineExecutor(runner)), text, info)
 
 
 class _Numerics(NamedTuple):
@@ -173,6 +195,7 @@ def _describe(
         num_host_blocks=host.num_blocks,
         host_kv_bytes=host.num_bytes,
         host_kv_reason=host.reason,
+        weights_digest=source.digest.hex(),
     )
 
 

@@ -9,6 +9,7 @@ from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.standby import ModelHost, Standby
 from octavo_engine.types import Request, SequenceUpdate
 
 _log = logging.getLogger(__name__)
@@ -23,11 +24,13 @@ class Engine:
     Attributes:
         scheduler: chooses the steps.
         pins: prefixes that stay in the cache.
+        standby: puts the model aside, brings it back, or replaces its weights.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, host: ModelHost | None = None) -> None:
         self.scheduler = scheduler
         self.pins = scheduler.pins
+        self.standby = Standby(scheduler, host)
         self._executor = executor
         self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
 
@@ -37,7 +40,12 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request that was validated against the model's limits."""
+        """Queue a request that was validated against the model's limits.
+
+        Raises:
+            EngineAsleep: if no requests are taken now.
+        """
+        self.standby.check()
         self.scheduler.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:

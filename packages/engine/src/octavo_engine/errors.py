@@ -11,7 +11,10 @@
         │   ├── PinLimitReached  pins hold as much of the cache as they may
         │   └── UnknownPin       no pin has this id
         ├── RequestFailed        the engine could not compute this request; the others go on
+        ├── IncompatibleWeights  weights that were to replace others are of another model, or changed unasked
+        ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
+        │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
         └── EngineDead           the engine has stopped and serves nobody
 
 The server maps this tree to HTTP in one table.
@@ -99,6 +102,18 @@ class RequestFailed(EngineError):
 
 class EngineBusy(EngineError):
     """The engine had no room for this request when it came; nothing of it was begun, and it may succeed later."""
+
+
+class EngineAsleep(EngineBusy):
+    """The engine takes no requests until it is woken, or until its weights have been replaced."""
+
+
+class EngineInUse(EngineError):
+    """Requests run, or an operation of the same kind does, and this one would disturb them; nothing was begun."""
+
+
+class IncompatibleWeights(EngineError):
+    """The files are sound, but not those of the model that is served: another shape, tokenizer or content."""
 
 
 class EngineDead(EngineError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from octavo_engine.errors import InvalidRequest, RequestFailed
 from octavo_engine.offline_request import Choice, OfflineRequest
 from octavo_engine.pins import Pin
 from octavo_engine.prompts import EncodedPrompt, Prompt, encode_all, encode_salt
+from octavo_engine.standby import Measurement, MemoryReport, check_level
 from octavo_engine.stats import collect_stats
 from octavo_engine.types import (
     CompletionDelta,
@@ -240,6 +242,75 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes and drop all pins."""
         self._engine.pins.reset()
+
+    def sleep(self, level: int = 1) -> MemoryReport:
+        """Let go of the weights and the KV cache, so that their memory is the system's until `wake_up`.
+
+        Cached prefixes and pins are lost; outputs that were kept can be forked afterwards, from their tokens.
+
+        Args:
+            level: 1 to serve the same model again: `wake_up` restores it, and refuses files that are others by now. 2
+                gives the weights up: `wake_up` takes what the files hold then.
+
+        Raises:
+            InvalidRequest: if there is no such level.
+
+        Example:
+            >>> report = llm.sleep()  # doctest: +SKIP
+            >>> report.freed_bytes  # doctest: +SKIP
+            412921856
+            >>> llm.wake_up()  # doctest: +SKIP
+        """
+        check_level(level)
+        standby = self._engine.standby
+        begun = standby.measure()
+        standby.sleep(level)
+        return standby.report(begun)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> MemoryReport:
+        """Take the model into memory again; of an engine that is awake nothing changes.
+
+        Args:
+            tags: "weights" and "kv_cache" to wake in parts; None wakes what is missing.
+
+        Raises:
+            IncompatibleWeights: if the files are others than those that went to sleep (level 1), or do not fit.
+            ModelNotFound, CorruptModelFile, UnsupportedModel: if they cannot be read any more.
+        """
+        standby = self._engine.standby
+        begun, parts = standby.measure(), standby.needs(tags)
+        standby.wake(parts, standby.read_weights() if "weights" in parts else None)
+        return self._changed(begun)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether `wake_up` must be called before anything can be generated."""
+        return self._engine.standby.level > 0
+
+    def update_weights_from_disk(self, path: str) -> MemoryReport:
+        """Serve the weights of other files from now on, of the same shape and with the same tokenizer.
+
+        They are read beside those that are served, which stay if anything fails; where there is no room for both,
+        `sleep(level=2)` first. Nothing that was cached is used any more. The tokenizer, the chat template and the
+        sampling defaults stay as they are.
+
+        Args:
+            path: a GGUF file, a folder in Hugging Face layout, or a hub id.
+
+        Raises:
+            IncompatibleWeights: if the model has another shape or tokenizer.
+            ModelNotFound, CorruptModelFile, UnsupportedModel: if it cannot be read.
+        """
+        standby = self._engine.standby
+        begun = standby.measure()
+        standby.replace(standby.read_weights(path))
+        return self._changed(begun)
+
+    def _changed(self, begun: Measurement) -> MemoryReport:
+        """Take note that there may be other weights; return what that took."""
+        report = self._engine.standby.report(begun)
+        self.info = replace(self.info, weights_digest=report.weights_digest)
+        return report
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:

@@ -118,8 +118,8 @@ class Pins:
             self._reserved.discard(pin_id)
             self._cache.pins.drop(pin_id)
 
-    def reset(self) -> None:
-        """Forget all cached content and all pins."""
+    def reset(self, root: bytes | None = None) -> None:
+        """Forget all cached content and all pins; with a `root`, what is cached from now on depends on it."""
         self._pins.clear()
         self._reserved.clear()
-        self._cache.reset_prefix_cache()
+        self._cache.reset_prefix_cache(root)

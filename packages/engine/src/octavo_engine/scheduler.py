@@ -91,6 +91,11 @@ class Scheduler:
         """True until every sequence has ended and every step was read."""
         return bool(self._running or self._waiting or self._in_flight)
 
+    @property
+    def request_ids(self) -> list[str]:
+        """The requests that have not ended."""
+        return list(self._residents.by_request)
+
     def sequences(self, request_id: str) -> list[Sequence]:
         """Return the live sequences of a request in index order; empty if it is unknown or has ended."""
         return list(self._residents.by_request.get(request_id, ()))
@@ -137,6 +142,17 @@ class Scheduler:
     def known_tokens(self, parent: Parent) -> KnownTokens | None:
         """Return the tokens of a sequence that runs, waits or is kept; None if it does none of these."""
         return self._residents.known_tokens(parent)
+
+    def forget_content(self, root: bytes | None = None) -> None:
+        """Forget all keys and values, since nothing runs and their memory or the weights go; kept tokens stay.
+
+        With a `root`, what is cached from now on depends on it.
+        """
+        assert not self.has_work
+        while self._residents.kept.give_up_blocks():
+            pass
+        self._rows.take_finished()  # the runner goes too
+        self.pins.reset(root)
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""

@@ -320,13 +320,14 @@ class CacheManager:
             self._parked.add(dropped, in_flight)
         seq.num_committed = num_computed_tokens
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached content and drop all pins, as after a change of weights.
+    def reset_prefix_cache(self, root: bytes | None = None) -> None:
+        """Forget all cached content and drop all pins.
 
-        Running sequences go on, but cache nothing more.
+        Running sequences go on, but cache nothing more. With a `root`, as after a change of weights, what is cached
+        from now on depends on it: nothing that was cached before can be hit, wherever it may be left.
         """
         self.pins.clear()
-        self._prefix.clear()
+        self._prefix.clear(root)
         for seq in self._sequences.values():
             seq.next_commit = NEVER
         if self.host is not None:

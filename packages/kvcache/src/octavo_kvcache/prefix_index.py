@@ -216,8 +216,10 @@ class PrefixIndex:
         if self._continuations is not None:
             self._continuations.remove(block_id)
 
-    def clear(self) -> None:
-        """Take all blocks out of the cache."""
+    def clear(self, root: bytes | None = None) -> None:
+        """Take all blocks out of the cache; those that come after depend on `root`, if there is one."""
+        if root is not None:
+            self._hasher = BlockHasher(self._block_size, root)
         for block_id in self._cache.clear():
             self._pool.drop_hash(block_id)
         if self._continuations is not None:

@@ -29,10 +29,18 @@ class _Done:
 
 
 class InlineExecutor:
-    """Runs batches on a runner in this thread. What a step raises is kept until its result is asked for."""
+    """Runs batches on a runner in this thread. What a step raises is kept until its result is asked for.
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner: Runner | None = runner
+    Args:
+        runner: runs them; None until there is one.
+    """
+
+    def __init__(self, runner: Runner | None) -> None:
+        self._runner = runner
+
+    def use(self, runner: Runner | None) -> None:
+        """Run what comes on another runner, which has seen no row yet; None lets go of the one that there is."""
+        self._runner = runner
 
     @property
     def max_in_flight(self) -> int:
@@ -41,7 +49,7 @@ class InlineExecutor:
 
     def submit(self, batch: ScheduledBatch) -> _Done:
         """Run the step."""
-        assert self._runner is not None, "submit after close"
+        assert self._runner is not None, "submit without a runner"
         try:
             return _Done(self._runner.execute(batch))
         except Exception as error:
