@@ -205,7 +205,7 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_gguf(tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a small llama GGUF file; keyword arguments change its metadata and tensors.
 
-    `metadata` and `tensors` update the tiny model's; a value of None removes an entry.
+    `metadata` and `tensors` update the tiny model's; a value of None removes an entry. Another `seed` is other weights.
     """
 
     def make(
@@ -214,10 +214,11 @@ def make_gguf(tmp_path: Path) -> Callable[..., Path]:
         *,
         pre: str = "smollm",
         name: str = "tiny.gguf",
+        seed: int = 0,
         **layout: Any,
     ) -> Path:
         keys = {k: v for k, v in {**tiny_metadata(pre), **(metadata or {})}.items() if v is not None}
-        all_tensors = {**tiny_tensors(len(keys["tokenizer.ggml.tokens"])), **(tensors or {})}
+        all_tensors = {**tiny_tensors(len(keys["tokenizer.ggml.tokens"]), seed), **(tensors or {})}
         path = tmp_path / name
         path.write_bytes(gguf_bytes(keys, {k: v for k, v in all_tensors.items() if v is not None}, **layout))
         return path

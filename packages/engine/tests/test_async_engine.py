@@ -3,13 +3,26 @@
 import asyncio
 import threading
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import pytest
 
 from octavo_engine.api import EngineInfo
 from octavo_engine.async_engine import AsyncEngine
+from octavo_engine.branch import Branch
 from octavo_engine.engine import Engine
-from octavo_engine.errors import EngineDead, InvalidRequest, PinLimitReached, PromptTooLong, RequestFailed, UnknownPin
+from octavo_engine.errors import (
+    EngineAsleep,
+    EngineDead,
+    EngineInUse,
+    IncompatibleWeights,
+    InvalidRequest,
+    ModelNotFound,
+    PinLimitReached,
+    PromptTooLong,
+    RequestFailed,
+    UnknownPin,
+)
 from octavo_engine.executor.fake import FakeExecutor
 from octavo_engine.pins import Pin
 from octavo_engine.scheduler import Scheduler
@@ -89,13 +102,56 @@ class GatedExecutor(FakeExecutor):
         return super().submit(batch)
 
 
+@dataclass(frozen=True)
+class FakeWeights:
+    digest: bytes
+    root: bytes
+
+
+class FakeHost:
+    """A model that is put aside and brought back in a moment, and files that a test replaces."""
+
+    def __init__(self) -> None:
+        self.files = {None: b"old", "new.gguf": b"new"}
+        self.weights: FakeWeights | None = FakeWeights(b"old", b"old root")
+        self.has_cache = True
+        self.reading: threading.Event | None = None
+
+    def load(self, model, digest):
+        if self.reading is not None:
+            assert self.reading.wait(10)
+        if model not in self.files:
+            raise ModelNotFound(f"{model}: no such file")
+        found = self.files[model]
+        if found == b"foreign" or (digest is not None and digest != found):
+            raise IncompatibleWeights(f"{model}: found {found!r}")
+        return FakeWeights(found, found + b" root")
+
+    def use(self, weights):
+        self.weights = weights
+
+    def allocate(self):
+        self.has_cache = True
+
+    def drop(self):
+        self.weights, self.has_cache = None, False
+
+    def bytes_in_use(self):
+        return 1000 * (self.weights is not None) + 100 * self.has_cache
+
+
 @pytest.fixture
 def gate() -> Gate:
     return Gate()
 
 
 @pytest.fixture
-def engine(gate: Gate):
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def engine(gate: Gate, host: FakeHost):
     scheduler = Scheduler(
         CacheManager(64, 4, max_num_pinned=6),
         max_num_seqs=4,
@@ -106,7 +162,7 @@ def engine(gate: Gate):
     executor = GatedExecutor(4, following_letter, fail_steps=frozenset({1000}))
     executor.gate = gate
     text = TextProcessor(Tokenizer(LetterBackend(), RULES), None, max_model_len=40, max_num_seqs=4, vocab_size=27)
-    engine = AsyncEngine(Engine(scheduler, executor), text, INFO)
+    engine = AsyncEngine(Engine(scheduler, executor, host), text, INFO)
     yield engine
     gate.open()
     engine.close()
@@ -376,3 +432,202 @@ def test_a_dead_engine_says_so_when_asked_for_pins(engine):
             await engine.pins()
 
     asyncio.run(main())
+
+
+# -- asleep and awake ------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_sleeps_refuses_requests_and_wakes(engine, host):
+    async def go():
+        before = await text_of(engine, "abcdefgh")
+        report = await engine.sleep()
+        assert (report.sleep_level, report.freed_bytes, engine.sleep_level) == (1, 1100, 1)
+        assert (host.weights, host.has_cache) == (None, False)
+        engine.check_health()
+        with pytest.raises(EngineAsleep, match="wake_up"):
+            engine.check_ready()
+        with pytest.raises(EngineAsleep, match=r"level 1, without its weights and kv_cache.*wake_up"):
+            await text_of(engine, "abc")
+        woken = await engine.wake_up()
+        assert (woken.sleep_level, woken.freed_bytes) == (0, -1100)
+        engine.check_ready()
+        assert await text_of(engine, "abcdefgh") == before
+        assert engine.stats().num_cached_prompt_tokens == 0
+
+    asyncio.run(go())
+
+
+def test_parts_wake_one_after_the_other(engine, host):
+    async def go():
+        await engine.sleep(2)
+        assert (await engine.wake_up(["weights"])).sleep_level == 2
+        with pytest.raises(EngineAsleep, match="without its kv_cache"):
+            engine.check_ready()
+        assert host.weights is not None
+        assert (await engine.wake_up(["kv_cache", "weights"])).sleep_level == 0
+        assert (await engine.wake_up()).freed_bytes == 0
+        with pytest.raises(InvalidRequest, match="tags are weights and kv_cache, got 'memory'"):
+            await engine.wake_up(["memory"])
+
+    asyncio.run(go())
+
+
+def test_level_1_promises_the_same_files_and_level_2_takes_others(engine, host):
+    async def go():
+        await engine.sleep(1)
+        host.files[None] = b"others"
+        with pytest.raises(IncompatibleWeights):
+            await engine.wake_up()
+        assert engine.sleep_level == 1
+        await engine.sleep(2)
+        assert (await engine.wake_up()).weights_digest == b"others".hex()
+        assert engine.info.weights_digest == b"others".hex()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("level", "mode"), [(0, None), (3, None), (1, "keep")])
+def test_unknown_levels_and_modes_are_refused(engine, level, mode):
+    with pytest.raises(InvalidRequest, match="must be"):
+        asyncio.run(engine.sleep(level, mode))
+    engine.check_ready()
+
+
+def test_requests_that_run_are_not_disturbed_unless_asked(engine, gate):
+    async def go():
+        gate.allow_only(1)
+        running = asyncio.create_task(text_of(engine, "abc"))
+        await until(lambda: engine.stats().num_running == 1)
+        for operation in (engine.sleep(), engine.update_weights_from_disk("new.gguf")):
+            refused = await asked_between_steps(gate, operation)
+            with pytest.raises(EngineInUse, match="1 sequences run and 0 wait"):
+                await refused
+        gate.open()
+        assert await running == "defgh"
+
+    asyncio.run(go())
+
+
+def test_wait_lets_requests_end_and_takes_no_more(engine, gate):
+    async def go():
+        gate.allow_only(1)
+        running = asyncio.create_task(text_of(engine, "abc"))
+        await until(lambda: engine.stats().num_running == 1)
+        asleep = await asked_between_steps(gate, engine.sleep(mode="wait"))
+        await until(lambda: not is_ready(engine))
+        late = await asked_between_steps(gate, text_of(engine, "abc", "late"))
+        with pytest.raises(EngineAsleep, match="is being put to sleep"):
+            await late
+        refused = await asked_between_steps(gate, engine.sleep(mode="abort"))
+        with pytest.raises(EngineInUse, match="is being put to sleep"):
+            await refused
+        gate.open()
+        assert await running == "defgh"
+        assert (await asleep).sleep_level == 1
+
+    asyncio.run(go())
+
+
+def test_abort_ends_requests_with_the_reason_and_frees_their_blocks(engine, gate):
+    async def go():
+        gate.allow_only(1)
+        running = asyncio.create_task(text_of(engine, "abc"))
+        await until(lambda: engine.stats().num_running == 1)
+        asleep = await asked_between_steps(gate, engine.sleep(mode="abort"))
+        await until(lambda: not is_ready(engine))
+        gate.open()
+        with pytest.raises(EngineAsleep, match="was ended because"):
+            await running
+        await asleep
+        assert engine.stats().cache.num_used == 0
+
+    asyncio.run(go())
+
+
+def test_who_gives_up_waiting_lets_requests_in_again(engine, gate):
+    async def go():
+        gate.allow_only(1)
+        running = asyncio.create_task(text_of(engine, "abc"))
+        await until(lambda: engine.stats().num_running == 1)
+        asleep = await asked_between_steps(gate, engine.sleep(mode="wait"))
+        await until(lambda: not is_ready(engine))
+        asleep.cancel()
+        await asyncio.gather(asleep, return_exceptions=True)
+        gate.open()
+        await until(lambda: is_ready(engine))
+        assert await running == "defgh"
+        assert engine.sleep_level == 0
+
+    asyncio.run(go())
+
+
+def test_other_weights_serve_once_they_are_read_and_hit_nothing_that_was_cached(engine, host):
+    async def go():
+        await text_of(engine, "abcdefgh")
+        await text_of(engine, "abcdefgh")
+        assert (cached := engine.stats().num_cached_prompt_tokens) > 0
+        host.reading = threading.Event()
+        updating = asyncio.create_task(engine.update_weights_from_disk("new.gguf"))
+        await until(lambda: not is_ready(engine))
+        with pytest.raises(EngineAsleep, match="is taking other weights"):
+            await text_of(engine, "abc")
+        assert host.weights.digest == b"old"
+        host.reading.set()
+        assert (await updating).weights_digest == b"new".hex()
+        assert host.weights.digest == b"new"
+        await text_of(engine, "abcdefgh")
+        assert engine.stats().num_cached_prompt_tokens == cached
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("path", "error"), [("gone.gguf", ModelNotFound), ("foreign.gguf", IncompatibleWeights)])
+def test_an_update_that_fails_leaves_the_old_weights_serving(engine, host, path, error):
+    async def go():
+        host.files["foreign.gguf"] = b"foreign"
+        before = await text_of(engine, "abcdefgh")
+        with pytest.raises(error):
+            await engine.update_weights_from_disk(path)
+        await until(lambda: is_ready(engine))
+        assert (host.weights.digest, await text_of(engine, "abcdefgh")) == (b"old", before)
+        assert engine.stats().num_cached_prompt_tokens > 0
+
+    asyncio.run(go())
+
+
+def test_kept_answers_outlive_a_sleep_by_their_tokens(engine):
+    async def go():
+        sampling = SamplingParams(temperature=0, max_tokens=5)
+        await collect(engine, engine.text.make_request([0, 1, 2], sampling, request_id="kept", keep=True))
+        await engine.sleep()
+        await engine.wake_up()
+        fork = await engine.fork(Branch("kept"), sampling, request_id="fork")
+        assert (await collect(engine, fork))[0][0] == "ijklm"
+
+    asyncio.run(go())
+
+
+async def text_of(engine, prompt, request_id="r"):
+    return (await collect(engine, request(engine, prompt, request_id)))[0][0]
+
+
+async def asked_between_steps(gate, operation):
+    """Begin an operation while a step is held up, then let one step through."""
+    task = asyncio.create_task(operation)
+    await asyncio.sleep(0)  # it asks
+    gate.steps.release()
+    return task
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def is_ready(engine):
+    try:
+        engine.check_ready()
+    except EngineAsleep:
+        return False
+    return True

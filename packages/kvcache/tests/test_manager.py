@@ -495,3 +495,17 @@ def test_block_ids_are_a_copy():
 def test_block_size_must_be_positive():
     with pytest.raises(InvalidArgument, match="block_size 0 and min_partial_hit 1 must be at least 1"):
         CacheManager(num_blocks=7, block_size=0)
+
+
+def test_a_new_root_hits_nothing_of_the_old_one_not_even_what_is_registered_after():
+    cache = CacheManager(num_blocks=9, block_size=4, root=b"old")
+    cache.match("running", [1, 2, 3, 4, 5])
+    cache.allocate("running", 0, 5)
+    cache.reset_prefix_cache(b"new")
+    cache.commit("running", [1, 2, 3, 4, 5], 5)
+    cache.free("running", token_ids=[1, 2, 3, 4, 5])
+    assert cache.match("after", [1, 2, 3, 4, 5]) == 0
+    cache.allocate("after", 0, 5)
+    cache.commit("after", [1, 2, 3, 4, 5], 5)
+    cache.reset_prefix_cache()
+    assert cache.match("again", [1, 2, 3, 4, 5]) == 0

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from octavo_engine.api import EngineInfo, EngineStats
-from octavo_engine.errors import PinLimitReached, RequestFailed, UnknownPin
+from octavo_engine.errors import EngineAsleep, EngineInUse, PinLimitReached, RequestFailed, UnknownPin
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
+from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.chat_template import ChatTemplate
@@ -136,6 +138,9 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.pinned: dict[str, tuple[Pin, bytes]] = {}
         self.broken: Exception | None = None
+        self.sleep_level = 0
+        self.asked: list[tuple[Any, ...]] = []  # of an administrator
+        self.unreadable: dict[str, Exception] = {}  # by the path of weights
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.num_running = 0
@@ -149,12 +154,45 @@ class FakeEngine:
         if self.broken is not None:
             raise self.broken
 
+    def check_ready(self) -> None:
+        self.check_health()
+        if self.sleep_level:
+            raise EngineAsleep(f"the engine sleeps (level {self.sleep_level}); wake it by POST /wake_up")
+
+    async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:
+        if self.num_running and mode is None:
+            raise EngineInUse(f"{self.num_running} sequences run and 0 wait")
+        self.asked.append(("sleep", level, mode))
+        self.sleep_level = level
+        return self._report(1000, 400)
+
+    async def wake_up(self, tags: list[str] | None = None) -> MemoryReport:
+        self.asked.append(("wake_up", tags))
+        self.sleep_level = 0
+        return self._report(400, 1000)
+
+    async def update_weights_from_disk(self, path: str, mode: SleepMode | None = None) -> MemoryReport:
+        self.asked.append(("update", path, mode))
+        if path in self.unreadable:
+            raise self.unreadable[path]
+        self.info = replace(self.info, weights_digest=path)
+        return self._report(1000, 1000)
+
+    def _report(self, before: int, after: int) -> MemoryReport:
+        return MemoryReport(
+            sleep_level=self.sleep_level,
+            weights_digest=self.info.weights_digest,
+            bytes_before=before,
+            bytes_after=after,
+            seconds=0.5,
+        )
+
     async def release(self, request_id: str) -> bool:
         self.check_health()
         return False
 
     async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
-        self.check_health()
+        self.check_ready()
         self.requests.append(request)
         self.num_running += 1
         stream = self.text.stream(request)
@@ -215,7 +253,7 @@ class FakeEngine:
         )
 
     async def embed(self, request: Request) -> EmbeddingOutput:
-        self.check_health()
+        self.check_ready()
         self.requests.append(request)
         self.num_running += 1
         try:
@@ -256,6 +294,7 @@ class FakeEngine:
         return [pin for pin, own in self.pinned.values() if own == salt]
 
     async def reset_prefix_cache(self) -> None:
+        self.asked.append(("reset_prefix_cache",))
         self.pinned.clear()
 
     def stats(self) -> EngineStats:

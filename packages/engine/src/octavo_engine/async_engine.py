@@ -72,7 +72,7 @@ class AsyncEngine:
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
         self._answers: set[Future[Any]] = set()  # asked for and not given
         self._waiting_for_idle: list[Future[None]] = []
-        self._standby = AsyncStandby(engine.standby, self._ask, self._idle, self._abort_all)
+        self._standby = AsyncStandby(engine.standby, self._ask, self._do, self._idle, self._abort_all)
         self._wake = threading.Condition()
         self._closing = False
         self._dead: EngineDead | None = None

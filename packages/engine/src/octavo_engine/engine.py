@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from typing import Any
 
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
@@ -27,7 +28,7 @@ class Engine:
         standby: puts the model aside, brings it back, or replaces its weights.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, host: ModelHost | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, host: ModelHost[Any] | None = None) -> None:
         self.scheduler = scheduler
         self.pins = scheduler.pins
         self.standby = Standby(scheduler, host)

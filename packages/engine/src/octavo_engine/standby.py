@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from octavo_engine.errors import EngineAsleep, EngineInUse, InvalidRequest
 from octavo_engine.scheduler import Scheduler
@@ -54,6 +54,13 @@ class Measurement(NamedTuple):
     time: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Closing:
+    """An operation that keeps requests out; `why` ends a sentence that begins with the engine."""
+
+    why: str
+
+
 class Weights(Protocol):
     """Weights in memory that may be served; `digest` stands for them and the tokenizer, `root` for their cached KV."""
 
@@ -68,15 +75,18 @@ class Weights(Protocol):
         ...
 
 
-class ModelHost(Protocol):
+WeightsT = TypeVar("WeightsT", bound=Weights)
+
+
+class ModelHost(Protocol[WeightsT]):
     """Holds what a model takes in memory."""
 
     @property
-    def weights(self) -> Weights | None:
+    def weights(self) -> WeightsT | None:
         """The weights that are there."""
         ...
 
-    def load(self, model: str | None, digest: bytes | None) -> Weights:
+    def load(self, model: str | None, digest: bytes | None) -> WeightsT:
         """Read weights beside those that are there; from any thread.
 
         Args:
@@ -89,7 +99,7 @@ class ModelHost(Protocol):
         """
         ...
 
-    def use(self, weights: Weights) -> None:
+    def use(self, weights: WeightsT) -> None:
         """Run on these weights from now on, if the KV cache is there."""
         ...
 
@@ -121,11 +131,11 @@ class Standby:
         level: 0 if the engine is awake, else the level of its sleep.
     """
 
-    def __init__(self, scheduler: Scheduler, host: ModelHost | None) -> None:
+    def __init__(self, scheduler: Scheduler, host: ModelHost[Any] | None) -> None:
         self._scheduler = scheduler
         self._host = host
         self._missing: set[Part] = set()
-        self._closed: str | None = None
+        self._closing: Closing | None = None
         self._digest = b"" if host is None or host.weights is None else host.weights.digest
         self.level = 0
 
@@ -136,8 +146,8 @@ class Standby:
 
     def check(self) -> None:
         """Return if requests are taken; raise EngineAsleep with what to do if not."""
-        if self._closed is not None:
-            raise EngineAsleep(f"the engine {self._closed} and takes no requests meanwhile; try again in a moment")
+        if self._closing is not None:
+            raise EngineAsleep(f"the engine {self._closing.why} and takes no requests meanwhile; try again in a moment")
         if self.level:
             missing = " and ".join(part for part in PARTS if part in self._missing)
             raise EngineAsleep(
@@ -145,29 +155,26 @@ class Standby:
                 "and send the request again"
             )
 
-    def close(self, why: str, *, only_if_idle: bool) -> None:
+    def close(self, closing: Closing, *, only_if_idle: bool) -> None:
         """Take no more requests until `open`.
 
-        Args:
-            why: what happens to the engine, as the end of a sentence that begins with its name.
-            only_if_idle: refuse to while requests run or wait.
-
         Raises:
-            EngineInUse: they do, or the engine is closed already.
+            EngineInUse: requests run or wait, if there must be none; or the engine is closed already.
         """
         self._model_host()
-        if self._closed is not None:
-            raise EngineInUse(f"the engine {self._closed}; try again when that has ended")
+        if self._closing is not None:
+            raise EngineInUse(f"the engine {self._closing.why}; try again when that has ended")
         if only_if_idle and self._scheduler.has_work:
             raise EngineInUse(
                 f"{self._scheduler.num_running} sequences run and {self._scheduler.num_waiting} wait; try again when "
                 'they have ended, or give mode "wait" or "abort"'
             )
-        self._closed = why
+        self._closing = closing
 
-    def open(self) -> None:
-        """Take requests again, unless the engine sleeps."""
-        self._closed = None
+    def open(self, closing: Closing) -> None:
+        """Take requests again, if it was this that kept them out and the engine does not sleep."""
+        if self._closing is closing:
+            self._closing = None
 
     def measure(self) -> Measurement:
         """Note the memory in use and the time, before a change; from any thread."""
@@ -199,7 +206,8 @@ class Standby:
             ModelNotFound, CorruptModelFile, UnsupportedModel: they cannot be read.
         """
         promised = self._digest if model is None and self.level == 1 else None
-        return self._model_host().load(model, promised)
+        weights: Weights = self._model_host().load(model, promised)
+        return weights
 
     def needs(self, parts: Iterable[str] | None) -> set[Part]:
         """Return what of some parts, or of all, an engine that sleeps is without.
@@ -230,7 +238,7 @@ class Standby:
         self._missing.discard("weights")
         self._scheduler.forget_content(weights.root)
 
-    def _model_host(self) -> ModelHost:
+    def _model_host(self) -> ModelHost[Any]:
         if self._host is None:
             raise InvalidRequest("this engine cannot put its model aside; it was made without a host for it")
         return self._host

@@ -13,6 +13,7 @@ from octavo_server.config import ServerSettings
 from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
 from octavo_server.middleware import BodyLimit, Cors, RequestContext
 from octavo_server.routes import (
+    admin,
     cache,
     chat,
     completions,
@@ -41,7 +42,7 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> 
     # No generated pages: the interface is OpenAI's, and bodies are read by hand for errors in its shape.
     app = FastAPI(title="Octavo", openapi_url=None, redirect_slashes=False, middleware=_middleware(state))
     app.state.server = state
-    for module in (cache, chat, completions, embeddings, health, messages, metrics, models, requests, tokens):
+    for module in (admin, cache, chat, completions, embeddings, health, messages, metrics, models, requests, tokens):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, handle_http_exception)
     for kind in (ApiError, ValidationError, *ERRORS):

@@ -17,7 +17,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from octavo_engine.errors import EngineBusy, EngineDead, EngineError, InvalidRequest, RequestFailed, UnknownPin
+from octavo_engine.errors import (
+    EngineAsleep,
+    EngineBusy,
+    EngineDead,
+    EngineError,
+    EngineInUse,
+    IncompatibleWeights,
+    InvalidRequest,
+    RequestFailed,
+    UnknownPin,
+)
 from octavo_server.protocol.violations import describe_violations
 
 _log = logging.getLogger(__name__)
@@ -94,6 +104,9 @@ ERRORS: Mapping[type[Exception], ErrorRow] = {
     InvalidRequest: ErrorRow(400, _INVALID),
     UnknownPin: ErrorRow(404, _INVALID),
     ClientDisconnect: ErrorRow(CLIENT_GONE, _INVALID, "client_gone", "the client closed the connection"),
+    IncompatibleWeights: ErrorRow(400, _INVALID, "incompatible_weights"),
+    EngineInUse: ErrorRow(409, _INVALID, "engine_in_use", None, {"x-should-retry": "false"}),
+    EngineAsleep: ErrorRow(503, _SERVER, "engine_asleep", None, {"retry-after": "30"}),
     # The texts of these may quote the machine's files, so they go to the log and not to the client.
     RequestFailed: ErrorRow(500, _SERVER, "request_failed", "the engine could not compute this request"),
     EngineBusy: ErrorRow(503, _SERVER, "engine_busy", None, {"retry-after": "5"}),

@@ -200,6 +200,7 @@ class _EngineCollector(Collector):
             fallbacks.add_metric((kernel,), count)
         yield fallbacks
         yield _preemptions(stats)
+        yield _sleep_state(self._engine.sleep_level)
 
 
 def _info(info: EngineInfo) -> Metric:
@@ -241,6 +242,15 @@ def _preemptions(stats: EngineStats) -> Metric:
     )
     family.add_metric(("recompute",), stats.preemption.num_recomputed)
     family.add_metric(("swap",), stats.preemption.num_swapped)
+    return family
+
+
+def _sleep_state(level: int) -> Metric:
+    family = GaugeMetricFamily(
+        "octavo_engine_sleep_state", "1 for the state that the engine is in, 0 for the others.", labels=("sleep_state",)
+    )
+    for own, state in enumerate(("awake", "weights_offloaded", "discard_all")):  # vLLM's words for the levels
+        family.add_metric((state,), own == level)
     return family
 
 

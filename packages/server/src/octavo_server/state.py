@@ -48,7 +48,7 @@ class ServerState:
         """OpenAI's `system_fingerprint`: the same as long as the same software serves the same model."""
         info = self.engine.info
         computed = (info.dtype, info.kv_dtype, info.mode, info.device, info.kernel_backend)
-        parts = (version("octavo-server"), info.model_name, *computed, str(info.deterministic))
+        parts = (version("octavo-server"), info.model_name, info.weights_digest, *computed, str(info.deterministic))
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def resolve_model(self, name: str | None) -> str:

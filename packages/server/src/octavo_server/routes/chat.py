@@ -37,7 +37,7 @@ async def create_chat_completion(request: Request) -> Response:
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     text = state.engine.text
     engine_request = await chat_request(body, text, request_id=completion_id, max_n=state.max_n)
-    state.engine.check_health()
+    state.engine.check_ready()
     head = {
         "id": completion_id,
         "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -37,7 +37,7 @@ async def create_completion(request: Request) -> Response:
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     text = state.engine.text
     requests = await completion_requests(body, state.engine, request_id=completion_id, max_n=state.max_n)
-    state.engine.check_health()
+    state.engine.check_ready()
     head = {
         "id": completion_id,
         "object": "text_completion",

@@ -33,7 +33,7 @@ async def create_embeddings(request: Request) -> Response:
     body.check()
     model = state.resolve_model(body.model)
     requests = await embedding_requests(body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}")
-    state.engine.check_health()
+    state.engine.check_ready()
     with state.admission.enter(len(requests)):
         outputs = await until_disconnect(request, _embed_all(state.engine, requests))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)

@@ -18,7 +18,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Answer 200 if the engine lives, else 503."""
+    """Answer 200 if the engine lives, awake or asleep, else 503."""
     state_of(request).engine.check_health()
     return json_response(Health().model_dump())
 
@@ -27,7 +27,7 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Answer 200 if requests are accepted, else 503."""
     state = state_of(request)
-    state.engine.check_health()
+    state.engine.check_ready()
     return json_response(Ready(models=list(state.model_names)).model_dump())
 
 

@@ -33,7 +33,7 @@ async def create_message(request: Request) -> Response:
     message_id = f"msg_{uuid.uuid4().hex}"
     text = state.engine.text
     engine_request = await chat_request(chat, text, request_id=message_id, max_n=1)
-    state.engine.check_health()
+    state.engine.check_ready()
     generation = Generation(state.engine, state.metrics, [engine_request], state.admission.enter(1))
     choice = Choice(0, engine_request.sampling, text.tokenizer)
     blocks = Blocks(text.answer_parser(chat.tool_use, engine_request.prompt_token_ids))
