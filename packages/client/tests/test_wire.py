@@ -53,6 +53,7 @@ ALL_EXTRAS = {
     "parent_index": 1,
     "branch_at": 5,
     "priority": -1,
+    "timeout": 30.0,
     "cache_salt": "team a",
 }
 

@@ -71,7 +71,7 @@ def test_a_request_too_many_is_told_when_to_come_back(make_client, engine, path)
     assert int(response.headers["retry-after"]) >= 1
     assert "takes 2 at most" in response.json()["error"]["message"]
     assert engine.requests == []
-    assert "octavo_requests_refused_total 1.0" in client.get("/metrics").text
+    assert 'octavo_admission_rejections_total{reason="overloaded"} 1.0' in client.get("/metrics").text
     held.leave()
     assert client.post(path, json=BODIES[path]).status_code == 200
     assert client.app.state.server.admission.num_requests == 0

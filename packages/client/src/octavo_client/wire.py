@@ -36,6 +36,8 @@ TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Pooling: TypeAlias = Literal["last", "mean"]
 """How the hidden states of a text become one vector: the last token's, or the mean over all tokens."""
 
+_TIMEOUT = "Seconds after which the server gives the request up with status 504. Default: the server's own limit."
+
 
 class _Body(BaseModel):
     """Fields for a request's JSON body that can stand where the openai SDK takes a mapping.
@@ -289,6 +291,7 @@ class Extras(_Body):
         le=2**31 - 1,
         description="Order of scheduling: a lower value runs earlier, equal ones in order of arrival. Default: 0.",
     )
+    timeout: float | None = Field(default=None, gt=0.0, description=_TIMEOUT)
     cache_salt: str | None = Field(
         default=None,
         min_length=1,
@@ -308,7 +311,7 @@ class EmbeddingExtras(_Body):
         max_length=256,
         description="Share cached prefixes only with requests of the same salt. Default: no salt.",
     )
-
+    timeout: float | None = Field(default=None, gt=0.0, description=_TIMEOUT)
     pooling: Pooling | None = Field(
         default=None,
         description="How one vector is made of a text's tokens. Default: last.",

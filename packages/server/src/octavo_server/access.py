@@ -6,13 +6,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from octavo_server.config import FREE_ROUTES
 from octavo_server.errors import ApiError, error_response
 from octavo_server.exchange import current_exchange
 from octavo_server.keys import KeyRing
 from octavo_server.state import state_of
-
-FREE_ROUTES = frozenset({"/health", "/ready", "/version", "/metrics"})
-"""What monitors ask; it needs no key."""
 
 
 class ApiKeyGate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -10,8 +12,12 @@ from starlette.middleware import Middleware
 from octavo_engine.api import EngineClient
 from octavo_server.access import ApiKeyGate
 from octavo_server.config import ServerSettings
+from octavo_server.context import Observer, RequestContext
+from octavo_server.drain import DrainGate
 from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
-from octavo_server.middleware import BodyLimit, Cors, RequestContext
+from octavo_server.logs import request_logger
+from octavo_server.middleware import BodyLimit, Cors, RateGate
+from octavo_server.rate_limits import budgets_of
 from octavo_server.routes import (
     admin,
     cache,
@@ -51,14 +57,26 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> 
     return app
 
 
+def _observers(state: ServerState) -> list[Observer]:
+    """Return what is told of each answer."""
+    whole = partial(state.engine.text.tokenizer.decode, skip_special_tokens=False)
+    decode = whole if state.settings.log_prompts else None
+    return [state.metrics.observe_http, request_logger(decode)]
+
+
 def _middleware(state: ServerState) -> list[Middleware]:
     """Return the layers, outermost first."""
     settings = state.settings
+    keys = settings.key_ring()
+    budgets = budgets_of(keys, state.metrics.limit_rate)
     layers = [
-        Middleware(RequestContext, metrics=state.metrics),
+        Middleware(RequestContext, observers=_observers(state), request_timeout=settings.request_timeout),
         Middleware(Cors, allowed_origins=settings.allowed_origins),
+        Middleware(DrainGate, drain=state.drain),
     ]
     if settings.has_keys or settings.admin_api_key:
-        layers.append(Middleware(ApiKeyGate, keys=settings.key_ring()))
+        layers.append(Middleware(ApiKeyGate, keys=keys))
+    if budgets:
+        layers.append(Middleware(RateGate, budgets=budgets))
     layers.append(Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
     return layers

@@ -17,9 +17,11 @@ from rich.console import Console
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
 from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
-from octavo_server.config import ServerSettings, is_loopback
+from octavo_server.config import DRAIN_SECONDS, ServerSettings
+from octavo_server.endpoint import Endpoint, tls_of
 from octavo_server.keys import read_keys
 from octavo_server.loading import engine_report, load_engine
+from octavo_server.logs import LOG_FORMATS, REQUESTS, set_up_logging
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
 from octavo_server.terminal import Conversation, stream_chat, stream_completion
@@ -116,22 +118,45 @@ def serve(
     ] = None,
     max_num_requests: Annotated[int, typer.Option(help="Requests that may run or wait at once.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="The largest request body, in bytes.")] = 8 << 20,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every HTTP request.")] = False,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a request may take. Default: no limit.")
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that requests have to end after SIGTERM.", min=0)
+    ] = DRAIN_SECONDS,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate of the server, in PEM, for HTTPS.")] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Private key of the certificate, if not in its file.")
+    ] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(help="Roots; clients must then show a certificate of one of them.")
+    ] = None,
+    uds: Annotated[Path | None, typer.Option(help="Unix socket to listen on in place of a host and port.")] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="A line in the log for each HTTP request.")
+    ] = True,
+    log_format: Annotated[str, typer.Option(help=f"How the log is written: {' or '.join(LOG_FORMATS)}.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model under OpenAI's HTTP interface."""
     console = Console(stderr=True)
     with _clear_errors(console):
-        _set_up_logging(log_level)
+        set_up_logging(log_level, log_format)
+        logging.getLogger(REQUESTS).setLevel(logging.NOTSET if access_log else logging.WARNING)
+        tls = tls_of(ssl_certfile, ssl_keyfile, ssl_ca_certs)
+        endpoint = Endpoint(host=host, port=port, uds=uds, tls=tls)
         settings = ServerSettings(
             served_model_names=tuple(served_model_name or ()),
             api_keys=tuple(api_key or ()),
             named_keys=read_keys(api_keys_file) if api_keys_file else (),
             admin_api_key=admin_api_key or None,
-            local_only=is_loopback(host),
+            local_only=endpoint.is_local,
+            request_timeout=request_timeout,
             max_num_requests=max_num_requests,
             max_body_bytes=max_body_bytes,
             allowed_origins=tuple(allowed_origin or ()),
+            log_prompts=log_prompts,
         )
         config = EngineConfig(
             model=model,
@@ -153,30 +178,32 @@ def serve(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
-        _serve(config, settings, console, host=host, port=port, access_log=access_log)
+        _serve(config, settings, console, endpoint, drain_timeout)
 
 
 def _serve(
-    config: EngineConfig, settings: ServerSettings, console: Console, *, host: str, port: int, access_log: bool
+    config: EngineConfig, settings: ServerSettings, console: Console, endpoint: Endpoint, drain_seconds: float
 ) -> None:
     from octavo_server.app import create_app
-    from octavo_server.serving import listen, make_server
+    from octavo_server.serving import allow_many_connections, listen_on, make_server
 
+    allow_many_connections()
     # The socket comes first: a port in use is found before the model is loaded.
-    with listen(host, port) as listening:
+    with listen_on(endpoint) as listening:
         engine = load_engine(config, console)
         try:
             console.print(engine_report(engine.info, engine.text.default_sampling))
-            shown = f"[{host}]" if ":" in host else host
             names = ", ".join(settings.served_model_names or (engine.info.model_name,))
+            url = endpoint.url(None if endpoint.uds else listening.getsockname()[1])
             console.print(
-                f"serving {names} at http://{shown}:{listening.getsockname()[1]}/v1"
-                + (" with API keys" if settings.has_keys else ""),
+                f"serving {names} at {url}" + (" with API keys" if settings.has_keys else ""),
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
-            make_server(create_app(engine, settings), access_log=access_log).run(sockets=[listening])
+            app = create_app(engine, settings)
+            server = make_server(app, drain=app.state.server.drain, drain_seconds=drain_seconds, tls=endpoint.tls)
+            server.run(sockets=[listening])
         finally:
             engine.close()
     console.print("stopped")
@@ -206,7 +233,7 @@ def run(
     """Answer one prompt in the terminal."""
     console = Console(stderr=True)
     with _clear_errors(console):
-        _set_up_logging("warning")
+        set_up_logging("warning")
         options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if raw and system is not None:
             raise InvalidConfig("--system goes with the chat template, --raw came too; leave one out")
@@ -255,7 +282,7 @@ def chat(
     """Talk with a model in the terminal."""
     console = Console()
     with _clear_errors(Console(stderr=True)):
-        _set_up_logging("warning")
+        set_up_logging("warning")
         options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = EngineConfig(
             model=model,
@@ -300,13 +327,6 @@ def _clear_errors(console: Console) -> Generator[None, None, None]:
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-
-
-def _set_up_logging(level: str) -> None:
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise InvalidConfig(f"log_level {level!r} is not one of debug, info, warning, error")
-    logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def _bytes(option: str, gib: float | None, num_bytes: int | None) -> int | None:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidConfig
 from octavo_server.keys import ApiKey, KeyRing
+
+FREE_ROUTES = frozenset({"/health", "/ready", "/version", "/metrics"})
+"""What monitors ask: it needs no key, and is answered while the server drains."""
+
+DRAIN_SECONDS = 25.0
+"""In which requests may end once the server is to stop: Kubernetes waits 30 seconds by default."""
 
 MAX_CHOICES_PER_PROMPT = 128
 """OpenAI's limit on `n`; an engine that runs fewer sequences lowers it."""
@@ -29,7 +36,9 @@ class ServerSettings:
         max_num_requests: prompts that may run or wait at once; what comes beyond is answered with 503.
         max_body_bytes: the largest request body that is read.
         body_timeout: seconds within which a request's body must have come.
+        request_timeout: seconds that a request may take, its answer included; None sets no limit, requests may.
         allowed_origins: web origins that browsers may call from; empty allows none.
+        log_prompts: whether the log has the prompts of requests.
         keep_alive: seconds of silence in a stream after which a comment is sent, so that proxies keep it open.
 
     Raises:
@@ -44,13 +53,16 @@ class ServerSettings:
     max_num_requests: int = 1024
     max_body_bytes: int = 8 << 20
     body_timeout: float = 60.0
+    request_timeout: float | None = None
     allowed_origins: tuple[str, ...] = ()
+    log_prompts: bool = False
     keep_alive: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_requests", "max_body_bytes", "body_timeout", "keep_alive"):
-            if getattr(self, name) <= 0:
-                raise InvalidConfig(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_num_requests", "max_body_bytes", "body_timeout", "request_timeout", "keep_alive"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidConfig(f"{name} must be above 0, got {value}")
         for name in ("served_model_names", "api_keys", "allowed_origins"):
             if not all(getattr(self, name)):
                 raise InvalidConfig(f"{name} must not hold an empty string")

@@ -46,6 +46,7 @@ _MESSAGE_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 _MESSAGES = "/v1/messages"
 

@@ -15,6 +15,7 @@ from octavo_engine.api import EngineClient
 from octavo_engine.errors import RequestFailed
 from octavo_engine.types import CompletionDelta, FinishReason, Request, TokenLogprobs
 from octavo_server.admission import Ticket
+from octavo_server.exchange import current_exchange
 from octavo_server.metrics import Metrics
 
 WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -36,6 +37,9 @@ class Generation:
         prompt_only: generate nothing: every choice ends at once, empty, for its length. The requests run if their
             prompts' log-probabilities are wanted.
 
+    Raises:
+        ApiError: 429 if the limits of the caller's key leave no room for the prompts.
+
     Attributes:
         prompt_logprobs: by prompt, of its tokens from the second on, once they are known.
     """
@@ -49,6 +53,7 @@ class Generation:
         *,
         prompt_only: bool = False,
     ) -> None:
+        charge_prompts(requests)
         self._ticket = ticket
         self._engine = engine
         self._metrics = metrics
@@ -139,6 +144,17 @@ class Generation:
                     yield item
         finally:
             await cancel_all(readers)
+
+
+def charge_prompts(requests: Sequence[Request]) -> None:
+    """Take the tokens of prompts from the limits of the caller's key.
+
+    Raises:
+        ApiError: 429 if too few are left.
+    """
+    exchange = current_exchange()
+    if exchange is not None and exchange.budget is not None:
+        exchange.budget.take_prompts(sum(len(request.prompt_token_ids) for request in requests))
 
 
 async def until_disconnect(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

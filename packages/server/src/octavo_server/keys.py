@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,9 @@ class KeyRing:
                     raise InvalidConfig(
                         f"the API keys {other.name!r} and {key.name!r} have the same {what}; change one"
                     )
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._keys)
 
     def find(self, given: str) -> ApiKey | None:
         """Return the key that a header's value is; None if it is none of them.

@@ -18,11 +18,15 @@ from prometheus_client.registry import Collector
 
 from octavo_engine.api import EngineClient, EngineInfo, EngineStats
 from octavo_engine.types import CompletionDelta, Request, RequestTimes
+from octavo_server.context import Answer
+from octavo_server.exchange import EngineWork, current_exchange
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 30)
 _DURATIONS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
 _QUEUE_TIMES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+REJECTIONS = ("overloaded", "rate_limited", "shutting_down")
+_CHOICES = (1, 2, 5, 10, 20, 50, 100)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -48,6 +52,11 @@ class Metrics:
         self.inter_token_latency = self._histogram(
             "inter_token_latency_seconds", "Between one token of a choice and the next.", _LATENCIES
         )
+        self.time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time from one token of a finished request to the next.",
+            _LATENCIES,
+        )
         self.e2e_latency = self._histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its end.", _DURATIONS
         )
@@ -70,6 +79,16 @@ class Metrics:
             "request_generation_tokens", "Tokens generated for a finished request, over all its choices.", _TOKENS
         )
 
+        self.choices_wanted = self._histogram(
+            "request_params_n", "Choices that a finished request asked for.", _CHOICES
+        )
+        self.max_tokens_wanted = self._histogram(
+            "request_params_max_tokens", "The most tokens that a finished request asked for, if it said so.", _TOKENS
+        )
+        self.key_tokens = self._counter(
+            "key_tokens", "Tokens of finished requests by API key, of the prompt and generated.", ("key", "kind")
+        )
+
     def _define_outcomes(self) -> None:
         self.success = self._counter(
             "request_success", "Choices that ended well, by finish reason.", ("finished_reason",)
@@ -78,7 +97,17 @@ class Metrics:
             self.success.labels(reason)
         self.aborted = self._counter("requests_aborted", "Requests whose client left before their end.")
         self.failed = self._counter("requests_failed", "Requests that the engine could not compute.")
-        self.refused = self._counter("requests_refused", "HTTP requests refused because too many had been taken in.")
+        self.cut_off = self._counter("requests_cut_off", "Requests that the server ended early, by why.", ("reason",))
+        for reason in ("timeout", "shutting_down"):
+            self.cut_off.labels(reason)
+        self.rejections = self._counter(
+            "admission_rejections", "HTTP requests that were not taken in, by why.", ("reason",)
+        )
+        for reason in REJECTIONS:
+            self.rejections.labels(reason)
+        self.rate_limited = self._counter(
+            "rate_limited", "HTTP requests refused for a limit of their key.", ("key", "limit")
+        )
         self.http_requests = self._counter(
             "http_requests",
             "HTTP requests by method, route template and status; 499 is a client that left.",
@@ -98,15 +127,24 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(f"octavo_{name}", text, labels, registry=self.registry)
 
+    def reject(self, reason: str) -> None:
+        """Count an HTTP request that was not taken in; the reason is one of REJECTIONS."""
+        self.rejections.labels(reason).inc()
+
+    def limit_rate(self, key: str, limit: str) -> None:
+        """Count an HTTP request that was refused for a limit of its key."""
+        self.reject("rate_limited")
+        self.rate_limited.labels(key, limit).inc()
+
     def track(self, request: Request) -> RequestTrack:
         """Start to measure one request to the engine; a context manager, whose end decides the outcome."""
         return RequestTrack(self, request)
 
-    def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
+    def observe_http(self, answer: Answer) -> None:
         """Count one HTTP request."""
-        method = method if method in _METHODS else "other"
-        self.http_requests.labels(method, route, str(status)).inc()
-        self.http_duration.labels(method, route).observe(seconds)
+        method = answer.method if answer.method in _METHODS else "other"
+        self.http_requests.labels(method, answer.route, str(answer.status)).inc()
+        self.http_duration.labels(method, answer.route).observe(answer.seconds)
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """Return all figures and their content type, in the format that an Accept header asks for."""
@@ -122,8 +160,11 @@ class RequestTrack:
         self._request = request
         self._arrival = time.monotonic()
         self._num_open = request.sampling.n
-        self._num_tokens = 0
         self._last_token: dict[int, float] = {}
+        self._work = EngineWork(request)
+        self._exchange = current_exchange()
+        if self._exchange is not None:
+            self._exchange.work.append(self._work)
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +176,8 @@ class RequestTrack:
             self._finish()
         elif kind is not None and issubclass(kind, Exception):
             self._metrics.failed.inc()
+        elif self._exchange is not None and self._exchange.ended_by is not None:
+            self._metrics.cut_off.labels(self._exchange.ended_by.code).inc()
         else:  # cancelled or closed
             self._metrics.aborted.inc()
 
@@ -143,15 +186,22 @@ class RequestTrack:
         if delta.token_ids:
             self._observe_tokens(delta.index, len(delta.token_ids), now)
         if delta.finish_reason is not None:
+            work = self._work
+            work.num_cached_tokens = max(work.num_cached_tokens, delta.cached.total)
+            work.finish_reasons.append(delta.finish_reason.value)
             if self._num_open == self._request.sampling.n and delta.times is not None:
+                work.times = delta.times
                 self._observe_times(delta.times)
             self._num_open -= 1
             self._metrics.success.labels(delta.finish_reason.value).inc()
 
     def _observe_tokens(self, index: int, num_tokens: int, now: float) -> None:
-        if not self._num_tokens:
+        if self._work.first_token is None:
+            self._work.first_token = now
             self._metrics.time_to_first_token.observe(now - self._arrival)
-        self._num_tokens += num_tokens
+        self._work.num_tokens += num_tokens
+        if self._exchange is not None and self._exchange.budget is not None:
+            self._exchange.budget.take_tokens(num_tokens)
         last = self._last_token.get(index)
         self._last_token[index] = now
         # Tokens that came together share the time since those before them; the first of a choice has none before it.
@@ -170,9 +220,19 @@ class RequestTrack:
             self._metrics.decode_time.observe(times.finished - times.first_token)
 
     def _finish(self) -> None:
-        self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        num_tokens, first_token, now = self._work.num_tokens, self._work.first_token, time.monotonic()
+        self._metrics.e2e_latency.observe(now - self._arrival)
         self._metrics.prompt_tokens.observe(len(self._request.prompt_token_ids))
-        self._metrics.generation_tokens.observe(self._num_tokens)
+        self._metrics.generation_tokens.observe(num_tokens)
+        self._metrics.choices_wanted.observe(self._request.sampling.n)
+        if self._request.sampling.max_tokens is not None:
+            self._metrics.max_tokens_wanted.observe(self._request.sampling.max_tokens)
+        if first_token is not None and num_tokens > 1:
+            self._metrics.time_per_output_token.observe((now - first_token) / (num_tokens - 1))
+        if self._exchange is not None and self._exchange.key is not None:
+            key = self._exchange.key.name
+            self._metrics.key_tokens.labels(key, "prompt").inc(len(self._request.prompt_token_ids))
+            self._metrics.key_tokens.labels(key, "generation").inc(num_tokens)
 
 
 class _EngineCollector(Collector):

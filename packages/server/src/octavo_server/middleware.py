@@ -1,89 +1,25 @@
-"""What every request passes on its way in: an id and a count, the web origins, and the body's limits."""
+"""What every request passes on its way in: the web origins, the limits of its key, and those of its body."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo_server.errors import CLIENT_GONE, ApiError, error_response
-from octavo_server.exchange import Exchange, begin_exchange
-from octavo_server.metrics import Metrics
+from octavo_server.errors import ApiError, error_response
+from octavo_server.exchange import current_exchange
+from octavo_server.rate_limits import KeyBudget
 
 _log = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _DRAIN_BYTES = 16 << 20
 _DRAIN_SECONDS = 2.0
-
-
-class RequestContext:
-    """Gives each request its id, answers what nobody foresaw, and counts the request by its outcome."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        exchange = Exchange(_request_id(scope))
-        begin_exchange(exchange)
-        wire = _Wire(receive, send, exchange.request_id)
-        try:
-            await self._app(scope, wire.receive, wire.send)
-        except Exception as error:  # the boundary: whatever a route forgot becomes a 500 with an id to look for
-            _log.error("request %s failed", exchange.request_id)
-            if wire.status is not None:
-                raise
-            await error_response(error, scope["path"])(scope, wire.receive, wire.send)
-        finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.observe_http(scope["method"], route, wire.outcome, time.monotonic() - exchange.arrival)
-
-
-class _Wire:
-    """One request's messages in both directions, watched."""
-
-    def __init__(self, receive: Receive, send: Send, request_id: str) -> None:
-        self._receive = receive
-        self._send = send
-        self._gone = False
-        self._complete = False
-        self.request_id = request_id
-        self.status: int | None = None
-
-    @property
-    def outcome(self) -> int:
-        """The status to count: what was sent, unless the client left before the end of it."""
-        return self.status if self._complete and self.status is not None else CLIENT_GONE if self._gone else 500
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._gone = self._gone or message["type"] == "http.disconnect"
-        return message
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
-        elif not self._gone:
-            self._complete = not message.get("more_body", False)
-        await self._send(message)
-
-
-def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class Cors(CORSMiddleware):
@@ -106,6 +42,37 @@ class Cors(CORSMiddleware):
         return error_response(
             ApiError(400, "this origin, method or header is not allowed here; see --allowed-origin", code="cors")
         )
+
+
+class RateGate:
+    """Holds each key to its limits, and says in every answer what is left of them."""
+
+    def __init__(self, app: ASGIApp, budgets: Mapping[str, KeyBudget]) -> None:
+        self._app = app
+        self._budgets = budgets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = current_exchange() if scope["type"] == "http" else None
+        budget = None if exchange is None or exchange.key is None else self._budgets.get(exchange.key.name)
+        if exchange is None or budget is None or scope["method"] in _READING:
+            await self._app(scope, receive, send)
+            return
+        try:
+            budget.enter()
+        except ApiError as error:
+            await error_response(error, scope["path"])(scope, receive, send)
+            return
+        exchange.budget = budget
+
+        async def send_what_is_left(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(budget.headers())
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_what_is_left)
+        finally:
+            budget.leave()
 
 
 class BodyLimit:

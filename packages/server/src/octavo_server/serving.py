@@ -8,6 +8,8 @@ import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import h11
@@ -16,12 +18,17 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo_engine.errors import InvalidConfig
+from octavo_server.config import DRAIN_SECONDS
+from octavo_server.drain import Drain
+from octavo_server.endpoint import Endpoint, Tls
 from octavo_server.errors import ApiError
 
 HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 20.0
 IDLE_SECONDS = 75
-SHUTDOWN_SECONDS = 15
+CLOSE_SECONDS = 5  # for connections to take what was written to them
+_LAST_WORDS_SECONDS = 0.1
+_BACKLOG = 2048
 
 
 class _Http(H11Protocol):
@@ -72,7 +79,18 @@ class _Http(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """A server that ends quietly on a signal, so that whoever runs it can clean up."""
+    """A server that drains on the first signal and ends on the second, quietly, so that whoever runs it can clean up.
+
+    Args:
+        config: uvicorn's.
+        drain: knows the requests in progress.
+        drain_seconds: within which they may end.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._drain_seconds = drain_seconds
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -85,6 +103,27 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's signature
+        """Take a signal."""
+        if self._drain.is_begun:
+            self.should_exit = self.force_exit = True
+        self._drain.begin(self._drain_seconds)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop, some times a second."""
+        return await super().on_tick(counter) or self._drain.is_over
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop: what is still in progress is told so."""
+        self._drain.begin(0)
+        self._drain.end_all()
+        await asyncio.sleep(0)
+        if self.force_exit:
+            await asyncio.sleep(_LAST_WORDS_SECONDS)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one.
@@ -96,15 +135,66 @@ def listen(host: str, port: int) -> socket.socket:
         raise InvalidConfig(f"cannot listen on port {port}; choose another --port, from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise InvalidConfig(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
 
 
-def make_server(app: ASGIApp, *, access_log: bool = False) -> uvicorn.Server:
+@contextmanager
+def listen_at(path: Path) -> Generator[socket.socket, None, None]:
+    """Listen on a Unix socket, which is removed at the end; one that a dead server left is replaced.
+
+    Raises:
+        InvalidConfig: if the path cannot be used; says why.
+    """
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+        listening.bind(str(path))
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise InvalidConfig(f"cannot listen on the Unix socket {path}: {error}; choose another --uds") from error
+    try:
+        with listening:
+            yield listening
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+    return True
+
+
+@contextmanager
+def listen_on(endpoint: Endpoint) -> Generator[socket.socket, None, None]:
+    """Listen where a server shall; the same errors as `listen` and `listen_at`."""
+    with listen(endpoint.host, endpoint.port) if endpoint.uds is None else listen_at(endpoint.uds) as listening:
+        yield listening
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit on open files as far as it may: each connection is one."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows, which has no such limit
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def make_server(
+    app: ASGIApp, *, drain: Drain | None = None, drain_seconds: float = DRAIN_SECONDS, tls: Tls | None = None
+) -> uvicorn.Server:
     """Return a server for an app; `run(sockets=[...])` serves until SIGINT or SIGTERM.
 
-    Streams in progress have some seconds to end; a second SIGINT does not wait for them.
+    Requests in progress have some seconds to end then, if the app's `drain` is given; a second signal does not wait.
     """
     config = uvicorn.Config(
         app,
@@ -112,10 +202,11 @@ def make_server(app: ASGIApp, *, access_log: bool = False) -> uvicorn.Server:
         ws="none",
         lifespan="off",
         log_config=None,
-        access_log=access_log,
+        access_log=False,  # RequestContext logs, and knows more
         server_header=False,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        **(tls.options() if tls else {}),
     )
-    return _Server(config)
+    return _Server(config, drain or Drain(), drain_seconds)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from octavo_engine.api import EngineClient
 from octavo_server.admission import Admission
 from octavo_server.config import MAX_CHOICES_PER_PROMPT, ServerSettings
+from octavo_server.drain import Drain
 from octavo_server.errors import ApiError
 from octavo_server.metrics import Metrics
 from octavo_server.protocol.violations import summarise
@@ -25,13 +26,15 @@ class ServerState:
     settings: ServerSettings
     metrics: Metrics
     admission: Admission
+    drain: Drain
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
     def build(cls, engine: EngineClient, settings: ServerSettings) -> ServerState:
         """Make the state of an app."""
         metrics = Metrics(engine)
-        return cls(engine, settings, metrics, Admission(settings.max_num_requests, metrics.refused.inc))
+        admission = Admission(settings.max_num_requests, lambda: metrics.reject("overloaded"))
+        return cls(engine, settings, metrics, admission, Drain(lambda: metrics.reject("shutting_down")))
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo_server.errors import ApiError, to_api_error
+from octavo_server.exchange import current_exchange
 from octavo_server.generation import cancel_all, wait_for_disconnect
 from octavo_server.protocol.generation import StreamOptions
 
@@ -102,6 +103,12 @@ class EventStream(Response):
             await asyncio.wait({pump, others[0]}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 pump.result()
+        except asyncio.CancelledError:
+            exchange = current_exchange()
+            if exchange is not None and exchange.ended_by is not None:  # the client is there, and is told why
+                await cancel_all([pump, *others])
+                await self._end(send, exchange.ended_by)
+            raise
         finally:
             await cancel_all([pump, *others])
 
@@ -111,9 +118,14 @@ class EventStream(Response):
                 async for event in events:
                     await self._send(send, event)
             except Exception as error:  # the boundary: the status is sent, so the error becomes an event
-                await self._send(send, self._error_event(to_api_error(error)))
+                await self._end(send, to_api_error(error))
+                return
+        await self._end(send)
+
+    async def _end(self, send: Send, error: ApiError | None = None) -> None:
         self._last_sent = asyncio.get_running_loop().time()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        event = b"" if error is None else self._error_event(error)
+        await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _send(self, send: Send, event: bytes) -> None:
         self._last_sent = asyncio.get_running_loop().time()

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from octavo_engine.errors import InvalidRequest
 from octavo_server.errors import ApiError
+from octavo_server.exchange import current_exchange
 from octavo_server.protocol.violations import summarise
 
 BODY_CONFIG = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
@@ -19,7 +20,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[ModelT]) -> ModelT:
-    """Read and validate a JSON body.
+    """Read and validate a JSON body, and hold the request to the `timeout` that it may have.
 
     Raises:
         ApiError: 415 if it is not JSON by its headers.
@@ -37,7 +38,11 @@ async def read_body(request: Request, model: type[ModelT]) -> ModelT:
             f"content-encoding must be identity, got {summarise(encoding)}; send the body uncompressed",
             code="unsupported_media_type",
         )
-    return model.model_validate_json(await request.body())
+    body = model.model_validate_json(await request.body())
+    exchange = current_exchange()
+    if exchange is not None and (timeout := getattr(body, "timeout", None)) is not None:
+        exchange.limit_time(timeout)
+    return body
 
 
 def refuse_unsupported(body: BaseModel, unsupported: Mapping[str, tuple[Any, ...]]) -> None:

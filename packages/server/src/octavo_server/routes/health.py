@@ -28,6 +28,7 @@ async def ready(request: Request) -> Response:
     """Answer 200 if requests are accepted, else 503."""
     state = state_of(request)
     state.engine.check_ready()
+    state.drain.check()
     return json_response(Ready(models=list(state.model_names)).model_dump())
 
 
