@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
@@ -14,30 +16,55 @@ from octavo_server.access import ApiKeyGate
 from octavo_server.config import ServerSettings
 from octavo_server.context import Observer, RequestContext
 from octavo_server.drain import DrainGate
+from octavo_server.durable import Durable
 from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
+from octavo_server.local_calls import LocalCalls
 from octavo_server.logs import request_logger
 from octavo_server.middleware import BodyLimit, Cors, RateGate
 from octavo_server.rate_limits import budgets_of
 from octavo_server.routes import (
     admin,
+    batches,
     cache,
     chat,
     completions,
     embeddings,
+    files,
     health,
     messages,
     metrics,
     models,
     requests,
+    responses,
     tokens,
 )
 from octavo_server.state import ServerState
+from octavo_server.store.store import Store
+from octavo_server.uploads import FORM_BYTES
+
+_ROUTES = (
+    admin,
+    batches,
+    cache,
+    chat,
+    completions,
+    embeddings,
+    files,
+    health,
+    messages,
+    metrics,
+    models,
+    requests,
+    responses,
+    tokens,
+)
 
 
-def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(engine: EngineClient, settings: ServerSettings | None = None, store: Store | None = None) -> FastAPI:
     """Return an ASGI application that serves an engine, in this process or in another, under OpenAI's interface.
 
-    The caller owns the engine: the application neither starts nor closes it.
+    The caller owns the engine and the store: the application neither starts nor closes them. Without a store it keeps
+    responses, files and batches in memory. Work that goes on from the store begins with the application's lifespan.
 
     Example:
         >>> app = create_app(engine, ServerSettings(api_keys=("secret",)))  # doctest: +SKIP
@@ -46,9 +73,12 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> 
     settings = settings or ServerSettings()
     state = ServerState.build(engine, settings)
     # No generated pages: the interface is OpenAI's, and bodies are read by hand for errors in its shape.
-    app = FastAPI(title="Octavo", openapi_url=None, redirect_slashes=False, middleware=_middleware(state))
+    app = FastAPI(
+        title="Octavo", openapi_url=None, redirect_slashes=False, middleware=_middleware(state), lifespan=_lifespan
+    )
     app.state.server = state
-    for module in (admin, cache, chat, completions, embeddings, health, messages, metrics, models, requests, tokens):
+    app.state.durable = Durable(state, store or Store(), LocalCalls(app))
+    for module in _ROUTES:
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, handle_http_exception)
     for kind in (ApiError, ValidationError, *ERRORS):
@@ -78,5 +108,22 @@ def _middleware(state: ServerState) -> list[Middleware]:
         layers.append(Middleware(ApiKeyGate, keys=keys))
     if budgets:
         layers.append(Middleware(RateGate, budgets=budgets))
-    layers.append(Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes, timeout=settings.body_timeout))
+    layers.append(
+        Middleware(
+            BodyLimit,
+            max_body_bytes=settings.max_body_bytes,
+            timeout=settings.body_timeout,
+            uploads={"/v1/files": settings.max_file_bytes + FORM_BYTES},
+        )
+    )
     return layers
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    durable: Durable = app.state.durable
+    await durable.start()
+    try:
+        yield
+    finally:
+        await durable.close()

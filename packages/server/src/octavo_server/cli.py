@@ -24,6 +24,7 @@ from octavo_server.loading import engine_report, load_engine
 from octavo_server.logs import LOG_FORMATS, REQUESTS, set_up_logging
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
+from octavo_server.store.store import Store, state_folder
 from octavo_server.terminal import Conversation, stream_chat, stream_completion
 
 _MODEL_HELP = "A GGUF file, a folder in Hugging Face layout, or a hub id. Default: the demo model."
@@ -118,6 +119,16 @@ def serve(
     ] = None,
     max_num_requests: Annotated[int, typer.Option(help="Requests that may run or wait at once.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="The largest request body, in bytes.")] = 8 << 20,
+    state_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of stored responses, files and batches. Default: one per port; :memory: keeps none."),
+    ] = None,
+    max_num_background: Annotated[
+        int, typer.Option(help="Lines of batches and background responses that run at once.")
+    ] = 16,
+    max_file_bytes: Annotated[int, typer.Option(help="The largest uploaded file, in bytes.")] = 512 << 20,
+    max_stored_bytes: Annotated[int, typer.Option(help="Stored files take no more than about this.")] = 16 << 30,
+    retention_days: Annotated[int, typer.Option(help="How long responses and ended batches are kept.")] = 30,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds that a request may take. Default: no limit.")
     ] = None,
@@ -155,6 +166,10 @@ def serve(
             request_timeout=request_timeout,
             max_num_requests=max_num_requests,
             max_body_bytes=max_body_bytes,
+            max_num_background=max_num_background,
+            max_file_bytes=max_file_bytes,
+            max_stored_bytes=max_stored_bytes,
+            retention_days=retention_days,
             allowed_origins=tuple(allowed_origin or ()),
             log_prompts=log_prompts,
         )
@@ -178,18 +193,24 @@ def serve(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
-        _serve(config, settings, console, endpoint, drain_timeout)
+        folder = state_folder(state_dir, uds.name if uds else str(port) if port else None)
+        _serve(config, settings, folder, console, endpoint, drain_timeout)
 
 
 def _serve(
-    config: EngineConfig, settings: ServerSettings, console: Console, endpoint: Endpoint, drain_seconds: float
+    config: EngineConfig,
+    settings: ServerSettings,
+    folder: Path | None,
+    console: Console,
+    endpoint: Endpoint,
+    drain_seconds: float,
 ) -> None:
     from octavo_server.app import create_app
     from octavo_server.serving import allow_many_connections, listen_on, make_server
 
     allow_many_connections()
-    # The socket comes first: a port in use is found before the model is loaded.
-    with listen_on(endpoint) as listening:
+    # The socket and the store come first: a port or a folder in use is found before the model is loaded.
+    with listen_on(endpoint) as listening, Store(folder) as store:
         engine = load_engine(config, console)
         try:
             console.print(engine_report(engine.info, engine.text.default_sampling))
@@ -201,7 +222,13 @@ def _serve(
                 highlight=False,
                 soft_wrap=True,
             )
-            app = create_app(engine, settings)
+            console.print(
+                f"responses, files and batches are kept in {folder or 'memory'}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            app = create_app(engine, settings, store)
             server = make_server(app, drain=app.state.server.drain, drain_seconds=drain_seconds, tls=endpoint.tls)
             server.run(sockets=[listening])
         finally:

@@ -21,6 +21,18 @@ MAX_CHOICES_PER_PROMPT = 128
 MAX_CHOICES = 2048
 """The most choices, over all prompts, that one HTTP request may ask for."""
 
+_ABOVE_ZERO = (
+    "max_num_requests",
+    "max_body_bytes",
+    "body_timeout",
+    "request_timeout",
+    "max_num_background",
+    "max_file_bytes",
+    "max_stored_bytes",
+    "retention_days",
+    "keep_alive",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -39,6 +51,10 @@ class ServerSettings:
         request_timeout: seconds that a request may take, its answer included; None sets no limit, requests may.
         allowed_origins: web origins that browsers may call from; empty allows none.
         log_prompts: whether the log has the prompts of requests.
+        max_num_background: lines of batches and background responses that run at once; the others wait.
+        max_file_bytes: the largest file that is taken.
+        max_stored_bytes: when the stored files have reached this, no further one is taken.
+        retention_days: for so long stored responses and ended batches are kept, counted from their beginning.
         keep_alive: seconds of silence in a stream after which a comment is sent, so that proxies keep it open.
 
     Raises:
@@ -56,10 +72,14 @@ class ServerSettings:
     request_timeout: float | None = None
     allowed_origins: tuple[str, ...] = ()
     log_prompts: bool = False
+    max_num_background: int = 16
+    max_file_bytes: int = 512 << 20
+    max_stored_bytes: int = 16 << 30
+    retention_days: int = 30
     keep_alive: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_requests", "max_body_bytes", "body_timeout", "request_timeout", "keep_alive"):
+        for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InvalidConfig(f"{name} must be above 0, got {value}")

@@ -29,6 +29,7 @@ from octavo_engine.errors import (
     UnknownPin,
 )
 from octavo_server.protocol.violations import describe_violations
+from octavo_server.store.database import StoreFailed
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ ERRORS: Mapping[type[Exception], ErrorRow] = {
     EngineDead: ErrorRow(
         503, _SERVER, "engine_dead", "the engine has stopped and serves no requests", {"retry-after": "10"}
     ),
+    StoreFailed: ErrorRow(500, _SERVER, "store_failed", "the server could not read or write what it keeps"),
     EngineError: ErrorRow(500, _SERVER, "engine_error", "the engine could not serve this request"),
     Exception: ErrorRow(500, _SERVER, "internal_error", "the server failed; its log says more"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -20,6 +21,9 @@ _log = logging.getLogger(__name__)
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _DRAIN_BYTES = 16 << 20
 _DRAIN_SECONDS = 2.0
+
+SLOWEST_UPLOAD = 16 << 10
+"""Bytes a second that an upload must come at, in the mean."""
 
 
 class Cors(CORSMiddleware):
@@ -76,12 +80,23 @@ class RateGate:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, by their declared length or by what comes, and those that come too slowly."""
+    """Refuses bodies that are too large, by their declared length or by what comes, and those that come too slowly.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout: float) -> None:
+    Args:
+        app: what the others pass on to.
+        max_body_bytes: the largest body.
+        timeout: seconds within which a body must have come.
+        uploads: paths that take files, with the largest body of each; theirs have as long as their size takes at
+            `SLOWEST_UPLOAD`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, timeout: float, uploads: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._timeout = timeout
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,44 +104,50 @@ class BodyLimit:
             return
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+        limit = self._uploads.get(scope["path"])
+        max_bytes = self._max_body_bytes if limit is None else limit
+        if declared.isdecimal() and int(declared) > max_bytes:
             if "expect" not in headers:
                 await _drain(receive)
-            await error_response(self._too_large(f"{int(declared)} bytes"), scope["path"])(scope, receive, send)
+            error = _too_large(max_bytes, f"{int(declared)} bytes")
+            await error_response(error, scope["path"])(scope, receive, send)
             return
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._limited(receive, max_bytes, is_upload=limit is not None), send)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, max_bytes: int, *, is_upload: bool) -> Receive:
         num_bytes = 0
         complete = False
-        deadline = asyncio.get_running_loop().time() + self._timeout
+        started = asyncio.get_running_loop().time()
 
         async def limited() -> Message:
             nonlocal num_bytes, complete
             if complete:
                 return await receive()
+            allowed = self._timeout + (num_bytes / SLOWEST_UPLOAD if is_upload else 0)
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(started + allowed):
                     message = await receive()
             except TimeoutError:
-                raise _too_slow(self._timeout) from None
+                raise _too_slow(allowed) from None
             num_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if num_bytes > self._max_body_bytes:
+            if num_bytes > max_bytes:
                 if not complete:
                     await _drain(receive)
-                raise self._too_large("more")
+                raise _too_large(max_bytes, "more")
             return message
 
         return limited
 
-    def _too_large(self, came: str) -> ApiError:
-        return ApiError(
-            413,
-            f"the body may have {self._max_body_bytes} bytes, got {came}; send less, or raise --max-body-bytes",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
+
+def _too_large(max_bytes: int, came: str) -> ApiError:
+    return ApiError(
+        413,
+        f"the body may have {max_bytes} bytes, got {came}; send less, or raise --max-body-bytes (for files"
+        " --max-file-bytes)",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
 
 
 def _too_slow(timeout: float) -> ApiError:

@@ -200,7 +200,7 @@ def make_server(
         app,
         http=_Http,
         ws="none",
-        lifespan="off",
+        lifespan="on",
         log_config=None,
         access_log=False,  # RequestContext logs, and knows more
         server_header=False,

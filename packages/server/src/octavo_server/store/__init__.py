@@ -1,0 +1,1 @@
+"""What outlives a server: stored responses, files and batches."""
