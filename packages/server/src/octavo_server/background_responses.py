@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass
 
 from octavo_engine.errors import InvalidRequest
@@ -73,7 +74,8 @@ class BackgroundResponses:
             await self._responses.add_events(response_id, created)
         job = _Job(run, EventLog(self._responses, response_id) if streams else None)
         self._jobs[response_id] = job
-        job.task = asyncio.create_task(self._work(job))
+        # Not in the context of the request that asks for it, whose time and budget end with its own answer.
+        job.task = asyncio.create_task(self._work(job), context=Context())
 
     async def cancel(self, response_id: str) -> None:
         """Cancel a response, if it is at work, and wait until it has ended."""
@@ -144,9 +146,11 @@ class BackgroundResponses:
         """Wait until the engine has room for a request."""
         while True:
             try:
-                return self._state.admission.enter(1)
+                if not self._state.engine.sleep_level:
+                    return self._state.admission.enter(1)
             except ApiError:
-                await asyncio.sleep(_PAUSE_SECONDS)
+                pass  # full
+            await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _finish(self, job: _Job) -> None:
         """Let a job go when all that it told is stored; what followers wait for is there, or will never be."""

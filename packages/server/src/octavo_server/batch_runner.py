@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextvars import Context
 from typing import Any
 
 from octavo_engine.errors import InvalidRequest
@@ -50,7 +51,8 @@ class BatchRunner:
 
     def start(self, batch: StoredBatch) -> None:
         """Take a batch up where it was left."""
-        self._tasks[batch.id] = asyncio.create_task(self._work(batch))
+        # Not in the context of the request that asks for it, whose time and budget end with its own answer.
+        self._tasks[batch.id] = asyncio.create_task(self._work(batch), context=Context())
 
     async def cancel(self, batch: StoredBatch) -> StoredBatch:
         """Stop a batch's lines, unless how it ends is clear; what is done of it will be in its files."""

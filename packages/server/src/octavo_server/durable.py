@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 
@@ -12,6 +11,7 @@ from starlette.requests import Request
 from octavo_server.background_responses import BackgroundResponses
 from octavo_server.batch_runner import BatchRunner
 from octavo_server.errors import ApiError
+from octavo_server.exchange import current_exchange
 from octavo_server.generation import cancel_all
 from octavo_server.local_calls import LocalCalls
 from octavo_server.protocol.violations import summarise
@@ -82,11 +82,8 @@ def owner_of(request: Request) -> str:
     """Return whose a request is: of all who have its API key, by a digest of it; without keys all are one."""
     if (owner := getattr(request.state, "owner", None)) is not None:
         return str(owner)  # of a batch, in whose name this server asks
-    if not request.app.state.server.settings.api_keys:
-        return ""
-    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return hashlib.sha256(key.encode()).hexdigest()[:32]
+    exchange = current_exchange()
+    return "" if exchange is None or exchange.key is None else exchange.key.digest.hex()
 
 
 def not_found(kind: str, given: str) -> ApiError:

@@ -207,14 +207,11 @@ def _tools(tools: Any, choice: Any) -> dict[str, Any]:
         names = ("name", "description", "parameters", "strict")
         function = {name: tool[name] for name in names if tool.get(name) is not None}
         functions.append({"type": "function", "function": function})
-    fields: dict[str, Any] = {"tools": functions, "tool_choice": choice}
-    if not isinstance(choice, dict):
-        return fields
-    fields = {"tools": functions}
-    if choice.get("type") == "function":
-        fields["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    elif choice.get("type") == "allowed_tools":
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "function":
+        choice = {"type": kind, "function": {"name": choice.get("name")}}
+    elif kind == "allowed_tools":
         allowed = [tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)]
-        fields = {"tools": [function for function in functions if function["function"].get("name") in allowed]}
-        fields["tool_choice"] = choice.get("mode")
-    return fields
+        functions = [function for function in functions if function["function"].get("name") in allowed]
+        choice = choice.get("mode")
+    return {"tools": functions, "tool_choice": choice}

@@ -92,7 +92,7 @@ def _connect(name: str, folder: Path | None) -> Connection:
 
 
 def _lock(folder: Path) -> Callable[[], None]:
-    """Lock a folder, made if it is not there, and return what unlocks it. The lock ends with the process at the latest."""
+    """Lock a folder, made if it is not there, and return what unlocks it; the end of the process does so too."""
     import fcntl  # POSIX alone; a store in memory needs none
 
     try:
