@@ -207,11 +207,11 @@ def _tools(tools: Any, choice: Any) -> dict[str, Any]:
         names = ("name", "description", "parameters", "strict")
         function = {name: tool[name] for name in names if tool.get(name) is not None}
         functions.append({"type": "function", "function": function})
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind == "function":
-        choice = {"type": kind, "function": {"name": choice.get("name")}}
-    elif kind == "allowed_tools":
-        allowed = [tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)]
-        functions = [function for function in functions if function["function"].get("name") in allowed]
-        choice = choice.get("mode")
+    if isinstance(choice, dict):
+        if choice.get("type") == "function":
+            choice = {"type": "function", "function": {"name": choice.get("name")}}
+        elif choice.get("type") == "allowed_tools":
+            allowed = [tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)]
+            functions = [function for function in functions if function["function"].get("name") in allowed]
+            choice = choice.get("mode")
     return {"tools": functions, "tool_choice": choice}
