@@ -198,7 +198,7 @@ def _tools(tools: Any, choice: Any) -> dict[str, Any]:
         return {} if choice in (None, "none", "auto") else {"tool_choice": choice}
     if not isinstance(tools, list):
         raise InvalidRequest(f"tools must be a list, got {summarise(tools)}", param="tools")
-    functions = []
+    functions: list[dict[str, Any]] = []
     for place, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise InvalidRequest(
