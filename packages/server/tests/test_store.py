@@ -142,7 +142,7 @@ def test_a_page_that_is_none_is_refused(query):
 
 def test_where_state_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert state_folder(None, 8000) == tmp_path / "octavo" / "8000"
-    assert state_folder(None, 0) is None
-    assert state_folder(":memory:", 8000) is None
-    assert state_folder(str(tmp_path / "x"), 0) == tmp_path / "x"
+    assert state_folder(None, "8000") == tmp_path / "octavo" / "8000"
+    assert state_folder(None, None) is None
+    assert state_folder(":memory:", "8000") is None
+    assert state_folder(str(tmp_path / "x"), None) == tmp_path / "x"
