@@ -133,6 +133,7 @@ def running_engine(num_seqs: int, *, with_runner: bool) -> Engine:
         max_num_seqs=num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=MAX_MODEL_LEN,
+        max_num_timelines=512,
     )
     engine = Engine(scheduler, still_runner(num_seqs, num_blocks, budget) if with_runner else InstantExecutor())
     sampling = SamplingParams(temperature=0, max_tokens=MAX_MODEL_LEN - PROMPT_LEN, ignore_eos=True, seed=0)

@@ -22,6 +22,7 @@ from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
+from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import (
     CachedTokens,
     CompletionDelta,
@@ -138,6 +139,7 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.pinned: dict[str, tuple[Pin, bytes]] = {}
         self.broken: Exception | None = None
+        self.timelines: dict[str, RequestTimeline] = {}
         self.sleep_level = 0
         self.asked: list[tuple[Any, ...]] = []  # of an administrator
         self.unreadable: dict[str, Exception] = {}  # by the path of weights
@@ -190,6 +192,9 @@ class FakeEngine:
     async def release(self, request_id: str) -> bool:
         self.check_health()
         return False
+
+    async def timeline(self, request_id: str) -> RequestTimeline | None:
+        return self.timelines.get(request_id)
 
     async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
         self.check_ready()

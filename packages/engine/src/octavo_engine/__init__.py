@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from octavo_engine.pins import Pin
     from octavo_engine.standby import MemoryReport
     from octavo_engine.structured.params import StructuredOutputsParams
+    from octavo_engine.timeline import RequestTimeline
     from octavo_engine.types import (
         CachedTokens,
         CompletionDelta,
@@ -75,6 +76,7 @@ _EXPORTS = {
     "pins": ("Pin",),
     "standby": ("MemoryReport",),
     "structured.params": ("StructuredOutputsParams",),
+    "timeline": ("RequestTimeline",),
     "types": (
         "CachedTokens",
         "CompletionDelta",
@@ -121,6 +123,7 @@ __all__ = [
     "Request",
     "RequestFailed",
     "RequestOutput",
+    "RequestTimeline",
     "SamplingParams",
     "StructuredOutputsParams",
     "TokenLogprobs",

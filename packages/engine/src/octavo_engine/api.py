@@ -11,6 +11,7 @@ from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.text.processor import TextProcessor
+from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import CachedTokens, CompletionDelta, EmbeddingOutput, Request, WarmOutput
 from octavo_kvcache import CacheStats
 
@@ -150,6 +151,14 @@ class EngineClient(Protocol):
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached content and drop all pins; requests that run go on."""
+        ...
+
+    async def timeline(self, request_id: str) -> RequestTimeline | None:
+        """Return what has happened to a request; None if it is unknown, or ended too long ago.
+
+        Raises:
+            EngineDead: if the engine has stopped.
+        """
         ...
 
     async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:

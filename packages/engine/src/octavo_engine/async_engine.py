@@ -23,6 +23,7 @@ from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.stats import collect_stats
 from octavo_engine.text.assemble import make_assembler
 from octavo_engine.text.processor import TextProcessor
+from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate, WarmOutput
 from octavo_engine.warming import warm_output
 
@@ -184,6 +185,10 @@ class AsyncEngine:
     async def release(self, request_id: str) -> bool:
         """Drop what is kept of an ended request. See `EngineClient.release`."""
         return await self._ask(lambda: self._engine.release(request_id))
+
+    async def timeline(self, request_id: str) -> RequestTimeline | None:
+        """Return what has happened to a request. See `EngineClient.timeline`."""
+        return await self._ask(lambda: self._engine.scheduler.timeline(request_id))
 
     async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:
         """Let go of the weights and the KV cache. See `EngineClient.sleep`."""

@@ -120,6 +120,7 @@ class BeamGroup:
         self.residents.counters.finished[reason.value] += request.sampling.n
         for member in self.members:
             member.finish_reason = reason
+        self.residents.timelines.ended(leader, 0, reason, 0)
         self._leave()
         return SequenceUpdate(
             request.request_id, 0, finish_reason=reason, error=error, times=self.residents.times(leader)
@@ -168,6 +169,9 @@ class BeamGroup:
         hypotheses = self.search.hypotheses[: request.sampling.n]
         if not hypotheses:
             return [self.end(FinishReason.ERROR, "the grammar, the bans and the processors together leave no text")]
+        for index, hypothesis in enumerate(hypotheses):
+            reason = FinishReason.STOP if hypothesis.stopped else FinishReason.LENGTH
+            self.residents.timelines.ended(leader, index, reason, len(hypothesis.token_ids))
         self._leave()
         times = self.residents.times(leader)
         updates = []

@@ -146,6 +146,7 @@ def _scheduler(
         eos_token_ids=source.eos_token_ids,
         max_num_kept=config.max_num_kept,
         preemption=_preemption_policy(config, storage),
+        max_num_timelines=config.max_num_timelines,
     )
 
 

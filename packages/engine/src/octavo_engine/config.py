@@ -43,6 +43,7 @@ class EngineConfig:
         prefix_cache: whether finished blocks are kept for prompts that begin alike.
         max_pinned_share: share of the KV cache that pins may hold; less if the longest sequence would not fit beside.
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
+        max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
         num_threads: of the CPU kernels; None is torch's choice.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
@@ -67,6 +68,7 @@ class EngineConfig:
     prefix_cache: bool = True
     max_pinned_share: float = 0.25
     max_num_kept: int = 64
+    max_num_timelines: int = 512
     num_threads: int | None = None
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -100,6 +102,7 @@ class EngineConfig:
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
+            "max_num_timelines": 0,
             "num_threads": 1,
         }
         for name, low in limits.items():

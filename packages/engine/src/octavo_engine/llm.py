@@ -21,6 +21,7 @@ from octavo_engine.pins import Pin
 from octavo_engine.prompts import EncodedPrompt, Prompt, encode_all, encode_salt
 from octavo_engine.standby import Measurement, MemoryReport, check_level
 from octavo_engine.stats import collect_stats
+from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import (
     CompletionDelta,
     EmbeddingOutput,
@@ -242,6 +243,17 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes and drop all pins."""
         self._engine.pins.reset()
+
+    def timeline(self, output: RequestOutput | str) -> RequestTimeline | None:
+        """Return what happened to a request on its way: why it waited, its chunks, its preemptions.
+
+        Args:
+            output: of the request, or its id.
+
+        Returns:
+            None if it is unknown, or ended more than `max_num_timelines` requests ago.
+        """
+        return self._engine.scheduler.timeline(output if isinstance(output, str) else output.request_id)
 
     def sleep(self, level: int = 1) -> MemoryReport:
         """Let go of the weights and the KV cache, so that their memory is the system's until `wake_up`.

@@ -15,6 +15,7 @@ from octavo_engine.row_pool import RowPool
 from octavo_engine.sequence import Sequence, SequenceStatus, num_common
 from octavo_engine.step import ScheduledSequence
 from octavo_engine.swapper import Swapper
+from octavo_engine.timeline import PreemptionKind, Timelines
 from octavo_engine.types import CachedTokens, FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
 from octavo_engine.waiting import WaitingQueue
 from octavo_kvcache import CacheManager
@@ -29,8 +30,10 @@ class Residents:
         max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
         policy: chooses what becomes of the blocks of preempted sequences.
+        max_num_timelines: ended requests whose timelines are remembered.
 
     Attributes:
+        timelines: what happens to requests.
         running: sequences that hold a row, in order.
         waiting: sequences that wait for a row or for blocks.
         by_request: the live sequences of each request, in index order.
@@ -49,9 +52,11 @@ class Residents:
         max_num_kept: int,
         clock: Callable[[], float],
         policy: PreemptionPolicy | None = None,
+        max_num_timelines: int = 0,
     ) -> None:
         self.cache = cache
         self.clock = clock
+        self.timelines = Timelines(max_num_timelines, clock)
         self.counters = SchedulerCounters()
         self.kept = KeptSequences(cache, max_num_kept)
         self.pins = Pins(cache)
@@ -85,6 +90,7 @@ class Residents:
     def resume(self, sequence: Sequence) -> None:
         """Give a sequence that waited a row, where it goes on as far as it was computed."""
         sequence.status = SequenceStatus.RUNNING
+        self.timelines.entered(sequence)
         sequence.row = self.rows.take()
         self.rows.reserve(sequence.num_forks_wanted)
         insort(self.running, sequence)
@@ -176,6 +182,8 @@ class Residents:
     def wait(self, sequence: Sequence) -> None:
         """Put a sequence that was preempted, or the leader of beams that were, in the queue."""
         self.counters.num_preemptions += 1
+        kind: PreemptionKind = "swap" if self.swapper.has(sequence) else "recompute"
+        self.timelines.preempted(sequence, kind, len(self.waiting))
         self.waiting.push(sequence)
 
     def withdraw(self, sequence: Sequence) -> None:
@@ -253,6 +261,7 @@ class Residents:
             self.swapper.drop(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.counters.finished[reason.value] += 1
+        self.timelines.ended(sequence, sequence.index, reason, len(sequence.token_ids) - sequence.num_prompt_tokens)
         self.forget(sequence)
         return SequenceUpdate(
             request_id=sequence.request.request_id,
@@ -273,6 +282,7 @@ class Residents:
         siblings.remove(sequence)
         if not siblings:
             del self.by_request[sequence.request.request_id]
+            self.timelines.left(sequence.request.request_id)
 
     def times(self, sequence: Sequence) -> RequestTimes:
         """Return when things happened to a sequence that ends now."""

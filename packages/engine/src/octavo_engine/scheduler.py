@@ -21,6 +21,7 @@ from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
+from octavo_engine.timeline import RequestTimeline, WaitReason
 from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from octavo_kvcache import Allocation, CacheManager
 
@@ -41,6 +42,7 @@ class Scheduler:
         max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
         preemption: chooses which preempted sequences keep their blocks on the host; None lets none.
+        max_num_timelines: ended requests whose timelines are remembered; 0 notes none.
     """
 
     def __init__(
@@ -54,11 +56,18 @@ class Scheduler:
         max_num_kept: int = 64,
         clock: Callable[[], float] = time.monotonic,
         preemption: PreemptionPolicy | None = None,
+        max_num_timelines: int = 0,
     ) -> None:
         self.cache = cache
         self._residents = residents = Residents(
-            cache, max_num_seqs=max_num_seqs, max_num_kept=max_num_kept, clock=clock, policy=preemption
+            cache,
+            max_num_seqs=max_num_seqs,
+            max_num_kept=max_num_kept,
+            clock=clock,
+            policy=preemption,
+            max_num_timelines=max_num_timelines,
         )
+        self._timelines = residents.timelines
         self.counters = residents.counters
         self.pins = residents.pins
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -124,6 +133,7 @@ class Scheduler:
             sequence.beams = BeamGroup.begin(self._residents, request.beams, sequence)
         self._residents.by_request[request.request_id] = [sequence]
         self.counters.num_prompt_tokens += len(prompt)
+        self._timelines.came(sequence, len(self._waiting))
         self._waiting.push(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
@@ -143,6 +153,10 @@ class Scheduler:
         """Return the tokens of a sequence that runs, waits or is kept; None if it does none of these."""
         return self._residents.known_tokens(parent)
 
+    def timeline(self, request_id: str) -> RequestTimeline | None:
+        """Return what has happened to a request; None if it is unknown, or ended too long ago."""
+        return self._timelines.get(request_id, self.sequences(request_id))
+
     def forget_content(self, root: bytes | None = None) -> None:
         """Forget all keys and values, since nothing runs and their memory or the weights go; kept tokens stay.
 
@@ -158,8 +172,9 @@ class Scheduler:
         """Choose the next step; None if nothing can be computed before a step in flight ends."""
         step = StepBuilder(self._swapper.step_id, self._max_num_batched_tokens, self._swapper.copies)
         self._schedule_running(step)
-        if not step.short_of_blocks:
-            self._admit(step)
+        held_up = WaitReason.BLOCKS if step.short_of_blocks else self._admit(step)
+        if self._waiting:
+            self._timelines.held_up(held_up)
         if not step:
             return None
         self._swapper.step_id += 1
@@ -204,7 +219,10 @@ class Scheduler:
             elif num_uncomputed:
                 prompts.append(sequence)
         for sequence in prompts:
+            before = sequence.num_computed_tokens
             self._continue(step, sequence, sequence.num_uncomputed_tokens)
+            if sequence in step:
+                self._timelines.computes(sequence, sequence.num_computed_tokens - before, step.step_id)
 
     def _continue(self, step: StepBuilder, sequence: Sequence, num_wanted: int) -> None:
         """Schedule up to `num_wanted` tokens of a running sequence; it may have been preempted meanwhile."""
@@ -219,16 +237,19 @@ class Scheduler:
         if allocation is not None and step.add_cached(sequence, num_new, allocation) and sequence.num_forks_wanted:
             self._fork(step, sequence)
 
-    def _admit(self, step: StepBuilder) -> None:
-        """Let waiting sequences in, in order, while there are rows, blocks and budget."""
+    def _admit(self, step: StepBuilder) -> WaitReason:
+        """Let waiting sequences in, in order, while there are rows, blocks and budget; return what there is none of."""
         while step.budget > 0 and (sequence := self._waiting.first()) is not None:
-            if sequence.num_rows > self._rows.num_available or sequence.num_placeholders:
-                return
+            if sequence.num_rows > self._rows.num_available:
+                return WaitReason.ROWS
+            if sequence.num_placeholders:
+                return WaitReason.STEP
             enter = self._bring_back if self._swapper.has(sequence) else self._bring_in
             if not enter(step, sequence):
                 if not self.cache.stats().num_parked and self._residents.kept.give_up_blocks():
                     continue
-                return
+                return WaitReason.BLOCKS
+        return WaitReason.TOKEN_BUDGET
 
     def _bring_in(self, step: StepBuilder, sequence: Sequence) -> bool:
         """Let the first waiting sequence run, which has no blocks; False if there are too few."""
@@ -265,6 +286,7 @@ class Scheduler:
 
     def _add_new(self, step: StepBuilder, sequence: Sequence, num_new: int, allocation: Allocation) -> None:
         samples = step.add_new(sequence, num_new, allocation, self.cache.block_ids(sequence.seq_id))
+        self._timelines.computes(sequence, num_new, step.step_id, resumes=sequence.num_preemptions > 0)
         if samples and sequence.num_forks_wanted and sequence.beams is None:
             self._fork(step, sequence)
 
@@ -286,6 +308,8 @@ class Scheduler:
         if self.preemption is not None:
             self.preemption.end_step(self._clock())
         self.cache.step_done(step_id)
+        if self._timelines.steps:
+            self._timelines.end_step(step_id)
         self._last_step = self._residents.last_step
         return rows
 

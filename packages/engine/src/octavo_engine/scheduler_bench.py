@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -46,6 +47,8 @@ class SchedulerBench:
         max_num_kept: int = 64,
         candidates: Candidates | None = None,
         preemption: PreemptionPolicy | None = None,
+        max_num_timelines: int = 0,
+        clock: Callable[[], float] = time.monotonic,
         **cache: Any,
     ) -> Self:
         """Make one whose executor answers `num_late` steps late and fails in the steps `fail`."""
@@ -58,6 +61,8 @@ class SchedulerBench:
             eos_token_ids=eos,
             max_num_kept=max_num_kept,
             preemption=preemption,
+            max_num_timelines=max_num_timelines,
+            clock=clock,
         )
         executor = FakeExecutor(
             block_size,

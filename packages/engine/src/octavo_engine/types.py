@@ -48,8 +48,8 @@ class Request:
     first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone, and
     so does `pin`: the prompt's full blocks are held in the cache when it ends, under the request's id, if room was set
     aside for them.
-    `arrival_time` is in seconds of the monotonic clock. An unset seed is drawn here, so that every request can be
-    repeated.
+    `arrival_time` is in seconds of the monotonic clock; `grammar_seconds` is what compiling its grammar took before. An
+    unset seed is drawn here, so that every request can be repeated.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     arrival_time: float = field(default_factory=time.monotonic)
+    grammar_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampling.seed is None:

@@ -97,6 +97,9 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
     no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
     max_pinned_share: Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")] = 0.25,
+    max_num_timelines: Annotated[
+        int, typer.Option(help="Ended requests whose timelines are remembered; 0 notes nothing.")
+    ] = 512,
     tool_parser: Annotated[
         str, typer.Option(help=f"How the model writes tool calls: {', '.join(TOOL_PARSERS)}.")
     ] = "auto",
@@ -189,6 +192,7 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=not no_prefix_cache,
             max_pinned_share=max_pinned_share,
+            max_num_timelines=max_num_timelines,
             num_threads=threads,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,

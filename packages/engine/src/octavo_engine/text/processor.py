@@ -5,6 +5,7 @@ It needs the tokenizer and the model's limits, not the model: a front end in ano
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -228,8 +229,11 @@ class TextProcessor:
         max_tokens = wanted or max(room, 1)
         if beams is not None:
             self._check_beams(beams, num_prompt_tokens, max_tokens)
+        grammar_seconds = 0.0
         if sampling.structured_outputs is not None:
+            begun = time.monotonic()
             self._check_constraint(sampling.structured_outputs)
+            grammar_seconds = time.monotonic() - begun
         return Request(
             request_id=request_id,
             inputs=(TokenSpan(tuple(prompt_token_ids)),),
@@ -242,6 +246,7 @@ class TextProcessor:
             salt=salt,
             parent=parent,
             keep=keep,
+            grammar_seconds=grammar_seconds,
         )
 
     def _check_constraint(self, params: StructuredOutputsParams) -> None:

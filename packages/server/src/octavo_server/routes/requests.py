@@ -1,4 +1,4 @@
-"""DELETE /v1/requests/{request_id}: let go of an answer that was kept for forks."""
+"""DELETE /v1/requests/{id}: let go of an answer that was kept for forks; GET /v1/requests/{id}/timeline."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from octavo_client.wire import ReleasedRequest
+from octavo_client.wire_timeline import (
+    RequestTimeline,
+    TimelineCached,
+    TimelineChoice,
+    TimelineChunk,
+    TimelinePreemption,
+    TimelineWait,
+)
+from octavo_engine import timeline
 from octavo_server.errors import ApiError
 from octavo_server.protocol.violations import summarise
 from octavo_server.state import state_of
@@ -20,3 +29,50 @@ async def release(request: Request, request_id: str) -> Response:
     if not await state_of(request).engine.release(request_id):
         raise ApiError(404, f"no answer {summarise(request_id)} is kept", param="request_id", code="request_not_found")
     return json_response(ReleasedRequest(id=request_id).model_dump())
+
+
+@router.get("/v1/requests/{request_id}/timeline")
+async def show_timeline(request: Request, request_id: str) -> Response:
+    """Tell what has happened to a request; 404 if it is unknown, or ended too long ago."""
+    found = await state_of(request).engine.timeline(request_id)
+    if found is None:
+        raise ApiError(
+            404,
+            f"nothing is known of a request {summarise(request_id)}; the last ones that ended are, as many as "
+            "--max-num-timelines says",
+            param="request_id",
+            code="request_not_found",
+        )
+    return json_response(_wire(found).model_dump())
+
+
+def _wire(found: timeline.RequestTimeline) -> RequestTimeline:
+    return RequestTimeline(
+        id=found.request_id,
+        state=found.state,
+        arrival=found.arrival,
+        grammar_seconds=found.grammar_seconds,
+        prompt_tokens=found.num_prompt_tokens,
+        cached_tokens=TimelineCached(**found.cached._asdict()),
+        waiting_before=found.num_waiting_before,
+        waits=[
+            TimelineWait(index=w.index, start=w.start, seconds=w.seconds, ended=w.ended, reasons=dict(w.reasons))
+            for w in found.waits
+        ],
+        chunks=[
+            TimelineChunk(index=c.index, start=c.start, seconds=c.seconds, tokens=c.num_tokens, resumes=c.resumes)
+            for c in found.chunks
+        ],
+        preemptions=[TimelinePreemption(index=p.index, start=p.start, kind=p.kind) for p in found.preemptions],
+        choices=[
+            TimelineChoice(
+                index=c.index,
+                first_token=c.first_token,
+                finished=c.finished,
+                finish_reason=c.finish_reason,
+                tokens=c.num_tokens,
+            )
+            for c in found.choices
+        ],
+        omitted=found.num_omitted,
+    )

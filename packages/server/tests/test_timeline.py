@@ -1,0 +1,45 @@
+"""GET /v1/requests/{id}/timeline."""
+
+from octavo_engine.timeline import ChoiceTimes, Preemption, PromptChunk, RequestTimeline, Wait, WaitReason
+from octavo_engine.types import CachedTokens, FinishReason
+
+TIMELINE = RequestTimeline(
+    request_id="cmpl-1",
+    state="finished",
+    arrival=1_700_000_000.5,
+    grammar_seconds=0.25,
+    num_prompt_tokens=100,
+    cached=CachedTokens(full=32, partial=3),
+    num_waiting_before=2,
+    waits=(Wait(0, 0.0, 1.5, {WaitReason.ROWS: 1.0, WaitReason.TOKEN_BUDGET: 0.5}),),
+    chunks=(PromptChunk(0, 1.5, 0.1, 65, False),),
+    preemptions=(Preemption(0, 2.0, "swap"),),
+    choices=(ChoiceTimes(0, 1.625, 3.0, FinishReason.STOP, 7),),
+    num_omitted=1,
+)
+
+
+def test_a_timeline_is_told_by_the_id_of_the_answer(client, engine):
+    engine.timelines["cmpl-1"] = TIMELINE
+    assert client.get("/v1/requests/cmpl-1/timeline").json() == {
+        "id": "cmpl-1",
+        "object": "request.timeline",
+        "state": "finished",
+        "arrival": 1_700_000_000.5,
+        "grammar_seconds": 0.25,
+        "prompt_tokens": 100,
+        "cached_tokens": {"full": 32, "partial": 3, "fork": 0},
+        "waiting_before": 2,
+        "waits": [
+            {"index": 0, "start": 0.0, "seconds": 1.5, "ended": True, "reasons": {"rows": 1.0, "token_budget": 0.5}}
+        ],
+        "chunks": [{"index": 0, "start": 1.5, "seconds": 0.1, "tokens": 65, "resumes": False}],
+        "preemptions": [{"index": 0, "start": 2.0, "kind": "swap"}],
+        "choices": [{"index": 0, "first_token": 1.625, "finished": 3.0, "finish_reason": "stop", "tokens": 7}],
+        "omitted": 1,
+    }
+
+
+def test_an_unknown_request_is_404(client):
+    response = client.get("/v1/requests/cmpl-2/timeline")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "request_not_found")
