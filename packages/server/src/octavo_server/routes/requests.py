@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -56,7 +58,7 @@ def _wire(found: timeline.RequestTimeline) -> RequestTimeline:
         cached_tokens=TimelineCached(**found.cached._asdict()),
         waiting_before=found.num_waiting_before,
         waits=[
-            TimelineWait(index=w.index, start=w.start, seconds=w.seconds, ended=w.ended, reasons=dict(w.reasons))
+            TimelineWait(index=w.index, start=w.start, seconds=w.seconds, ended=w.ended, reasons=_seconds(w.reasons))
             for w in found.waits
         ],
         chunks=[
@@ -76,3 +78,7 @@ def _wire(found: timeline.RequestTimeline) -> RequestTimeline:
         ],
         omitted=found.num_omitted,
     )
+
+
+def _seconds(reasons: Mapping[timeline.WaitReason, float]) -> dict[str, float]:
+    return {reason.value: seconds for reason, seconds in reasons.items()}
