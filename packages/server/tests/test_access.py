@@ -5,6 +5,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 from starlette.testclient import TestClient
 
+from octavo_engine.types import Tenant
 from octavo_server import ServerSettings, create_app
 from octavo_server.access import admin_only
 from octavo_server.config import is_loopback
@@ -92,3 +93,16 @@ def test_an_admin_key_alone_leaves_the_other_routes_open(engine):
 )
 def test_an_address_of_this_machine_alone_is_known(host, loopback):
     assert is_loopback(host) is loopback
+
+
+def test_a_keys_requests_are_in_its_name_and_share(engine):
+    client = client_of(engine, named_keys=(ApiKey.of("bob", "user", share=2.0),), admin_api_key="root")
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/embeddings", {"input": "a"})):
+        for key in ("user", "root"):
+            assert client.post(path, json=body, headers=bearer(key)).status_code == 200
+    assert [request.tenant for request in engine.requests] == [Tenant("bob", 2.0), Tenant("admin")] * 2
+
+
+def test_without_keys_requests_are_in_nobodys_name(client, engine):
+    client.post("/v1/completions", json={"prompt": "a"})
+    assert engine.requests[0].tenant is None

@@ -56,6 +56,7 @@ class EngineStats:
     """Gauges of the present and counters since the start, counted exactly by the engine.
 
     `mean_waste` is 1 - live unique tokens / (allocated blocks x block size), averaged over all steps so far.
+    `num_held_up` counts the times a step left somebody waiting, by `WaitReason`.
     `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
     that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
     wanted backend.
@@ -72,6 +73,7 @@ class EngineStats:
     cache: CacheStats
     preemption: PreemptionStats = field(default_factory=PreemptionStats)
     finished: Mapping[str, int] = field(default_factory=dict)
+    num_held_up: Mapping[str, int] = field(default_factory=dict)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
 
     @property

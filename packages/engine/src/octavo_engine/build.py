@@ -17,6 +17,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
+from octavo_engine.fair_queue import FairQueue
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
@@ -147,6 +148,7 @@ def _scheduler(
         max_num_kept=config.max_num_kept,
         preemption=_preemption_policy(config, storage),
         max_num_timelines=config.max_num_timelines,
+        queue=FairQueue() if config.queue_policy == "fair" else None,
     )
 
 

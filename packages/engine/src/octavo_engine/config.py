@@ -10,6 +10,7 @@ from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODES = ("exact", "fast")
+QUEUE_POLICIES = ("arrival", "fair")
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -38,6 +39,8 @@ class EngineConfig:
             None is 0 on a CPU, whose KV cache is in the same memory, and up to 4 GiB on a GPU.
         preemption_mode: of sequences that lose their blocks: `auto` swaps them to the host where that takes less time
             than to compute them again, `swap` whenever there is room, `recompute` never.
+        queue_policy: who is served next among those that wait: `arrival` goes by priority and arrival; `fair` takes the
+            tenant that was served least, in tokens, and its requests by priority and arrival.
         max_num_seqs: sequences that may run in one step.
         max_num_batched_tokens: token budget of one step; longer prompts are computed in chunks.
         prefix_cache: whether finished blocks are kept for prompts that begin alike.
@@ -63,6 +66,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     host_kv_bytes: int | None = None
     preemption_mode: str = "auto"
+    queue_policy: str = "arrival"
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 1024
     prefix_cache: bool = True
@@ -90,6 +94,8 @@ class EngineConfig:
                 f"preemption_mode {self.preemption_mode!r} is not one of {', '.join(PREEMPTION_MODES)}; "
                 "auto is the default"
             )
+        if self.queue_policy not in QUEUE_POLICIES:
+            raise InvalidConfig(f"queue_policy {self.queue_policy!r} is not one of {', '.join(QUEUE_POLICIES)}")
         if self.preemption_mode == "swap" and self.host_kv_bytes == 0:
             raise InvalidConfig(
                 "preemption_mode 'swap' needs memory of the host, host_kv_bytes is 0; give it some bytes"

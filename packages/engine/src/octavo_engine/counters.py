@@ -19,6 +19,7 @@ class SchedulerCounters:
     cached_prompt_tokens: CachedTokens = NOTHING_CACHED
     num_generation_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
+    num_held_up: Counter[str] = field(default_factory=Counter)  # steps that left somebody waiting, by what was missing
     sum_waste: float = 0.0
 
     def count_cached(self, cached: CachedTokens) -> None:

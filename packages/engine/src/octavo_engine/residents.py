@@ -17,7 +17,7 @@ from octavo_engine.step import ScheduledSequence
 from octavo_engine.swapper import Swapper
 from octavo_engine.timeline import PreemptionKind, Timelines
 from octavo_engine.types import CachedTokens, FinishReason, RequestTimes, SequenceUpdate, TokenLogprobs
-from octavo_engine.waiting import WaitingQueue
+from octavo_engine.waiting import QueuePolicy, WaitingQueue
 from octavo_kvcache import CacheManager
 
 
@@ -31,6 +31,7 @@ class Residents:
         clock: seconds, monotonic.
         policy: chooses what becomes of the blocks of preempted sequences.
         max_num_timelines: ended requests whose timelines are remembered.
+        queue: the order of those that wait; None goes by priority and arrival.
 
     Attributes:
         timelines: what happens to requests.
@@ -53,6 +54,7 @@ class Residents:
         clock: Callable[[], float],
         policy: PreemptionPolicy | None = None,
         max_num_timelines: int = 0,
+        queue: QueuePolicy | None = None,
     ) -> None:
         self.cache = cache
         self.clock = clock
@@ -63,7 +65,7 @@ class Residents:
         self.swapper = Swapper(cache, policy)
         self.rows = RowPool(max_num_seqs)
         self.running: list[Sequence] = []
-        self.waiting = WaitingQueue()
+        self.waiting: QueuePolicy = WaitingQueue() if queue is None else queue
         self.by_request: dict[str, list[Sequence]] = {}
         self.in_flight: deque[tuple[int, list[ScheduledSequence]]] = deque()
         self._next_seq_id = 0

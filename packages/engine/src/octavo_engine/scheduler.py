@@ -23,15 +23,16 @@ from octavo_engine.sequence import Sequence, SequenceStatus
 from octavo_engine.step import ScheduledSequence, StepBuilder
 from octavo_engine.timeline import RequestTimeline, WaitReason
 from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from octavo_engine.waiting import QueuePolicy
 from octavo_kvcache import Allocation, CacheManager
 
 
 class Scheduler:
     """Continuous batching over a paged KV cache.
 
-    Order is by priority (lower first), then arrival. When blocks run out, the last sequence in that order gives up its
-    blocks and is computed again later; its tokens stay. Decoding rows are served before prompt chunks, so that a long
-    prompt does not hold up running answers.
+    Running sequences are served by priority (lower first), then arrival; who enters next is for the queue to say. When
+    blocks run out, the last sequence in that order gives up its blocks and is computed again later; its tokens stay.
+    Decoding rows are served before prompt chunks, so that a long prompt does not hold up running answers.
 
     Args:
         cache: the block manager; the scheduler is its only caller.
@@ -42,6 +43,7 @@ class Scheduler:
         max_num_kept: the most ended sequences that are kept for forks.
         clock: seconds, monotonic.
         preemption: chooses which preempted sequences keep their blocks on the host; None lets none.
+        queue: the order of those that wait; None goes by priority and arrival.
         max_num_timelines: ended requests whose timelines are remembered; 0 notes none.
     """
 
@@ -56,6 +58,7 @@ class Scheduler:
         max_num_kept: int = 64,
         clock: Callable[[], float] = time.monotonic,
         preemption: PreemptionPolicy | None = None,
+        queue: QueuePolicy | None = None,
         max_num_timelines: int = 0,
     ) -> None:
         self.cache = cache
@@ -65,6 +68,7 @@ class Scheduler:
             max_num_kept=max_num_kept,
             clock=clock,
             policy=preemption,
+            queue=queue,
             max_num_timelines=max_num_timelines,
         )
         self._timelines = residents.timelines
@@ -174,6 +178,7 @@ class Scheduler:
         self._schedule_running(step)
         held_up = WaitReason.BLOCKS if step.short_of_blocks else self._admit(step)
         if self._waiting:
+            self.counters.num_held_up[held_up.value] += 1
             self._timelines.held_up(held_up)
         if not step:
             return None
@@ -259,7 +264,8 @@ class Scheduler:
         if allocation is None:
             self.cache.free(sequence.seq_id)
             return False
-        self._waiting.pop()
+        # What was computed before a preemption was counted then.
+        self._waiting.pop(0 if sequence.num_preemptions else sequence.num_tokens_to_enter - cached.total)
         self._residents.enter(sequence, cached)
         self._add_new(step, sequence, num_new, allocation)
         return True
@@ -271,7 +277,7 @@ class Scheduler:
         if not self._admission.bring_back([sequence] if group is None else group.members, num_new):
             return False
         if group is not None:
-            self._waiting.pop()
+            self._waiting.pop(0)
             group.resume()
             self._beams.go_on(step, group)
             return True
@@ -279,7 +285,7 @@ class Scheduler:
         if allocation is None:
             self._swapper.put_back(sequence)
             return False
-        self._waiting.pop()
+        self._waiting.pop(0)
         self._residents.resume(sequence)
         self._add_new(step, sequence, num_new, allocation)
         return True
@@ -343,6 +349,8 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING and epoch == sequence.epoch:
                 assert sequence.beams is not None
                 groups.setdefault(sequence.beams, {})[sequence] = found
+                if sequence.request.tenant is not None:
+                    self._waiting.charge(sequence.request.tenant, 1)
         return [update for group, found_by in groups.items() for update in group.advance(found_by)]
 
     def _end_all(
@@ -371,7 +379,7 @@ class Scheduler:
                 reason = _stop_reason(sequence, position)
                 if reason is not None:
                     return self._end(sequence, reason, token_ids, position + 1, logprobs)
-        self.counters.num_generation_tokens += len(token_ids)
+        self._count_generated(sequence, len(token_ids))
         return SequenceUpdate(
             sequence.request.request_id,
             sequence.index,
@@ -379,6 +387,11 @@ class Scheduler:
             logprobs,
             cached=sequence.cached,
         )
+
+    def _count_generated(self, sequence: Sequence, num_tokens: int) -> None:
+        self.counters.num_generation_tokens += num_tokens
+        if sequence.request.tenant is not None:
+            self._waiting.charge(sequence.request.tenant, num_tokens)
 
     def _end(
         self,
@@ -392,7 +405,7 @@ class Scheduler:
         num_dropped = len(sequence.token_ids) - num_tokens
         del sequence.token_ids[num_tokens:]
         token_ids = token_ids[: len(token_ids) - num_dropped]
-        self.counters.num_generation_tokens += len(token_ids)
+        self._count_generated(sequence, len(token_ids))
         return self._residents.finish(
             sequence,
             reason,

@@ -15,6 +15,7 @@ from octavo_engine.executor.fake import Candidates, FakeExecutor, NextToken, has
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.types import FinishReason, Request, SamplingParams, SequenceUpdate, TokenSpan
+from octavo_engine.waiting import QueuePolicy
 from octavo_kvcache import CacheManager
 
 _MAX_NUM_STEPS = 5000
@@ -49,6 +50,7 @@ class SchedulerBench:
         preemption: PreemptionPolicy | None = None,
         max_num_timelines: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        queue: QueuePolicy | None = None,
         **cache: Any,
     ) -> Self:
         """Make one whose executor answers `num_late` steps late and fails in the steps `fail`."""
@@ -63,6 +65,7 @@ class SchedulerBench:
             preemption=preemption,
             max_num_timelines=max_num_timelines,
             clock=clock,
+            queue=queue,
         )
         executor = FakeExecutor(
             block_size,

@@ -25,6 +25,7 @@ def collect_stats(scheduler: Scheduler) -> EngineStats:
         cache=scheduler.cache.stats(),
         preemption=_preemption(scheduler),
         finished=dict(counters.finished),
+        num_held_up=dict(counters.num_held_up),
         fallbacks=_kernel_fallbacks(),
     )
 

@@ -33,6 +33,13 @@ class TokenSpan:
     token_ids: tuple[int, ...]
 
 
+class Tenant(NamedTuple):
+    """Whom requests come from, for a queue that gives each a fair share; `share` 2 gets twice what 1 gets."""
+
+    name: str
+    share: float = 1.0
+
+
 Task = Literal["generate", "embed"]
 Pooling = Literal["last", "mean"]
 
@@ -45,9 +52,9 @@ class Request:
     sequences can be forked after their ends, until they are released. With `beams` the prompt is searched, and
     `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`), and `stops` are the
     stop strings by token ids; those of other requests are looked for where there is text. Lower `priority` runs
-    first. Requests with different `salt` never share cached blocks. `pooling` matters for the task `embed` alone, and
-    so does `pin`: the prompt's full blocks are held in the cache when it ends, under the request's id, if room was set
-    aside for them.
+    first. Requests with different `salt` never share cached blocks. `tenant` is whom it comes from, None if
+    that does not matter. `pooling` matters for the task `embed` alone, and so does `pin`: the prompt's full blocks are
+    held in the cache when it ends, under the request's id, if room was set aside for them.
     `arrival_time` is in seconds of the monotonic clock; `grammar_seconds` is what compiling its grammar took before. An
     unset seed is drawn here, so that every request can be repeated.
     """
@@ -64,6 +71,7 @@ class Request:
     pooling: Pooling = "last"
     priority: int = 0
     salt: bytes = b""
+    tenant: Tenant | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     grammar_seconds: float = 0.0
 

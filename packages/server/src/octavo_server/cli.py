@@ -188,6 +188,7 @@ def serve(
             kv_cache_bytes=_bytes("kv-cache", kv_cache_gib, kv_cache_bytes),
             host_kv_bytes=_bytes("host-kv", host_kv_gib, host_kv_bytes),
             preemption_mode=preemption_mode,
+            queue_policy="fair" if settings.has_keys else "arrival",
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_cache=not no_prefix_cache,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -13,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from octavo_engine.api import EngineClient
 from octavo_engine.errors import RequestFailed
-from octavo_engine.types import CompletionDelta, FinishReason, Request, TokenLogprobs
+from octavo_engine.types import CompletionDelta, FinishReason, Request, Tenant, TokenLogprobs
 from octavo_server.admission import Ticket
 from octavo_server.exchange import current_exchange
 from octavo_server.metrics import Metrics
@@ -53,7 +54,7 @@ class Generation:
         *,
         prompt_only: bool = False,
     ) -> None:
-        charge_prompts(requests)
+        requests = claim(requests)
         self._ticket = ticket
         self._engine = engine
         self._metrics = metrics
@@ -146,15 +147,19 @@ class Generation:
             await cancel_all(readers)
 
 
-def charge_prompts(requests: Sequence[Request]) -> None:
-    """Take the tokens of prompts from the limits of the caller's key.
+def claim(requests: Sequence[Request]) -> Sequence[Request]:
+    """Return requests in the name of the caller's key, whose limits they are taken from.
 
     Raises:
-        ApiError: 429 if too few are left.
+        ApiError: 429 if the limits leave no room for their prompts.
     """
     exchange = current_exchange()
-    if exchange is not None and exchange.budget is not None:
+    if exchange is None or exchange.key is None:
+        return requests
+    if exchange.budget is not None:
         exchange.budget.take_prompts(sum(len(request.prompt_token_ids) for request in requests))
+    tenant = Tenant(exchange.key.name, exchange.key.share)
+    return [replace(request, tenant=tenant) for request in requests]
 
 
 async def until_disconnect(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -14,7 +14,7 @@ from octavo_engine.api import EngineClient
 from octavo_engine.pins import Pin
 from octavo_engine.types import Request as EngineRequest
 from octavo_engine.types import WarmOutput
-from octavo_server.generation import cancel_all, charge_prompts, until_disconnect
+from octavo_server.generation import cancel_all, claim, until_disconnect
 from octavo_server.mapping import warm_requests
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.cache import CachePinBody, CacheWarmBody
@@ -31,8 +31,7 @@ async def warm(request: Request) -> Response:
     body = await read_body(request, CacheWarmBody)
     model = state.resolve_model(body.model)
     requests = await warm_requests(body, state.engine.text, request_id=f"warm-{uuid.uuid4().hex}")
-    charge_prompts(requests)
-    outputs = await until_disconnect(request, _warm_all(state.engine, requests))
+    outputs = await until_disconnect(request, _warm_all(state.engine, claim(requests)))
     data = [
         WarmedPrompt(
             index=index,
@@ -51,8 +50,8 @@ async def create_pin(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, CachePinBody)
     state.resolve_model(body.model)
-    (pinning,) = await warm_requests(body, state.engine.text, request_id=f"pin-{uuid.uuid4().hex}", pin=True)
-    charge_prompts([pinning])
+    requests = await warm_requests(body, state.engine.text, request_id=f"pin-{uuid.uuid4().hex}", pin=True)
+    (pinning,) = claim(requests)
     return json_response(_wire(await until_disconnect(request, state.engine.pin(pinning))).model_dump())
 
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from octavo_engine.api import EngineClient
 from octavo_engine.types import EmbeddingOutput
 from octavo_engine.types import Request as EngineRequest
-from octavo_server.generation import cancel_all, charge_prompts, until_disconnect
+from octavo_server.generation import cancel_all, claim, until_disconnect
 from octavo_server.mapping import embedding_requests
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.embeddings import EmbeddingBody
@@ -34,9 +34,9 @@ async def create_embeddings(request: Request) -> Response:
     model = state.resolve_model(body.model)
     requests = await embedding_requests(body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}")
     state.engine.check_ready()
-    charge_prompts(requests)
+    claimed = claim(requests)
     with state.admission.enter(len(requests)):
-        outputs = await until_disconnect(request, _embed_all(state.engine, requests))
+        outputs = await until_disconnect(request, _embed_all(state.engine, claimed))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     in_base64 = body.encoding_format == "base64"
     data = [
