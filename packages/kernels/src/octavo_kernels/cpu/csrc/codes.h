@@ -162,30 +162,37 @@ OCTAVO_INLINE vf load_m(const uint16_t* m, vf d) { return vfma(d, vset(8.0f), vl
 
 constexpr int kChunkGroups = 20;  // the most groups whose codes are unpacked at once: 20 KiB, and 5 KiB of scales
 
-// Codes and scales of some groups of a panel, unpacked for many rows.
+// Codes of 4 bits and scales of some groups of a panel, unpacked for many rows.
 struct Chunk {
   uint8_t words[kChunkGroups * kGroup * kPanel];
   float d[kChunkGroups * kPanel];
   float m[kChunkGroups * kPanel];
 };
 
+template <Format F>  // from the codes of one group to those of the next
+constexpr int64_t kBytesOfCodes = F == Format::kQ8_0 ? bytes_of_group(F) : kGroup * kPanel;
+
+// Returns where the codes are, one byte per input: in the chunk, or in the panel where they are bytes already.
 template <Format F>
-void unpack(const uint8_t* groups, int64_t num_groups, Chunk& chunk) {
+const uint8_t* unpack(const uint8_t* groups, int64_t num_groups, Chunk& chunk) {
   for (int64_t g = 0; g < num_groups; ++g) {
     const uint8_t* group = groups + g * bytes_of_group(F);
     const auto* d = reinterpret_cast<const uint16_t*>(group);
-    uint8_t* words = chunk.words + g * kGroup * kPanel;
     for (int column = 0; column < kPanel; column += W) {
       const vf scale = vload_f16(d + column);
       vstore(chunk.d + g * kPanel + column, scale);
       if constexpr (F == Format::kQ4_1) vstore(chunk.m + g * kPanel + column, load_m(d + kPanel + column, scale));
     }
-    for (int column = 0; column < kPanel; column += 2 * W)
-      PackedCodes<F>(group + bytes_of_scales(F), column).each_row([&](int row, Words first, Words second) {
-        store_words(words + 4 * (row * kPanel + column), first);
-        store_words(words + 4 * (row * kPanel + column + W), second);
-      });
+    if constexpr (F != Format::kQ8_0) {
+      uint8_t* words = chunk.words + g * kGroup * kPanel;
+      for (int column = 0; column < kPanel; column += 2 * W)
+        PackedCodes<F>(group + bytes_of_scales(F), column).each_row([&](int row, Words first, Words second) {
+          store_words(words + 4 * (row * kPanel + column), first);
+          store_words(words + 4 * (row * kPanel + column + W), second);
+        });
+    }
   }
+  return F == Format::kQ8_0 ? groups + bytes_of_scales(F) : chunk.words;
 }
 
 }  // namespace octavo

@@ -138,12 +138,12 @@ constexpr FewRowsFunction few_rows_of() {
   return nullptr;
 }
 
-// ---- more rows: codes and scales unpacked into L1 -------------------------------------------------------------------
+// ---- more rows: codes of 4 bits and scales unpacked into L1 -------------------------------------------------------------------
 
 // `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly.
 template <Format F, int N, int R>
-void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64_t num_groups, int64_t first_row,
-          float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
+void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int64_t first_group, int64_t num_groups,
+          int64_t first_row, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   const GroupsOfRows<N, R> rows(product, first_row);
   for (int column = 0; column < kPanel; column += kColumns) {
     vf sums[R][2];
@@ -158,7 +158,7 @@ void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64
       const float* d = chunk.d + g * kPanel + column;
       const float* m = F == Format::kQ4_1 ? chunk.m + g * kPanel + column : d;
       const Scales scales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}};
-      add_group<F, N>(ByteCodes<F>(chunk.words + g * kGroup * kPanel, column), scales, rows.of, first_group + g, sums);
+      add_group<F, N>(ByteCodes<F>(codes + g * kBytesOfCodes<F>, column), scales, rows.of, first_group + g, sums);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -169,8 +169,8 @@ void tile(const Product& product, const Chunk& chunk, int64_t first_group, int64
   }
 }
 
-using TileFunction = void (*)(const Product&, const Chunk&, int64_t, int64_t, int64_t, float*, int64_t, const uint8_t*,
-                              int64_t);
+using TileFunction = void (*)(const Product&, const Chunk&, const uint8_t*, int64_t, int64_t, int64_t, float*, int64_t,
+                              const uint8_t*, int64_t);
 template <Format F, int N, int R>
 constexpr TileFunction tile_of() {
   if constexpr (R <= kMaxTileRows<N>) return &tile<F, N, R>;
@@ -188,13 +188,14 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
     const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
-      unpack<F>(weights + first * bytes_of_group(F), count, chunk);
+      const uint8_t* codes = unpack<F>(weights + first * bytes_of_group(F), count, chunk);
       const uint8_t* next = weights + (first + count) * bytes_of_group(F);
       const int64_t next_bytes = (bytes_of_group(F) / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
         const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
-        kTiles[stop - row](product, chunk, first, count, part.first_row + row,
-                           part.out + row * part.out_stride + panel * kPanel, part.out_stride, next + t * count * next_bytes, next_bytes);
+        float* out = part.out + row * part.out_stride + panel * kPanel;
+        kTiles[stop - row](product, chunk, codes, first, count, part.first_row + row, out, part.out_stride,
+                           next + t * count * next_bytes, next_bytes);
       }
     }
   }
