@@ -314,6 +314,7 @@ class FakeEngine:
             mean_waste=0.025,
             cache=CACHE,
             preemption=PreemptionStats(num_recomputed=3, num_swapped=4),
+            num_held_up={"blocks": 6},
             fallbacks={"paged_attention": 2},
         )
 

@@ -3,7 +3,15 @@ import time
 
 import pytest
 
-from octavo_engine.errors import EngineBusy, EngineDead, EngineError, InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.errors import (
+    EngineBusy,
+    EngineDead,
+    EngineError,
+    EngineStuck,
+    InvalidRequest,
+    PromptTooLong,
+    RequestFailed,
+)
 from octavo_server.errors import ApiError, to_api_error
 
 TEXT, CHAT, EMBED = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
@@ -279,6 +287,20 @@ def test_a_dead_engine_is_503_with_retry_after(client, engine, path):
     assert int(response.headers["retry-after"]) > 0
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT, EMBED, "/health", "/ready"])
+def test_a_stuck_engine_is_503_until_it_goes_on(client, engine, path):
+    body = {"prompt": "a", "messages": [USER], "input": "a"}
+    engine.broken = EngineStuck("the engine has made no step for 130 s")
+    for status in (503, 200):
+        response = client.post(path, json=body) if path.startswith("/v1") else client.get(path)
+        assert response.status_code == status
+        if status == 503:
+            check_error(response, 503, code="engine_stuck")
+            assert int(response.headers["retry-after"]) > 0
+        engine.broken = None
+    assert len(engine.requests) == path.startswith("/v1")
+
+
 def test_an_unforeseen_error_is_500_without_details(make_client, engine):
     engine.broken = ZeroDivisionError("/secret/path")
     response = make_client(engine).post(TEXT, json={"prompt": "a"})
@@ -294,6 +316,7 @@ def test_an_unforeseen_error_is_500_without_details(make_client, engine):
         (PromptTooLong("m"), 400, "prompt", "context_length_exceeded"),
         (RequestFailed("m"), 500, None, "request_failed"),
         (EngineBusy("m"), 503, None, "engine_busy"),
+        (EngineStuck("m"), 503, None, "engine_stuck"),
         (EngineDead("m"), 503, None, "engine_dead"),
         (EngineError("m"), 500, None, "engine_error"),
         (RuntimeError("m"), 500, None, "internal_error"),

@@ -226,7 +226,7 @@ class EngineClient(Protocol):
         ...
 
     def check_health(self) -> None:
-        """Return if the engine lives, awake or asleep; raise EngineDead with the reason if not."""
+        """Return if the engine lives, awake or asleep; raise EngineDead or EngineStuck with the reason if not."""
         ...
 
     def check_ready(self) -> None:

@@ -26,6 +26,7 @@ from octavo_engine.text.processor import TextProcessor
 from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate, WarmOutput
 from octavo_engine.warming import warm_output
+from octavo_engine.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from octavo_engine.build import Progress
@@ -63,9 +64,17 @@ class AsyncEngine:
     """An `EngineClient` in this process. The thread owns the engine; callers only pass commands to it.
 
     A request is aborted when its reader stops reading: closing the iterator, or cancelling the task, is enough.
+
+    Args:
+        engine: does the work.
+        text: the model's text side.
+        info: what is served.
+        watchdog_timeout: seconds without a step, though there is work, after which it is unhealthy; None never is.
     """
 
-    def __init__(self, engine: Engine, text: TextProcessor, info: EngineInfo) -> None:
+    def __init__(
+        self, engine: Engine, text: TextProcessor, info: EngineInfo, watchdog_timeout: float | None = None
+    ) -> None:
         self._engine = engine
         self._text = text
         self._info = info
@@ -79,6 +88,10 @@ class AsyncEngine:
         self._dead: EngineDead | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
         self._thread.start()
+        self._watchdog: Watchdog | None = None
+        if watchdog_timeout is not None:
+            self._watchdog = Watchdog(self._progress, watchdog_timeout)
+            self._watchdog.start()
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
@@ -86,7 +99,7 @@ class AsyncEngine:
         from octavo_engine.build import build_engine
 
         built = build_engine(config, progress=progress)
-        return cls(built.engine, built.text, built.info)
+        return cls(built.engine, built.text, built.info, config.watchdog_timeout)
 
     @property
     def info(self) -> EngineInfo:
@@ -217,9 +230,11 @@ class AsyncEngine:
         return collect_stats(self._engine.scheduler)
 
     def check_health(self) -> None:
-        """Return if the loop runs; raise EngineDead with the reason if not."""
+        """Return if the loop runs; raise EngineDead or EngineStuck with the reason if not."""
         if self._dead is not None:
             raise self._dead
+        if self._watchdog is not None:
+            self._watchdog.check()
 
     def check_ready(self) -> None:
         """Return if requests are taken. See `EngineClient.check_ready`."""
@@ -232,6 +247,8 @@ class AsyncEngine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        if self._watchdog is not None:
+            self._watchdog.close()
 
     @contextlib.asynccontextmanager
     async def _submitted(self, request: Request) -> AsyncIterator[_Mailbox]:
@@ -320,6 +337,12 @@ class AsyncEngine:
             if not answer.done():
                 answer.set_exception(self._dead)
         self._engine.close()
+
+    def _progress(self) -> int | None:
+        """Return a number that changes with each step; None while there is nothing to do."""
+        if self._dead is not None or not (self._commands or self._engine.has_work):
+            return None
+        return self._engine.scheduler.counters.num_steps
 
     def _wait_for_work(self) -> bool:
         with self._wake:

@@ -47,6 +47,7 @@ class EngineConfig:
         max_pinned_share: share of the KV cache that pins may hold; less if the longest sequence would not fit beside.
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
+        watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
         num_threads: of the CPU kernels; None is torch's choice.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
@@ -73,6 +74,7 @@ class EngineConfig:
     max_pinned_share: float = 0.25
     max_num_kept: int = 64
     max_num_timelines: int = 512
+    watchdog_timeout: float | None = 120.0
     num_threads: int | None = None
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -100,6 +102,8 @@ class EngineConfig:
             raise InvalidConfig(
                 "preemption_mode 'swap' needs memory of the host, host_kv_bytes is 0; give it some bytes"
             )
+        if self.watchdog_timeout is not None and not self.watchdog_timeout > 0:
+            raise InvalidConfig(f"watchdog_timeout must be above 0 seconds, got {self.watchdog_timeout}; None is off")
         limits = {
             "max_model_len": 1,
             "num_blocks": 2,  # block 0 is reserved

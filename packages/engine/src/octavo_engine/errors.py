@@ -15,6 +15,7 @@
         ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
+        ├── EngineStuck          the engine makes no step though it should; it may go on
         └── EngineDead           the engine has stopped and serves nobody
 
 The server maps this tree to HTTP in one table.
@@ -114,6 +115,10 @@ class EngineInUse(EngineError):
 
 class IncompatibleWeights(EngineError):
     """The files are sound, but not those of the model that is served: another shape, tokenizer or content."""
+
+
+class EngineStuck(EngineError):
+    """The engine makes no step though it should; it may go on later, and until then takes no requests."""
 
 
 class EngineDead(EngineError):

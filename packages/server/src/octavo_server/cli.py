@@ -135,6 +135,9 @@ def serve(
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds that a request may take. Default: no limit.")
     ] = None,
+    watchdog_timeout: Annotated[
+        float, typer.Option(help="Seconds that a step may take before /health is 503; 0 lets it take any time.", min=0)
+    ] = 120.0,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that requests have to end after SIGTERM.", min=0)
     ] = DRAIN_SECONDS,
@@ -194,6 +197,7 @@ def serve(
             prefix_cache=not no_prefix_cache,
             max_pinned_share=max_pinned_share,
             max_num_timelines=max_num_timelines,
+            watchdog_timeout=watchdog_timeout or None,
             num_threads=threads,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,

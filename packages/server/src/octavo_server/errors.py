@@ -23,6 +23,7 @@ from octavo_engine.errors import (
     EngineDead,
     EngineError,
     EngineInUse,
+    EngineStuck,
     IncompatibleWeights,
     InvalidRequest,
     RequestFailed,
@@ -112,6 +113,7 @@ ERRORS: Mapping[type[Exception], ErrorRow] = {
     # The texts of these may quote the machine's files, so they go to the log and not to the client.
     RequestFailed: ErrorRow(500, _SERVER, "request_failed", "the engine could not compute this request"),
     EngineBusy: ErrorRow(503, _SERVER, "engine_busy", None, {"retry-after": "5"}),
+    EngineStuck: ErrorRow(503, _SERVER, "engine_stuck", None, {"retry-after": "10"}),
     EngineDead: ErrorRow(
         503, _SERVER, "engine_dead", "the engine has stopped and serves no requests", {"retry-after": "10"}
     ),

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from octavo_engine.api import EngineClient, EngineInfo, EngineStats
+from octavo_engine.timeline import WaitReason
 from octavo_engine.types import CompletionDelta, Request, RequestTimes
 from octavo_server.context import Answer
 from octavo_server.exchange import EngineWork, current_exchange
@@ -260,6 +261,7 @@ class _EngineCollector(Collector):
             fallbacks.add_metric((kernel,), count)
         yield fallbacks
         yield _preemptions(stats)
+        yield _held_up(stats)
         yield _sleep_state(self._engine.sleep_level)
 
 
@@ -311,6 +313,15 @@ def _sleep_state(level: int) -> Metric:
     )
     for own, state in enumerate(("awake", "weights_offloaded", "discard_all")):  # vLLM's words for the levels
         family.add_metric((state,), own == level)
+    return family
+
+
+def _held_up(stats: EngineStats) -> Metric:
+    family = CounterMetricFamily(
+        "octavo_queue_held_up_steps", "Steps that left somebody waiting, by what was missing.", labels=("reason",)
+    )
+    for reason in WaitReason:
+        family.add_metric((reason.value,), stats.num_held_up.get(reason.value, 0))
     return family
 
 
