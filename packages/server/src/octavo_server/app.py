@@ -35,6 +35,7 @@ from octavo_server.routes import (
     metrics,
     models,
     requests,
+    rerank,
     responses,
     tokens,
 )
@@ -55,6 +56,7 @@ _ROUTES = (
     metrics,
     models,
     requests,
+    rerank,
     responses,
     tokens,
 )

@@ -25,6 +25,7 @@ from octavo_server.protocol.chat import ChatBody, template_messages
 from octavo_server.protocol.completions import CompletionBody, Prompt
 from octavo_server.protocol.embeddings import EmbeddingBody
 from octavo_server.protocol.generation import GenerationBody
+from octavo_server.protocol.rerank import RerankBody, ScoreBody
 
 _INLINE_CHARS = 8192
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
@@ -178,6 +179,29 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
             )
             for place, ids in enumerate(await _encode_all(text, inputs))
         ]
+
+
+async def scored_requests(
+    body: RerankBody | ScoreBody, texts: Sequence[str], text: TextProcessor, *, request_id: str
+) -> list[Request]:
+    """Return one request for each text whose embedding is compared with others.
+
+    Raises:
+        InvalidRequest: if a text is too long.
+    """
+    sampling = SamplingParams(truncate_prompt_tokens=body.truncate_prompt_tokens)
+    return [
+        text.make_request(
+            ids,
+            sampling,
+            request_id=f"{request_id}-{place}",
+            task="embed",
+            pooling=body.pooling or "last",
+            priority=body.priority or 0,
+            salt=(body.cache_salt or "").encode(),
+        )
+        for place, ids in enumerate(await _encode_all(text, texts))
+    ]
 
 
 async def warm_requests(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from octavo_engine.api import EngineClient
-from octavo_engine.types import EmbeddingOutput
-from octavo_engine.types import Request as EngineRequest
-from octavo_server.generation import cancel_all, claim, until_disconnect
+from octavo_server.embedding import embed_all
+from octavo_server.generation import claim, until_disconnect
 from octavo_server.mapping import embedding_requests
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.embeddings import EmbeddingBody
@@ -36,7 +32,7 @@ async def create_embeddings(request: Request) -> Response:
     state.engine.check_ready()
     claimed = claim(requests)
     with state.admission.enter(len(requests)):
-        outputs = await until_disconnect(request, _embed_all(state.engine, claimed))
+        outputs = await until_disconnect(request, embed_all(state.engine, claimed))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     in_base64 = body.encoding_format == "base64"
     data = [
@@ -49,18 +45,6 @@ async def create_embeddings(request: Request) -> Response:
     ]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return json_response({"object": "list", "data": data, "model": model, "usage": usage})
-
-
-async def _embed_all(engine: EngineClient, requests: Sequence[EngineRequest]) -> list[EmbeddingOutput]:
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(_embed(engine, request)) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await cancel_all(tasks)
-
-
-async def _embed(engine: EngineClient, request: EngineRequest) -> EmbeddingOutput:
-    return await engine.embed(request)
 
 
 def _in_base64(embedding: Sequence[float]) -> str:
