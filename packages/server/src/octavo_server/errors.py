@@ -52,6 +52,11 @@ _MESSAGE_TYPES = {
 }
 _MESSAGES = "/v1/messages"
 
+# text-generation-inference's routes, its words for errors, and where its statuses are others.
+_GENERATE = frozenset({"/", "/generate", "/generate_stream"})
+_GENERATE_TYPES = {400: "validation", 404: "not_found", 422: "validation", 429: "overloaded", 503: "overloaded"}
+_GENERATE_STATUSES = {400: 422}
+
 
 class ApiError(Exception):
     """An answer in OpenAI's error shape.
@@ -87,6 +92,11 @@ class ApiError(Exception):
         """Return the JSON body in Anthropic's shape."""
         kind = _MESSAGE_TYPES.get(self.status, "api_error" if self.status >= 500 else _INVALID)
         return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def tgi_body(self) -> dict[str, Any]:
+        """Return the JSON body in the shape of text-generation-inference."""
+        kind = "generation" if self.status >= 500 else self.code or self.type
+        return {"error": self.message, "error_type": _GENERATE_TYPES.get(self.status, kind)}
 
     def body(self) -> dict[str, Any]:
         """Return the JSON body; all four keys are always there."""
@@ -150,8 +160,11 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def error_response(error: Exception, path: str = "") -> JSONResponse:
-    """Return an exception as a response in OpenAI's shape, or in Anthropic's on Anthropic's routes."""
+    """Return an exception as a response in OpenAI's shape, or in that of the interface which a path belongs to."""
     api_error = to_api_error(error)
+    if path in _GENERATE:
+        status = _GENERATE_STATUSES.get(api_error.status, api_error.status)
+        return JSONResponse(api_error.tgi_body(), status, headers=api_error.headers)
     body = api_error.message_body() if path.startswith(_MESSAGES) else api_error.body()
     return JSONResponse(body, api_error.status, headers=api_error.headers)
 

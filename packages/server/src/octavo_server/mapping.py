@@ -24,6 +24,7 @@ from octavo_server.protocol.cache import CachePinBody, CacheWarmBody
 from octavo_server.protocol.chat import ChatBody, template_messages
 from octavo_server.protocol.completions import CompletionBody, Prompt
 from octavo_server.protocol.embeddings import EmbeddingBody
+from octavo_server.protocol.generate import GenerateBody
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.rerank import RerankBody, ScoreBody
 
@@ -160,6 +161,26 @@ def _constraint_of(use: ToolUse, params: _Params, text: TextProcessor) -> Struct
             param="tool_choice",
         )
     return use.constraint(text.answers.tools)
+
+
+async def generate_request(
+    body: GenerateBody, text: TextProcessor, *, request_id: str, stream: bool, max_n: int
+) -> Request:
+    """Return the request of a body in the form of text-generation-inference.
+
+    Raises:
+        InvalidRequest: if a parameter cannot be served; PromptTooLong if the context is too small.
+    """
+    options = body.options
+    options.check(stream=stream, max_n=max_n)
+    with _called("prompt", "inputs"), _called("structured_outputs", "parameters.grammar"):
+        params = options.sampling(reports=stream or bool(options.details))
+        (token_ids,) = await _encode_all(text, [body.inputs])
+
+        def make() -> Request:
+            return text.make_request(token_ids, params, request_id=request_id)
+
+        return make() if params.structured_outputs is None else await asyncio.to_thread(make)
 
 
 async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
