@@ -1,7 +1,10 @@
 """GET /v1/requests/{id}/timeline."""
 
+from dataclasses import replace
+
 from octavo_engine.timeline import ChoiceTimes, Preemption, PromptChunk, RequestTimeline, Wait, WaitReason
 from octavo_engine.types import CachedTokens, FinishReason
+from octavo_server.keys import ApiKey
 
 TIMELINE = RequestTimeline(
     request_id="cmpl-1",
@@ -43,3 +46,16 @@ def test_a_timeline_is_told_by_the_id_of_the_answer(client, engine):
 def test_an_unknown_request_is_404(client):
     response = client.get("/v1/requests/cmpl-2/timeline")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "request_not_found")
+
+
+def test_a_request_of_another_key_is_the_same_404(make_client, engine):
+    client = make_client(engine, named_keys=(ApiKey.of("bob", "b"), ApiKey.of("eve", "e")), admin_api_key="root")
+    engine.timelines["cmpl-1"] = replace(TIMELINE, tenant="bob")
+
+    def get(key, request_id="cmpl-1"):
+        return client.get(f"/v1/requests/{request_id}/timeline", headers={"authorization": f"Bearer {key}"})
+
+    assert [get(key).status_code for key in ("b", "root", "e", "x")] == [200, 200, 404, 401]
+    foreign, unknown = get("e").json(), get("e", "cmpl-2").json()
+    assert foreign["error"] == unknown["error"] | {"message": foreign["error"]["message"]}
+    assert foreign["error"]["message"].replace("cmpl-1", "cmpl-2") == unknown["error"]["message"]

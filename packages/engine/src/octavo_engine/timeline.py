@@ -83,6 +83,7 @@ class RequestTimeline:
 
     Attributes:
         request_id: of the request.
+        tenant: whom it came from, None if that did not matter.
         state: where it stands.
         arrival: when it came to the engine.
         grammar_seconds: what compiling its grammar took before.
@@ -97,6 +98,7 @@ class RequestTimeline:
     """
 
     request_id: str
+    tenant: str | None = None
     state: Literal["waiting", "running", "finished"]
     arrival: float
     grammar_seconds: float
@@ -282,6 +284,7 @@ class Timelines:
         ]
         return RequestTimeline(
             request_id=log.request.request_id,
+            tenant=None if log.request.tenant is None else log.request.tenant.name,
             state=state,
             arrival=log.arrival,
             grammar_seconds=log.request.grammar_seconds,

@@ -28,4 +28,5 @@ async def _embed(engine: EngineClient, request: EngineRequest) -> EmbeddingOutpu
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:
     """Return the cosine of the angle between two vectors of unit length, from -1 to 1."""
-    return max(-1.0, min(1.0, sum(map(mul, one, other))))
+    product: float = sum(map(mul, one, other))
+    return max(-1.0, min(1.0, product))

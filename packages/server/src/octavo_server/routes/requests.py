@@ -18,6 +18,7 @@ from octavo_client.wire_timeline import (
 )
 from octavo_engine import timeline
 from octavo_server.errors import ApiError
+from octavo_server.exchange import current_exchange
 from octavo_server.protocol.violations import summarise
 from octavo_server.state import state_of
 from octavo_server.streaming import json_response
@@ -35,9 +36,9 @@ async def release(request: Request, request_id: str) -> Response:
 
 @router.get("/v1/requests/{request_id}/timeline")
 async def show_timeline(request: Request, request_id: str) -> Response:
-    """Tell what has happened to a request; 404 if it is unknown, or ended too long ago."""
+    """Tell what has happened to a request; 404 if it is unknown, ended too long ago, or is another key's."""
     found = await state_of(request).engine.timeline(request_id)
-    if found is None:
+    if found is None or not _may_see(found.tenant):
         raise ApiError(
             404,
             f"nothing is known of a request {summarise(request_id)}; the last ones that ended are, as many as "
@@ -46,6 +47,13 @@ async def show_timeline(request: Request, request_id: str) -> Response:
             code="request_not_found",
         )
     return json_response(_wire(found).model_dump())
+
+
+def _may_see(tenant: str | None) -> bool:
+    exchange = current_exchange()
+    if exchange is None or exchange.key is None or exchange.is_admin:
+        return True
+    return exchange.key.name == tenant
 
 
 def _wire(found: timeline.RequestTimeline) -> RequestTimeline:
