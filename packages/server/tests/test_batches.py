@@ -182,6 +182,16 @@ def test_what_is_not_done_in_the_window_is_given_up(make_client, engine):
     assert engine.num_running == 0
 
 
+def test_lines_run_in_the_name_of_their_key_and_may_run_out_of_time(make_client, engine):
+    client = make_client(engine, api_keys=("one", "two"))
+    client.headers["authorization"] = "Bearer two"
+    engine.hold_after = 5
+    batch = ended(client, create(client, line("a", max_tokens=3), line("b", timeout=0.05)))
+    assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+    assert content(client, batch["error_file_id"])["b"]["response"]["status_code"] == 504
+    assert {request.tenant.name for request in engine.requests} == {"key-2"}
+
+
 def test_a_line_that_finds_no_room_is_tried_again(make_client, engine, monkeypatch):
     monkeypatch.setattr(batch_runner, "_PAUSE_SECONDS", 0.01)
     client = make_client(engine, max_num_requests=1)

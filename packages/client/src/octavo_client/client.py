@@ -50,6 +50,7 @@ from octavo_client.resources.tokens import (
     TokensWithRawResponse,
     TokensWithStreamingResponse,
 )
+from octavo_client.sdk_clients import AsyncSdkClient, SdkClient
 
 __all__ = ["DEFAULT_BASE_URL", "AsyncOctavo", "Octavo", "SdkOptions"]
 
@@ -76,7 +77,7 @@ class SdkOptions(TypedDict, total=False):
     _enforce_credentials: bool
 
 
-class Octavo(openai.OpenAI):
+class Octavo(SdkClient):
     """A client of an Octavo server.
 
     `api_key`: the server's key, or a function that returns it before each request; by default OCTAVO_API_KEY, and
@@ -160,7 +161,7 @@ class Octavo(openai.OpenAI):
         """Let a request without credentials through: a server without a key needs none, another answers 401."""
 
 
-class AsyncOctavo(openai.AsyncOpenAI):
+class AsyncOctavo(AsyncSdkClient):
     """A client of an Octavo server whose methods are awaited.
 
     The arguments are those of `Octavo`; a function for `api_key` is async here, and `http_client` an

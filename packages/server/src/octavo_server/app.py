@@ -18,7 +18,6 @@ from octavo_server.context import Observer, RequestContext
 from octavo_server.drain import DrainGate
 from octavo_server.durable import Durable
 from octavo_server.errors import ERRORS, ApiError, handle_error, handle_http_exception
-from octavo_server.local_calls import LocalCalls
 from octavo_server.logs import request_logger
 from octavo_server.middleware import BodyLimit, Cors, RateGate
 from octavo_server.rate_limits import budgets_of
@@ -81,7 +80,7 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None, sto
         title="Octavo", openapi_url=None, redirect_slashes=False, middleware=_middleware(state), lifespan=_lifespan
     )
     app.state.server = state
-    app.state.durable = Durable(state, store or Store(), LocalCalls(app))
+    app.state.durable = Durable(app, state, store or Store())
     for module in _ROUTES:
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, handle_http_exception)

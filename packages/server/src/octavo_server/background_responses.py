@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from octavo_server.admission import Ticket
 from octavo_server.errors import ApiError, to_api_error
 from octavo_server.event_log import EventLog
 from octavo_server.generation import cancel_all
+from octavo_server.keys import ApiKey
+from octavo_server.local_calls import own_exchange
 from octavo_server.message_blocks import sse
 from octavo_server.protocol.responses import ResponsesBody
 from octavo_server.response_request import response_request
@@ -34,6 +36,7 @@ class _Job:
     """A response at work; without a log nobody was promised its events."""
 
     run: ResponseRun
+    owner: str
     log: EventLog | None
     task: asyncio.Task[None] | None = None
 
@@ -48,9 +51,13 @@ class BackgroundResponses:
         state: of the app.
         responses: where they are stored.
         slots: those that they share with the lines of batches.
+        keys: the API keys by the owners that they make.
     """
 
-    def __init__(self, state: ServerState, responses: ResponseStore, slots: asyncio.Semaphore) -> None:
+    def __init__(
+        self, state: ServerState, responses: ResponseStore, slots: asyncio.Semaphore, keys: Mapping[str, ApiKey]
+    ) -> None:
+        self._keys = keys
         self._state = state
         self._responses = responses
         self._slots = slots
@@ -66,13 +73,13 @@ class BackgroundResponses:
             message = f"{len(self._jobs)} background responses wait or run; try again later"
             raise ApiError(503, message, type="server_error", code="overloaded", headers={"retry-after": "5"})
 
-    async def start(self, run: ResponseRun, *, streams: bool) -> None:
+    async def start(self, run: ResponseRun, owner: str, *, streams: bool) -> None:
         """Let a response that is stored be made; with `streams` its events are kept, the first ones at once."""
         response_id = run.response["id"]
         created = run.created()
         if streams and await self._responses.last_event(response_id) < 0:
             await self._responses.add_events(response_id, created)
-        job = _Job(run, EventLog(self._responses, response_id) if streams else None)
+        job = _Job(run, owner, EventLog(self._responses, response_id) if streams else None)
         self._jobs[response_id] = job
         # Not in the context of the request that asks for it, whose time and budget end with its own answer.
         job.task = asyncio.create_task(self._work(job), context=Context())
@@ -122,7 +129,8 @@ class BackgroundResponses:
         self._state.resolve_model(response["model"])
         items = await self._responses.inputs(response["id"], stored.owner)
         chat, request = await response_request(body, items, self._state.engine.text, request_id=response["id"])
-        await self.start(ResponseRun(self._state, self._responses, response, chat, request), streams=stored.streams)
+        run = ResponseRun(self._state, self._responses, response, chat, request)
+        await self.start(run, stored.owner, streams=stored.streams)
 
     async def _fail(self, stored: StoredResponse, code: str, message: str) -> None:
         response = stored.response | {"status": "failed", "error": {"code": code, "message": message}}
@@ -133,6 +141,7 @@ class BackgroundResponses:
             await self._responses.add_events(response["id"], [(number, event)])
 
     async def _work(self, job: _Job) -> None:
+        own_exchange(self._keys.get(job.owner))
         try:
             async with self._slots, aclosing(job.run.events(await self._ticket())) as events:
                 async for event in events:

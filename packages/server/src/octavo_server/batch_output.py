@@ -8,6 +8,7 @@ import time
 import uuid
 from typing import Any, BinaryIO
 
+from octavo_server.local_calls import LocalAnswer
 from octavo_server.store.batches import KEEP, BatchLine, StoredBatch
 from octavo_server.store.files import StoredFile
 from octavo_server.store.store import Store
@@ -21,9 +22,9 @@ _GIVEN_UP = {
 }
 
 
-def answered(custom_id: str, status: int, body: bytes) -> str:
+def answered(custom_id: str, answer: LocalAnswer) -> str:
     """Return the line of a request that was answered, well or with an error."""
-    response = {"status_code": status, "request_id": f"req_{uuid.uuid4().hex}", "body": json.loads(body)}
+    response = {"status_code": answer.status, "request_id": answer.request_id, "body": json.loads(answer.body)}
     return _line(custom_id, response, None)
 
 

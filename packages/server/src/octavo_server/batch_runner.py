@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from contextvars import Context
 from typing import Any
 
@@ -127,17 +128,17 @@ class BatchRunner:
             body = request_body(raw, endpoint, PRIORITY)
         except InvalidRequest as error:
             refused = error_response(error)
-            answer = LocalAnswer(refused.status_code, bytes(refused.body))
+            answer = LocalAnswer(refused.status_code, bytes(refused.body), uuid.uuid4().hex)
         else:
             answer = await self._answer(endpoint, body, batch.owner)
         succeeded = answer.status == 200
-        result = answered(line.custom_id, answer.status, answer.body)
+        result = answered(line.custom_id, answer)
         await self._store.batches.finish_line(batch.id, line.line, succeeded=succeeded, result=result)
 
     async def _answer(self, endpoint: str, body: bytes, owner: str) -> LocalAnswer:
         """Ask until the server is not too busy to answer; the batch's window is the limit."""
         while True:
-            answer = await self._calls.post(endpoint, body, {"owner": owner})
+            answer = await self._calls.post(endpoint, body, owner)
             if answer.status not in _BUSY:
                 return answer
             await asyncio.sleep(_PAUSE_SECONDS)

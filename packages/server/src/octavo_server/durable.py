@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from fastapi import FastAPI
 from starlette.requests import Request
 
 from octavo_server.background_responses import BackgroundResponses
@@ -13,6 +14,7 @@ from octavo_server.batch_runner import BatchRunner
 from octavo_server.errors import ApiError
 from octavo_server.exchange import current_exchange
 from octavo_server.generation import cancel_all
+from octavo_server.keys import ApiKey
 from octavo_server.local_calls import LocalCalls
 from octavo_server.protocol.violations import summarise
 from octavo_server.state import ServerState
@@ -29,9 +31,9 @@ class Durable:
     """The store of an app and the work that goes on from it.
 
     Args:
+        app: answers the lines of batches.
         state: of the app.
         store: what it keeps.
-        calls: answers the lines of batches.
 
     Attributes:
         store: what the app keeps.
@@ -39,13 +41,14 @@ class Durable:
         batches: those at work.
     """
 
-    def __init__(self, state: ServerState, store: Store, calls: LocalCalls) -> None:
+    def __init__(self, app: FastAPI, state: ServerState, store: Store) -> None:
+        keys = {_owner(key): key for key in state.settings.key_ring()}
         slots = asyncio.Semaphore(state.settings.max_num_background)
         self._retention = state.settings.retention_days * DAY
         self._sweeper: asyncio.Task[None] | None = None
         self.store = store
-        self.responses = BackgroundResponses(state, store.responses, slots)
-        self.batches = BatchRunner(store, calls, slots, state.settings)
+        self.responses = BackgroundResponses(state, store.responses, slots, keys)
+        self.batches = BatchRunner(store, LocalCalls(app, keys), slots, state.settings)
 
     async def start(self) -> None:
         """Take up what the last server left, and sweep from now on."""
@@ -83,7 +86,11 @@ def owner_of(request: Request) -> str:
     if (owner := getattr(request.state, "owner", None)) is not None:
         return str(owner)  # of a batch, in whose name this server asks
     exchange = current_exchange()
-    return "" if exchange is None or exchange.key is None else exchange.key.digest.hex()
+    return "" if exchange is None or exchange.key is None else _owner(exchange.key)
+
+
+def _owner(key: ApiKey) -> str:
+    return key.digest.hex()
 
 
 def not_found(kind: str, given: str) -> ApiError:

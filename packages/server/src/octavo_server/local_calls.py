@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, NamedTuple
+import uuid
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -11,6 +13,8 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Scope
 
 from octavo_server.errors import error_response
+from octavo_server.exchange import Exchange
+from octavo_server.keys import ApiKey
 
 
 class LocalAnswer(NamedTuple):
@@ -18,26 +22,31 @@ class LocalAnswer(NamedTuple):
 
     status: int
     body: bytes
+    request_id: str
 
 
 class LocalCalls:
-    """Calls the routes of an app as HTTP would, past what guards its door: keys, limits of bodies and counts.
+    """Calls the routes of an app as HTTP would, past what guards its door: keys, limits of rates and bodies, counts.
 
     Args:
         app: has all its routes and handlers by the first call.
+        keys: the API keys by the owners that they make.
     """
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, keys: Mapping[str, ApiKey]) -> None:
         self._app = app
+        self._keys = keys
         self._routes: ASGIApp | None = None
 
-    async def post(self, path: str, body: bytes, state: dict[str, Any]) -> LocalAnswer:
+    async def post(self, path: str, body: bytes, owner: str) -> LocalAnswer:
         """Post JSON to a route; cancelling the call is what a client does that leaves.
+
+        It is served as the current task, whose exchange it replaces.
 
         Args:
             path: of the route.
             body: JSON.
-            state: what the door would have found out of the caller.
+            owner: in whose name.
         """
         if self._routes is None:
             routes = AsyncExitStackMiddleware(self._app.router)
@@ -55,18 +64,34 @@ class LocalCalls:
             "headers": [(b"content-type", b"application/json")],
             "client": None,
             "server": None,
-            "state": state,
+            "state": {"owner": owner},
             "app": self._app,
         }
-        exchange = _Exchange(body)
+        wire, exchange = _Wire(body), own_exchange(self._keys.get(owner))
         try:
-            await self._routes(scope, exchange.receive, exchange.send)
+            await self._routes(scope, wire.receive, wire.send)
+        except asyncio.CancelledError:
+            if exchange.ended_by is None:
+                raise
+            exchange.task.uncancel()
+            await error_response(exchange.ended_by, path)(scope, wire.receive, wire.send)
         except Exception as error:  # the boundary: what no handler took is answered as at the door
-            await error_response(error, path)(scope, exchange.receive, exchange.send)
-        return LocalAnswer(exchange.status, b"".join(exchange.parts))
+            await error_response(error, path)(scope, wire.receive, wire.send)
+        finally:
+            exchange.close()
+        return LocalAnswer(wire.status, b"".join(wire.parts), exchange.request_id)
 
 
-class _Exchange:
+def own_exchange(key: ApiKey | None) -> Exchange:
+    """Begin an exchange of the current task, which this server asks of itself, in the name of a key."""
+    task = asyncio.current_task()
+    assert task is not None
+    exchange = Exchange(uuid.uuid4().hex, task, key=key)
+    exchange.begin()
+    return exchange
+
+
+class _Wire:
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
         self.status = 500

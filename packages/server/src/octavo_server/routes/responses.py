@@ -48,7 +48,7 @@ async def create_response(request: Request) -> Response:
         durable.responses.check_room()
         asked = body.model_dump(mode="json", exclude_unset=True, by_alias=True)
         await responses.add(StoredResponse(response, owner, True, bool(body.stream), 0, asked), own)
-        await durable.responses.start(run, streams=bool(body.stream))
+        await durable.responses.start(run, owner, streams=bool(body.stream))
         return _stream(request, durable.responses.follow(response_id, -1)) if body.stream else json_response(response)
     ticket = state.admission.enter(1)
     if body.stores:
