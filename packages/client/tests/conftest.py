@@ -66,12 +66,52 @@ CACHE = {
     ("DELETE", "pin-1"): {"id": "pin-1", "object": "cache.pin.deleted", "deleted": True},
 }
 
+TEXT = {"type": "output_text", "text": "Paris.", "annotations": []}
+MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [TEXT]}
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "model": "m",
+    "status": "completed",
+    "output": [MESSAGE],
+}
+FILE = {
+    "id": "file-1",
+    "object": "file",
+    "bytes": 1,
+    "created_at": 1,
+    "filename": "a",
+    "purpose": "batch",
+    "status": "processed",
+}
+BATCH = {
+    "id": "batch_1",
+    "object": "batch",
+    "endpoint": "/v1/responses",
+    "input_file_id": "file-1",
+    "completion_window": "24h",
+    "created_at": 1,
+    "status": "completed",
+    "output_file_id": "file-2",
+}
+LINES = "".join(
+    json.dumps({"id": "r", "custom_id": name, "response": {"status_code": 200, "request_id": "q", "body": RESPONSE}})
+    + "\n"
+    for name in ("France", "Italy")
+)
+
 
 def answer(request: httpx2.Request) -> httpx2.Response:
     """What an Octavo server answers."""
     path = request.url.path
     if "/v1/cache/" in path:
         return httpx2.Response(200, json=CACHE[request.method, path.rpartition("/")[2]])
+    if path.endswith("/content"):
+        return httpx2.Response(200, text=LINES)
+    for name, stored in (("responses", RESPONSE), ("files", FILE), ("batches", BATCH)):
+        if f"/v1/{name}" in path:
+            return httpx2.Response(200, json=stored)
     body = json.loads(request.content) if request.content else {}
     if path.endswith("/chat/completions"):
         return _events(CHAT_CHUNKS) if body.get("stream") else httpx2.Response(200, json=CHAT)

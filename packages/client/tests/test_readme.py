@@ -19,6 +19,7 @@ PRINTED = {
     "Stream": "Paris.",
     "Several at once": " Paris.\n Paris.\n",
     "Tokens, health, version": "2 [504, 3575]\nThe capital\nNone\nok 0.1.0\n",
+    "Responses and batches": "Paris.\nFrance True\nItaly True\n",
     "Prefix cache": "32\n['pin-1']\n",
 }
 
