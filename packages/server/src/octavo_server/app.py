@@ -41,6 +41,7 @@ from octavo_server.routes import (
 )
 from octavo_server.state import ServerState
 from octavo_server.store.store import Store
+from octavo_server.tracing import RequestTracer
 from octavo_server.uploads import FORM_BYTES
 
 _ROUTES = (
@@ -94,7 +95,10 @@ def _observers(state: ServerState) -> list[Observer]:
     """Return what is told of each answer."""
     whole = partial(state.engine.text.tokenizer.decode, skip_special_tokens=False)
     decode = whole if state.settings.log_prompts else None
-    return [state.metrics.observe_http, request_logger(decode)]
+    observers: list[Observer] = [state.metrics.observe_http, request_logger(decode)]
+    if (endpoint := state.settings.otlp_traces_endpoint) is not None:
+        observers.append(RequestTracer.to_endpoint(endpoint))
+    return observers
 
 
 def _middleware(state: ServerState) -> list[Middleware]:

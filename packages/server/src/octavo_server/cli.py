@@ -154,6 +154,9 @@ def serve(
     ] = True,
     log_format: Annotated[str, typer.Option(help=f"How the log is written: {' or '.join(LOG_FORMATS)}.")] = "text",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Collector for OpenTelemetry traces, such as http://localhost:4318/v1/traces.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model under OpenAI's HTTP interface."""
@@ -178,6 +181,7 @@ def serve(
             retention_days=retention_days,
             allowed_origins=tuple(allowed_origin or ()),
             log_prompts=log_prompts,
+            otlp_traces_endpoint=otlp_traces_endpoint,
         )
         config = EngineConfig(
             model=model,

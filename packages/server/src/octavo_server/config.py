@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from octavo_engine.errors import InvalidConfig
 from octavo_server.keys import ApiKey, KeyRing
@@ -55,6 +56,7 @@ class ServerSettings:
         max_file_bytes: the largest file that is taken.
         max_stored_bytes: when the stored files have reached this, no further one is taken.
         retention_days: for so long stored responses and ended batches are kept, counted from their beginning.
+        otlp_traces_endpoint: URL of a collector that traces are sent to, by OTLP over HTTP; None makes none.
         keep_alive: seconds of silence in a stream after which a comment is sent, so that proxies keep it open.
 
     Raises:
@@ -72,6 +74,7 @@ class ServerSettings:
     request_timeout: float | None = None
     allowed_origins: tuple[str, ...] = ()
     log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
     max_num_background: int = 16
     max_file_bytes: int = 512 << 20
     max_stored_bytes: int = 16 << 30
@@ -88,6 +91,10 @@ class ServerSettings:
                 raise InvalidConfig(f"{name} must not hold an empty string")
         if self.admin_api_key == "":
             raise InvalidConfig("admin_api_key must not be empty; leave it out for none")
+        if self.otlp_traces_endpoint is not None:
+            if not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+                raise InvalidConfig(f"otlp_traces_endpoint must be an http URL, got {self.otlp_traces_endpoint!r}")
+            check_tracing()
         self.key_ring()
 
     @property
@@ -111,3 +118,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_tracing() -> None:
+    """Check that OpenTelemetry is installed.
+
+    Raises:
+        InvalidConfig: if not; says what to install.
+    """
+    try:
+        found = find_spec("opentelemetry.sdk.trace") and find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise InvalidConfig("traces need OpenTelemetry; install it: pip install 'octavo-server[otel]'")
