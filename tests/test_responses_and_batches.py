@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize(("code", "printed"), list(zip(EXAMPLES, PRINTED, strict=True)))
 def test_example_answers(url: str, code: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert DEFAULT_URL in code
-    exec(compile(code.replace(DEFAULT_URL, url), "responses-and-batches.md", "exec"), {"__name__": "example"})
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code.replace(DEFAULT_URL, url), "responses-and-batches.md", "exec"), names)
+    names["client"].close()
     assert capsys.readouterr().out == printed
 
 
