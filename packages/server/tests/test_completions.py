@@ -2,6 +2,8 @@ from typing import Any
 
 import pytest
 
+from octavo_engine.text.infill import InfillTokens
+
 
 def complete(client: Any, **body: Any) -> Any:
     response = client.post("/v1/completions", json={"prompt": "abc", **body})
@@ -180,3 +182,19 @@ def test_fields_of_chats_are_refused(client, body):
     response = client.post("/v1/completions", json={"prompt": "a", **body})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == next(iter(body))
+
+
+def test_a_suffix_makes_the_prompt_for_what_stands_before_it(client, engine, monkeypatch):
+    monkeypatch.setattr(engine.text, "_infill", InfillTokens(1, 2, 3))
+    for prompt in ("ab", [97, 98], ["ab"], [[97, 98]]):
+        assert client.post("/v1/completions", json={"prompt": prompt, "suffix": "yz"}).status_code == 200
+        assert engine.requests[-1].prompt_token_ids == [1, *b"ab", 2, *b"yz", 3]
+    answer = client.post("/v1/completions", json={"prompt": "", "suffix": "yz"}).json()
+    assert engine.requests[-1].prompt_token_ids == [1, 2, *b"yz", 3]
+    assert (answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]) == (" Paris.", 5)
+
+
+@pytest.mark.parametrize("field", [{"echo": True}, {"parent_id": "cmpl-1"}], ids=str)
+def test_what_does_not_go_with_a_suffix_is_refused(client, field):
+    response = client.post("/v1/completions", json={"prompt": "a", "suffix": "z"} | field)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(field)))

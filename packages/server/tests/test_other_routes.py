@@ -141,3 +141,27 @@ def test_detokenize_refuses_an_id_out_of_the_vocabulary(client):
     response = client.post("/detokenize", json={"tokens": [1, 258]})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tokens[1]"
+
+
+def test_a_chat_is_tokenised_as_it_would_be_answered(client):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    answer = client.post("/tokenize", json=body).json()
+    assert bytes(answer["tokens"]).decode() == "<user>a\n<assistant>b"
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    told = client.post("/tokenize", json={"messages": messages[:1], "tools": [tool]}).json()
+    assert b"look_up" in bytes(told["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "a", "tools": [{}]}, None),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools[0]"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ x }}"}, "chat_template"),
+    ],
+    ids=["tools of a prompt", "no function", "a template of its own"],
+)
+def test_what_cannot_be_tokenised_is_refused(client, body, param):
+    response = client.post("/tokenize", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -341,6 +341,15 @@ class TokenizeRequest(_Body):
         default=None,
         description="End the messages with the opening of the assistant's answer. Default: true. Messages only.",
     )
+    continue_final_message: bool | None = Field(
+        default=None, description="End inside the last message, which an answer goes on from. Messages only."
+    )
+    tools: list[dict[str, JsonValue]] | None = Field(
+        default=None, description="The functions that the conversation tells of, in OpenAI's form. Messages only."
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        default=None, description="Further variables of the model's chat template. Messages only."
+    )
     return_token_strs: bool | None = Field(default=None, description="Return each token's text too. Default: false.")
 
     @model_validator(mode="after")
@@ -348,8 +357,9 @@ class TokenizeRequest(_Body):
         if (self.prompt is None) == (self.messages is None):
             given = "neither" if self.prompt is None else "both"
             raise ValueError(f"exactly one of prompt and messages was expected, {given} came; leave one out")
-        if self.add_generation_prompt is not None and self.messages is None:
-            raise ValueError("add_generation_prompt goes with messages, prompt came; leave it out")
+        for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
+            if getattr(self, name) is not None and self.messages is None:
+                raise ValueError(f"{name} goes with messages, prompt came; leave it out")
         return self
 
 

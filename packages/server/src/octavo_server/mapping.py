@@ -105,7 +105,7 @@ async def completion_requests(
         return [await _request(body, text, token_ids, params, request_id, parent)]
     prompts = body.prompts
     _check_num_choices(len(prompts) * max(body.n or 1, body.best_of or 1), "prompt")
-    encoded = await _encode_all(text, prompts)
+    encoded = await _encode_all(text, prompts) if not body.suffix else await _infill_all(text, prompts, body.suffix)
     return [
         await _request(body, text, ids, params, request_id if len(encoded) == 1 else f"{request_id}-{place}")
         for place, ids in enumerate(encoded)
@@ -311,6 +311,11 @@ def _called(param: str, name: str) -> Generator[None, None, None]:
 async def _encode_all(text: TextProcessor, prompts: Sequence[Prompt]) -> list[list[int]]:
     num_chars = sum(len(prompt) for prompt in prompts)
     return await _off_loop_if_long(num_chars, lambda: [text.encode_prompt(prompt) for prompt in prompts])
+
+
+async def _infill_all(text: TextProcessor, prompts: Sequence[Prompt], suffix: str) -> list[list[int]]:
+    num_chars = sum(len(prompt) + len(suffix) for prompt in prompts)
+    return await _off_loop_if_long(num_chars, lambda: [text.encode_infill(prompt, suffix) for prompt in prompts])
 
 
 async def _off_loop_if_long(num_chars: int, encode: Callable[[], T]) -> T:

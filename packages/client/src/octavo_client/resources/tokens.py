@@ -43,6 +43,9 @@ class Tokens:
         model: str | None = None,
         add_special_tokens: bool | None = None,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        tools: Iterable[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         return_token_strs: bool | None = None,
         extra_headers: _sdk.Headers | None = None,
         extra_query: _sdk.Query | None = None,
@@ -61,6 +64,9 @@ class Tokens:
             model=model,
             add_special_tokens=add_special_tokens,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
             return_token_strs=return_token_strs,
         )
         return self._client.post(
@@ -122,6 +128,9 @@ class AsyncTokens:
         model: str | None = None,
         add_special_tokens: bool | None = None,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        tools: Iterable[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         return_token_strs: bool | None = None,
         extra_headers: _sdk.Headers | None = None,
         extra_query: _sdk.Query | None = None,
@@ -134,6 +143,9 @@ class AsyncTokens:
             model=model,
             add_special_tokens=add_special_tokens,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
             return_token_strs=return_token_strs,
         )
         return await self._client.post(

@@ -15,6 +15,16 @@ from octavo_engine.text.byte_alphabet import BYTE_OF_CHAR, SPACE_MARK, spell
 from octavo_engine.text.library_errors import corrupt_if_refused
 
 _MAX_TOKEN_CHARS = 1024
+# The keys that say which token is which, the usual one first.
+_SPECIAL_KEYS = {
+    "bos_token": ("bos",),
+    "eos_token": ("eos",),
+    "unk_token": ("unknown",),
+    "pad_token": ("padding",),
+    "fim_prefix_token": ("fim_pre", "prefix"),
+    "fim_suffix_token": ("fim_suf", "suffix"),
+    "fim_middle_token": ("fim_mid", "middle"),
+}
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 # How each vocabulary splits text before merging. Their order matters, as in every regex alternation:
@@ -188,12 +198,12 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, where: str, defa
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: list[str], where: str) -> dict[str, str]:
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     found: dict[str, str] = {}
-    for name, key in names.items():
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is None:
+    for name, keys in _SPECIAL_KEYS.items():
+        key = next((key for key in keys if f"tokenizer.ggml.{key}_token_id" in metadata), None)
+        if key is None:
             continue
+        token_id = metadata[f"tokenizer.ggml.{key}_token_id"]
         if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
             _fail(where, f"{key}_token_id", f"an id below {len(tokens)}", token_id)
         found[name] = tokens[token_id]

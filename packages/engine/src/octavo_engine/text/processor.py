@@ -19,6 +19,7 @@ from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.chat_template import ChatTemplate
+from octavo_engine.text.infill import find_infill_tokens
 from octavo_engine.text.output import TextStream
 from octavo_engine.text.parsers.base import AnswerParser
 from octavo_engine.text.sampling_tokens import SamplingTokens
@@ -82,6 +83,7 @@ class TextProcessor:
         self._grammars = grammars
         self.answers = answers or AnswerFormat.of(chat_template.source if chat_template is not None else "")
         self._eos_token_ids = tuple(eos_token_ids)
+        self._infill = find_infill_tokens(tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
@@ -102,6 +104,22 @@ class TextProcessor:
         if not token_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         return token_ids
+
+    def encode_infill(self, before: str | Sequence[int], after: str) -> list[int]:
+        """Make the prompt for what stands between two texts; either may be empty.
+
+        Raises:
+            InvalidRequest: if the model was not trained for it, as far as its tokenizer shows.
+        """
+        if self._infill is None:
+            raise InvalidRequest(
+                "suffix is not supported by this model: its tokenizer has no tokens for filling in the middle; leave it "
+                "out, or serve a model that has them",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        start = [i for i in self.tokenizer.encode("") if i in self.tokenizer.bos_token_ids]
+        return self._infill.prompt(start, self.encode_continuation(before), self.encode_continuation(after))
 
     def encode_chat(
         self,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
 from octavo_engine.errors import InvalidRequest
-from octavo_server.protocol.body import refuse_unsupported
 from octavo_server.protocol.generation import MAX_INT32, MAX_LOGPROBS, GenerationBody
 from octavo_server.protocol.violations import summarise
 
@@ -17,7 +15,6 @@ DEFAULT_MAX_TOKENS = 16
 Prompt = str | list[int]
 
 _OF_CHATS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 
 class CompletionBody(GenerationBody):
@@ -27,14 +24,18 @@ class CompletionBody(GenerationBody):
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
+    suffix: str | None = None
     best_of: int | None = Field(default=None, ge=1)
 
     def check(self) -> None:
         super().check()
-        refuse_unsupported(self, _UNSUPPORTED)
         for name in _OF_CHATS:
             if getattr(self, name):
                 raise InvalidRequest(f"{name} goes with chats, whose prompt a template makes", param=name)
+        if self.suffix:
+            for name in ("echo", "parent_id"):
+                if getattr(self, name):
+                    raise InvalidRequest(f"{name} does not go with suffix; leave one of them out", param=name)
         if self.ranks and self.stream and not self.use_beam_search:
             raise InvalidRequest(
                 "the best of several samples are known at the end alone; set stream false, or leave best_of out",
@@ -65,9 +66,13 @@ class CompletionBody(GenerationBody):
     def prompts(self) -> list[Prompt]:
         """The prompts in any of OpenAI's four forms: a string, strings, token ids, or lists of token ids.
 
+        Before a suffix there may be nothing.
+
         Raises:
             InvalidRequest: if it is none of these, or nothing.
         """
+        if self.suffix and self.prompt in (None, ""):
+            return [""]
         return parse_prompts(self.prompt, name="prompt")
 
 

@@ -9,8 +9,9 @@ from octavo_client.wire import DetokenizeResponse, TokenizeResponse
 from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.processor import TextProcessor
 from octavo_server.logprobs import token_label
+from octavo_server.mapping import chat_prompt
 from octavo_server.protocol.body import read_body
-from octavo_server.protocol.chat import template_messages
+from octavo_server.protocol.chat import ChatBody
 from octavo_server.protocol.tokens import DetokenizeBody, TokenizeBody
 from octavo_server.state import state_of
 from octavo_server.streaming import json_response
@@ -23,9 +24,10 @@ async def tokenize(request: Request) -> Response:
     """Return the token ids of a text, or of messages in the model's chat template."""
     state = state_of(request)
     body = await read_body(request, TokenizeBody)
+    body.check()
     state.resolve_model(body.model)
     text = state.engine.text
-    token_ids = _token_ids(body, text)
+    token_ids = await _token_ids(body, text)
     labels = [token_label(text.tokenizer, token_id) for token_id in token_ids] if body.return_token_strs else None
     answer = TokenizeResponse(
         count=len(token_ids),
@@ -53,7 +55,7 @@ async def detokenize(request: Request) -> Response:
     return json_response(DetokenizeResponse(prompt=prompt).model_dump())
 
 
-def _token_ids(body: TokenizeBody, text: TextProcessor) -> list[int]:
+async def _token_ids(body: TokenizeBody, text: TextProcessor) -> list[int]:
     if body.messages is None:
         adds = body.add_special_tokens is not False
         return list(text.tokenizer.encode(body.prompt or "", add_special_tokens=adds))
@@ -62,5 +64,5 @@ def _token_ids(body: TokenizeBody, text: TextProcessor) -> list[int]:
             "add_special_tokens goes with prompt: a chat template writes special tokens itself; leave it out",
             param="add_special_tokens",
         )
-    adds_prompt = body.add_generation_prompt is not False
-    return text.encode_chat(template_messages(body.messages), add_generation_prompt=adds_prompt)
+    names = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    return await chat_prompt(ChatBody.model_validate({name: getattr(body, name) for name in names}), text)
