@@ -113,8 +113,8 @@ class TextProcessor:
         """
         if self._infill is None:
             raise InvalidRequest(
-                "suffix is not supported by this model: its tokenizer has no tokens for filling in the middle; leave it "
-                "out, or serve a model that has them",
+                "suffix is not supported by this model: its tokenizer has no tokens for filling in the middle; leave "
+                "it out, or serve a model that has them",
                 param="suffix",
                 code="unsupported_parameter",
             )
