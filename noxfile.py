@@ -4,6 +4,7 @@ nox -s demo                          the main job on a real model; `-- --serve` 
 nox -s tests                         every package on every backend this machine has
 nox -s "tests(kvcache, cpu)"         one package on one backend; `-- -k name` goes to pytest
 nox -s soak                          the large checks at full size
+nox -s clients                       real clients of others, each in an environment of its own, against a server
 nox -s "isolation(kernels)"          one wheel with what it declares and nothing else
 nox -l                               what else there is; `nox -l --json` gives the default ones, for a CI matrix
 
@@ -66,6 +67,7 @@ MATRIX = [
     for b in BACKENDS
     if b == "cpu" or (p in ON_EVERY_BACKEND and p in ONLY_FOR.get(b, ON_EVERY_BACKEND))
 ]
+CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 NOT_NATIVE = ("build", "compile", "load", "plan", "reference")  # kernels' tests that have nothing for sanitizers
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
@@ -214,6 +216,26 @@ def soak(session: nox.Session) -> None:
         if case.find("skipped") is None
     ]
     (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(ran, indent=1) + "\n")
+
+
+@nox.session(default=False, requires=["env"])
+@nox.parametrize("client", CLIENTS, ids=CLIENTS)
+def clients(session: nox.Session, client: str) -> None:
+    """Run a client of someone else's, unchanged, in an environment of its own against a server of the demo model."""
+    folder = ROOT / "tests/clients"
+    wanted = "openai" if client == "npm" else client
+    session.install("-r", str(folder / f"requirements/{wanted}.txt"))
+    environment = {"OCTAVO_PROGRAM": str(Path(shared_python(session)).with_name("octavo"))}
+    if client == "npm":
+        if shutil.which("npm") is None:
+            session.skip("npm: no npm on PATH")
+        packages = Path(session.create_tmp()).resolve()
+        for path in (folder / "npm").iterdir():
+            shutil.copy(path, packages)
+        session.run("npm", "install", "--no-audit", "--no-fund", "--prefix", str(packages), external=True)
+        environment["OCTAVO_NPM"] = str(packages)
+    # Warnings of packages that are not ours are theirs to mend.
+    session.run("pytest", str(folder / f"test_{client}.py"), "-W", "default", *session.posargs, env=environment)
 
 
 @nox.session(default=False)

@@ -22,6 +22,7 @@ from octavo_server.config import DRAIN_SECONDS
 from octavo_server.drain import Drain
 from octavo_server.endpoint import Endpoint, Tls
 from octavo_server.errors import ApiError
+from octavo_server.framing import QuickConnection
 
 HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 20.0
@@ -35,6 +36,10 @@ class _Http(H11Protocol):
     """HTTP/1.1 that closes a connection whose headers do not come, and answers a broken request in OpenAI's shape."""
 
     _header_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = QuickConnection(h11.SERVER, HEADER_BYTES)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

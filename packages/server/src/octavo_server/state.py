@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 from starlette.requests import Request
@@ -51,7 +52,7 @@ class ServerState:
         """OpenAI's `system_fingerprint`: the same as long as the same software serves the same model."""
         info = self.engine.info
         computed = (info.dtype, info.kv_dtype, info.mode, info.device, info.kernel_backend)
-        parts = (version("octavo-server"), info.model_name, info.weights_digest, *computed, str(info.deterministic))
+        parts = (_own_version(), info.model_name, info.weights_digest, *computed, str(info.deterministic))
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def resolve_model(self, name: str | None) -> str:
@@ -70,6 +71,11 @@ class ServerState:
                 code="model_not_found",
             )
         return name
+
+
+@cache
+def _own_version() -> str:
+    return version("octavo-server")  # reads a file, and every answer needs it
 
 
 def state_of(request: Request) -> ServerState:

@@ -20,9 +20,12 @@ DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> bytes:
     """Return a value as compact JSON; NaN and infinity are our own mistakes and raise ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _encode(value).encode()
 
 
 def json_response(value: Any) -> Response:

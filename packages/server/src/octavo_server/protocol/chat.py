@@ -11,6 +11,7 @@ from octavo_engine.errors import InvalidRequest
 from octavo_engine.text.tool_use import ToolUse
 from octavo_server.protocol.body import refuse_unsupported
 from octavo_server.protocol.generation import MAX_INT32, MAX_LOGPROBS, GenerationBody
+from octavo_server.protocol.schemas import ChatMessages, ToolChoiceField, ToolsField
 from octavo_server.protocol.tools import tool_use_of
 from octavo_server.protocol.violations import summarise
 
@@ -35,13 +36,13 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 class ChatBody(GenerationBody):
     """OpenAI's fields of a chat completion, and Octavo's extras."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: ChatMessages = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    tools: Any = None
-    tool_choice: Any = None
+    tools: ToolsField = None
+    tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from octavo_engine.errors import InvalidRequest
 from octavo_server.protocol.generation import MAX_INT32, MAX_LOGPROBS, GenerationBody
+from octavo_server.protocol.schemas import PromptField
 from octavo_server.protocol.violations import summarise
 
 DEFAULT_MAX_TOKENS = 16
@@ -20,7 +21,7 @@ _OF_CHATS = ("chat_template_kwargs", "add_generation_prompt", "continue_final_me
 class CompletionBody(GenerationBody):
     """OpenAI's fields of a text completion, and Octavo's extras."""
 
-    prompt: Any = None
+    prompt: PromptField = None
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from octavo_client.wire import EmbeddingExtras
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
 from octavo_server.protocol.completions import Prompt, parse_prompts
+from octavo_server.protocol.schemas import PromptField
 
 
 class EmbeddingBody(EmbeddingExtras):
@@ -15,7 +16,7 @@ class EmbeddingBody(EmbeddingExtras):
     model_config = BODY_CONFIG
 
     model: str | None = None
-    input: Any = None
+    input: PromptField = None
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 

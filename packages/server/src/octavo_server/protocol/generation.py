@@ -12,6 +12,7 @@ from octavo_engine.errors import InvalidRequest
 from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_server.protocol.body import BODY_CONFIG, refuse_unsupported
 from octavo_server.protocol.constraints import constraint_of
+from octavo_server.protocol.schemas import FormatField, StopField
 from octavo_server.protocol.violations import summarise
 
 MAX_STOP_STRINGS = 4
@@ -52,11 +53,11 @@ class GenerationBody(Extras):
     frequency_penalty: Penalty | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     logit_bias: dict[str, float] | None = None
-    stop: Any = None
+    stop: StopField = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    response_format: Any = None
+    response_format: FormatField = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
