@@ -7,8 +7,9 @@ from starlette.testclient import TestClient
 
 from octavo_engine.types import Tenant
 from octavo_server import ServerSettings, create_app
+from octavo_server import app as app_module
 from octavo_server.access import admin_only
-from octavo_server.config import is_loopback
+from octavo_server.config import FREE_ROUTES, is_loopback
 from octavo_server.keys import ApiKey
 
 MODELS, ADMIN = "/v1/models", "/an/admin/route"
@@ -106,3 +107,13 @@ def test_a_keys_requests_are_in_its_name_and_share(engine):
 def test_without_keys_requests_are_in_nobodys_name(client, engine):
     client.post("/v1/completions", json={"prompt": "a"})
     assert engine.requests[0].tenant is None
+
+
+def test_every_route_but_the_monitors_needs_a_key(engine):
+    client = client_of(engine, api_keys=("user",))
+    paths = {route.path for module in app_module._ROUTES for route in module.router.routes}
+    assert len(paths) > 20
+    for path in paths | {"/v1/nothing", "/openapi.json", "/docs"}:
+        for method in ("GET", "POST", "DELETE"):
+            status = client.request(method, path).status_code
+            assert (status != 401) if path in FREE_ROUTES else (status == 401), (method, path)

@@ -81,6 +81,10 @@ def test_an_allowed_origin_is_reflected_and_needs_no_key_to_ask(make_client, eng
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "https://a.example"
     assert "access-control-allow-credentials" not in answer.headers
+    headers = PREFLIGHT | {"access-control-request-headers": "authorization, x-stainless-os"}
+    assert client.options(TEXT, headers=headers).status_code == 200  # as OpenAI's client sends in a browser
+    shown = client.get("/health", headers={"origin": "https://a.example"}).headers["access-control-expose-headers"]
+    assert "x-ratelimit-remaining-tokens" in shown
     other = client.options(TEXT, headers=PREFLIGHT | {"origin": "https://b.example"})
     assert other.status_code == 400
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx2
@@ -127,8 +128,22 @@ def test_a_body_that_comes_too_slowly_is_408(serve, engine):
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
         b"GET /health HTTP/1.1\r\nhost: x\r\nbig: " + b"x" * 70_000,
+        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000,
+        b"GET /health HTTP/1.1\r\nhost: x\r\na: \0\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n",
     ],
-    ids=["no HTTP", "length is no number", "negative length", "broken chunk", "large headers"],
+    ids=[
+        "no HTTP",
+        "length is no number",
+        "negative length",
+        "broken chunk",
+        "large headers",
+        "many headers",
+        "NUL",
+        "no host",
+        "two lengths",
+    ],
 )
 def test_broken_http_is_400_in_openai_shape_and_closes(serve, engine, request_bytes):
     url = serve(engine)
@@ -163,6 +178,23 @@ def test_an_idle_connection_outlives_the_time_for_headers(serve, engine, monkeyp
             with pytest.raises(TimeoutError):
                 connection.recv(1)
             connection.settimeout(5)
+
+
+def test_hundreds_of_idle_connections_do_not_keep_others_out(serve, engine):
+    url = serve(engine)
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(url)) for _ in range(400)]
+        for connection in idle[::2]:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost:")
+        assert httpx2.post(f"{url}{TEXT}", json={"prompt": "a"}).status_code == 200
+    assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_connection_that_stays_idle_is_closed(serve, engine, monkeypatch):
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 0.1)
+    with connect(serve(engine)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_connection_is_kept_for_the_next_request(serve, engine):

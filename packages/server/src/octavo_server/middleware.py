@@ -18,6 +18,14 @@ from octavo_server.rate_limits import KeyBudget
 
 _log = logging.getLogger(__name__)
 
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "retry-after-ms",
+    *(f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
+"""What pages of allowed origins may read of an answer."""
+
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _DRAIN_BYTES = 16 << 20
 _DRAIN_SECONDS = 2.0
@@ -34,8 +42,8 @@ class Cors(CORSMiddleware):
             app,
             allow_origins=allowed_origins,
             allow_methods=["DELETE", "GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
-            expose_headers=["x-request-id"],
+            allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own; credentials are not allowed
+            expose_headers=EXPOSED_HEADERS,
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
