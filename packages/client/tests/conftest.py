@@ -57,6 +57,53 @@ ROOT = {
 }
 
 
+MEMORY = {
+    "object": "engine.memory",
+    "sleep_level": 1,
+    "weights_digest": "ab",
+    "bytes_before": 1000,
+    "bytes_after": 400,
+    "freed_bytes": 600,
+    "seconds": 0.5,
+}
+ROOT |= {
+    "/sleep": MEMORY,
+    "/wake_up": MEMORY,
+    "/update_weights_from_disk": MEMORY,
+    "/is_sleeping": {"is_sleeping": True, "level": 1},
+    "/reset_prefix_cache": {"object": "prefix_cache.reset", "reset": True},
+}
+RANKED = {
+    "id": "rerank-1",
+    "model": "m",
+    "score_type": "cosine_similarity",
+    "usage": {"prompt_tokens": 5, "total_tokens": 5},
+    "results": [{"index": 1, "relevance_score": 0.5, "document": {"text": "b"}}],
+}
+SCORED = {
+    "id": "score-1",
+    "object": "list",
+    "created": 1,
+    "model": "m",
+    "score_type": "cosine_similarity",
+    "data": [{"index": 0, "object": "score", "score": 0.5}],
+    "usage": {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2},
+}
+TIMELINE = {
+    "id": "cmpl-1",
+    "object": "request.timeline",
+    "state": "running",
+    "arrival": 1.5,
+    "grammar_seconds": 0.0,
+    "prompt_tokens": 9,
+    "cached_tokens": {"full": 0, "partial": 0, "fork": 0},
+    "waiting_before": 0,
+    "waits": [{"index": 0, "start": 0.0, "seconds": 0.25, "ended": True, "reasons": {"rows": 0.25}}],
+    "chunks": [{"index": 0, "start": 0.25, "seconds": None, "tokens": 9, "resumes": False}],
+    "preemptions": [],
+    "choices": [],
+    "omitted": 0,
+}
 PIN = {"id": "pin-1", "object": "cache.pin", "pinned_tokens": 32, "blocks": 2}
 WARMED = {"object": "cache.warmed_prompt", "index": 0, "prompt_tokens": 40, "cached_tokens": 3, "warm_tokens": 32}
 CACHE = {
@@ -119,6 +166,12 @@ def answer(request: httpx2.Request) -> httpx2.Response:
         return _events([COMPLETION]) if body.get("stream") else httpx2.Response(200, json=COMPLETION)
     if path.endswith("/embeddings"):
         return httpx2.Response(200, json=EMBEDDING)
+    if path.endswith("/rerank"):
+        return httpx2.Response(200, json=RANKED)
+    if path.endswith("/score"):
+        return httpx2.Response(200, json=SCORED)
+    if path.endswith("/timeline"):
+        return httpx2.Response(200, json=TIMELINE)
     if path.endswith("/models"):
         return httpx2.Response(200, json={"object": "list", "data": []})
     if request.method == "DELETE" and "/v1/requests/" in path:

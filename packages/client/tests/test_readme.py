@@ -18,6 +18,8 @@ PRINTED = {
     "Chat": "Paris.\n",
     "Stream": "Paris.",
     "Several at once": " Paris.\n Paris.\n",
+    "Rerank and score": "1 0.5 cosine_similarity\n[0.5]\n",
+    "Sleep and other weights": "600\n1\n",
     "Tokens, health, version": "2 [504, 3575]\nThe capital\nNone\nok 0.1.0\n",
     "Responses and batches": "Paris.\nFrance True\nItaly True\n",
     "Prefix cache": "32\n['pin-1']\n",

@@ -48,3 +48,13 @@ def test_another_servers_answer_is_told_apart(caller: Caller) -> None:
 def test_an_empty_id_is_refused(caller: Caller) -> None:
     with pytest.raises(ValueError, match="empty"):
         caller.run(caller.client().requests.release(""))
+
+
+def test_a_timeline_is_asked_for_by_the_id_of_the_answer(caller: Caller) -> None:
+    client = caller.client()
+    found = caller.run(client.requests.timeline("cmpl-1"))
+    assert (caller.requests[-1].method, caller.url) == ("GET", "http://localhost:8000/v1/requests/cmpl-1/timeline")
+    assert (found.state, found.waits[0].reasons, found.chunks[0].seconds) == ("running", {"rows": 0.25}, None)
+    assert caller.run(client.requests.with_raw_response.timeline("cmpl-1")).parse() == found
+    with pytest.raises(ValueError, match="empty"):
+        caller.run(client.requests.timeline(""))

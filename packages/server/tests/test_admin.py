@@ -49,11 +49,13 @@ def test_sleeping_and_waking_report_the_memory(admin, engine):
     assert admin.post("/wake_up?tags=weights&tags=kv_cache").json()["freed_bytes"] == -600
     admin.post("/sleep")
     admin.post("/wake_up")
+    admin.post("/wake_up?tags=weights,kv_cache")
     assert engine.asked == [
         ("sleep", 2, "wait"),
         ("wake_up", ["weights", "kv_cache"]),
         ("sleep", 1, None),
         ("wake_up", None),
+        ("wake_up", ["weights", "kv_cache"]),
     ]
 
 

@@ -18,39 +18,19 @@ from openai import DEFAULT_MAX_RETRIES, NotGiven, not_given
 
 from octavo_client import _sdk
 from octavo_client.errors import ConfigurationError
-from octavo_client.resources.cache import (
-    AsyncCache,
-    AsyncCacheWithRawResponse,
-    AsyncCacheWithStreamingResponse,
-    Cache,
-    CacheWithRawResponse,
-    CacheWithStreamingResponse,
-)
-from octavo_client.resources.requests import (
-    AsyncRequests,
-    AsyncRequestsWithRawResponse,
-    AsyncRequestsWithStreamingResponse,
-    Requests,
-    RequestsWithRawResponse,
-    RequestsWithStreamingResponse,
-)
-from octavo_client.resources.server import (
-    AsyncServer,
-    AsyncServerWithRawResponse,
-    AsyncServerWithStreamingResponse,
-    Server,
-    ServerWithRawResponse,
-    ServerWithStreamingResponse,
-)
-from octavo_client.resources.tokens import (
-    AsyncTokens,
-    AsyncTokensWithRawResponse,
-    AsyncTokensWithStreamingResponse,
-    Tokens,
-    TokensWithRawResponse,
-    TokensWithStreamingResponse,
-)
+from octavo_client.resources.cache import AsyncCache, Cache
+from octavo_client.resources.engine import AsyncEngineControl, EngineControl
+from octavo_client.resources.ranking import AsyncRanking, Ranking
+from octavo_client.resources.requests import AsyncRequests, Requests
+from octavo_client.resources.server import AsyncServer, Server
+from octavo_client.resources.tokens import AsyncTokens, Tokens
 from octavo_client.sdk_clients import AsyncSdkClient, SdkClient
+from octavo_client.with_response import (
+    AsyncOctavoWithRawResponse,
+    AsyncOctavoWithStreamingResponse,
+    OctavoWithRawResponse,
+    OctavoWithStreamingResponse,
+)
 
 __all__ = ["DEFAULT_BASE_URL", "AsyncOctavo", "Octavo", "SdkOptions"]
 
@@ -128,9 +108,19 @@ class Octavo(SdkClient):
         _restore(self, default_headers, sdk)
 
     @cached_property
+    def engine(self) -> EngineControl:
+        """Put the engine to sleep, wake it, give it other weights; needs the admin key where there is one."""
+        return EngineControl(self)
+
+    @cached_property
     def cache(self) -> Cache:
         """Prompts computed ahead, and prompts that stay in the prefix cache."""
         return Cache(self)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Documents by how well they fit a query, and how alike texts are."""
+        return Ranking(self)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -139,7 +129,7 @@ class Octavo(SdkClient):
 
     @cached_property
     def requests(self) -> Requests:
-        """Let go of answers that the server keeps for forks."""
+        """What happened to requests; letting go of answers that are kept for forks."""
         return Requests(self)
 
     @cached_property
@@ -148,12 +138,12 @@ class Octavo(SdkClient):
         return Server(self)
 
     @cached_property
-    def with_raw_response(self) -> "OctavoWithRawResponse":
+    def with_raw_response(self) -> OctavoWithRawResponse:
         """The same resources, answering with HTTP responses."""
         return OctavoWithRawResponse(self)
 
     @cached_property
-    def with_streaming_response(self) -> "OctavoWithStreamingResponse":
+    def with_streaming_response(self) -> OctavoWithStreamingResponse:
         """The same resources, answering with unread HTTP responses."""
         return OctavoWithStreamingResponse(self)
 
@@ -202,9 +192,19 @@ class AsyncOctavo(AsyncSdkClient):
         _restore(self, default_headers, sdk)
 
     @cached_property
+    def engine(self) -> AsyncEngineControl:
+        """Put the engine to sleep, wake it, give it other weights; needs the admin key where there is one."""
+        return AsyncEngineControl(self)
+
+    @cached_property
     def cache(self) -> AsyncCache:
         """Prompts computed ahead, and prompts that stay in the prefix cache."""
         return AsyncCache(self)
+
+    @cached_property
+    def ranking(self) -> AsyncRanking:
+        """Documents by how well they fit a query, and how alike texts are."""
+        return AsyncRanking(self)
 
     @cached_property
     def tokens(self) -> AsyncTokens:
@@ -213,7 +213,7 @@ class AsyncOctavo(AsyncSdkClient):
 
     @cached_property
     def requests(self) -> AsyncRequests:
-        """Let go of answers that the server keeps for forks."""
+        """What happened to requests; letting go of answers that are kept for forks."""
         return AsyncRequests(self)
 
     @cached_property
@@ -222,121 +222,17 @@ class AsyncOctavo(AsyncSdkClient):
         return AsyncServer(self)
 
     @cached_property
-    def with_raw_response(self) -> "AsyncOctavoWithRawResponse":
+    def with_raw_response(self) -> AsyncOctavoWithRawResponse:
         """The same resources, answering with HTTP responses."""
         return AsyncOctavoWithRawResponse(self)
 
     @cached_property
-    def with_streaming_response(self) -> "AsyncOctavoWithStreamingResponse":
+    def with_streaming_response(self) -> AsyncOctavoWithStreamingResponse:
         """The same resources, answering with unread HTTP responses."""
         return AsyncOctavoWithStreamingResponse(self)
 
     def _validate_headers(self, headers: _sdk.Headers, custom_headers: _sdk.Headers) -> None:
         """Let a request without credentials through: a server without a key needs none, another answers 401."""
-
-
-class OctavoWithRawResponse(_sdk.OpenAIWithRawResponse):
-    """`Octavo`, answering with HTTP responses."""
-
-    _client: Octavo
-
-    @cached_property
-    def cache(self) -> CacheWithRawResponse:
-        """See `Octavo.cache`."""
-        return self._client.cache.with_raw_response
-
-    @cached_property
-    def tokens(self) -> TokensWithRawResponse:
-        """See `Octavo.tokens`."""
-        return self._client.tokens.with_raw_response
-
-    @cached_property
-    def requests(self) -> RequestsWithRawResponse:
-        """See `Octavo.requests`."""
-        return self._client.requests.with_raw_response
-
-    @cached_property
-    def server(self) -> ServerWithRawResponse:
-        """See `Octavo.server`."""
-        return self._client.server.with_raw_response
-
-
-class AsyncOctavoWithRawResponse(_sdk.AsyncOpenAIWithRawResponse):
-    """`AsyncOctavo`, answering with HTTP responses."""
-
-    _client: AsyncOctavo
-
-    @cached_property
-    def cache(self) -> AsyncCacheWithRawResponse:
-        """See `AsyncOctavo.cache`."""
-        return self._client.cache.with_raw_response
-
-    @cached_property
-    def tokens(self) -> AsyncTokensWithRawResponse:
-        """See `AsyncOctavo.tokens`."""
-        return self._client.tokens.with_raw_response
-
-    @cached_property
-    def requests(self) -> AsyncRequestsWithRawResponse:
-        """See `AsyncOctavo.requests`."""
-        return self._client.requests.with_raw_response
-
-    @cached_property
-    def server(self) -> AsyncServerWithRawResponse:
-        """See `AsyncOctavo.server`."""
-        return self._client.server.with_raw_response
-
-
-class OctavoWithStreamingResponse(_sdk.OpenAIWithStreamedResponse):
-    """`Octavo`, answering with unread HTTP responses."""
-
-    _client: Octavo
-
-    @cached_property
-    def cache(self) -> CacheWithStreamingResponse:
-        """See `Octavo.cache`."""
-        return self._client.cache.with_streaming_response
-
-    @cached_property
-    def tokens(self) -> TokensWithStreamingResponse:
-        """See `Octavo.tokens`."""
-        return self._client.tokens.with_streaming_response
-
-    @cached_property
-    def requests(self) -> RequestsWithStreamingResponse:
-        """See `Octavo.requests`."""
-        return self._client.requests.with_streaming_response
-
-    @cached_property
-    def server(self) -> ServerWithStreamingResponse:
-        """See `Octavo.server`."""
-        return self._client.server.with_streaming_response
-
-
-class AsyncOctavoWithStreamingResponse(_sdk.AsyncOpenAIWithStreamedResponse):
-    """`AsyncOctavo`, answering with unread HTTP responses."""
-
-    _client: AsyncOctavo
-
-    @cached_property
-    def cache(self) -> AsyncCacheWithStreamingResponse:
-        """See `AsyncOctavo.cache`."""
-        return self._client.cache.with_streaming_response
-
-    @cached_property
-    def tokens(self) -> AsyncTokensWithStreamingResponse:
-        """See `AsyncOctavo.tokens`."""
-        return self._client.tokens.with_streaming_response
-
-    @cached_property
-    def requests(self) -> AsyncRequestsWithStreamingResponse:
-        """See `AsyncOctavo.requests`."""
-        return self._client.requests.with_streaming_response
-
-    @cached_property
-    def server(self) -> AsyncServerWithStreamingResponse:
-        """See `AsyncOctavo.server`."""
-        return self._client.server.with_streaming_response
 
 
 def _api_key_from_environment() -> str:

@@ -1,4 +1,4 @@
-"""Answers that the server keeps so that other requests can go on from them."""
+"""What happened to requests, and answers that are kept so that other requests can go on from them."""
 
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -9,6 +9,7 @@ from openai import not_given
 from octavo_client import _sdk
 from octavo_client.resources._root import Timeout, answer_options
 from octavo_client.wire import ReleasedRequest
+from octavo_client.wire_timeline import RequestTimeline
 
 if TYPE_CHECKING:
     from octavo_client.client import AsyncOctavo, Octavo
@@ -17,7 +18,14 @@ __all__ = ["AsyncRequests", "Requests"]
 
 
 class Requests:
-    """DELETE /v1/requests/{id}."""
+    """GET /v1/requests/{id}/timeline and DELETE /v1/requests/{id}.
+
+    Example:
+        >>> client = Octavo()
+        >>> answer = client.completions.create(model="smollm2", prompt="The capital of France is")
+        >>> client.requests.timeline(answer.id).waits[0].seconds
+        0.0002
+    """
 
     def __init__(self, client: "Octavo") -> None:
         self._client = client
@@ -31,6 +39,32 @@ class Requests:
     def with_streaming_response(self) -> "RequestsWithStreamingResponse":
         """The same methods as context managers that leave the body unread."""
         return RequestsWithStreamingResponse(self)
+
+    def timeline(
+        self,
+        request_id: str,
+        *,
+        extra_headers: _sdk.Headers | None = None,
+        extra_query: _sdk.Query | None = None,
+        timeout: Timeout = not_given,
+    ) -> RequestTimeline:
+        """Tell what happened to a request, by the id of its answer, while it runs or after: why it waited, its chunks.
+
+        With several prompts the id is that of the answer, a hyphen and the prompt's number.
+
+        Raises:
+            ValueError: the id is empty.
+            openai.NotFoundError: it is unknown, ended too long ago, or is another key's.
+            openai.APIError: the request failed.
+            InvalidAnswerError: the server is not Octavo's.
+        """
+        return self._client.get(
+            f"{_path(request_id)}/timeline",
+            cast_to=cast("type[RequestTimeline]", object),
+            options=answer_options(
+                RequestTimeline, extra_headers=extra_headers, extra_query=extra_query, timeout=timeout
+            ),
+        )
 
     def release(
         self,
@@ -58,7 +92,7 @@ class Requests:
 
 
 class AsyncRequests:
-    """DELETE /v1/requests/{id}, awaited; errors as in `Requests`."""
+    """GET /v1/requests/{id}/timeline and DELETE /v1/requests/{id}, awaited; errors as in `Requests`."""
 
     def __init__(self, client: "AsyncOctavo") -> None:
         self._client = client
@@ -72,6 +106,23 @@ class AsyncRequests:
     def with_streaming_response(self) -> "AsyncRequestsWithStreamingResponse":
         """The same methods as context managers that leave the body unread."""
         return AsyncRequestsWithStreamingResponse(self)
+
+    async def timeline(
+        self,
+        request_id: str,
+        *,
+        extra_headers: _sdk.Headers | None = None,
+        extra_query: _sdk.Query | None = None,
+        timeout: Timeout = not_given,
+    ) -> RequestTimeline:
+        """Tell what happened to a request; see `Requests.timeline`."""
+        return await self._client.get(
+            f"{_path(request_id)}/timeline",
+            cast_to=cast("type[RequestTimeline]", object),
+            options=answer_options(
+                RequestTimeline, extra_headers=extra_headers, extra_query=extra_query, timeout=timeout
+            ),
+        )
 
     async def release(
         self,
@@ -95,6 +146,7 @@ class RequestsWithRawResponse:
     """`Requests`, answering with HTTP responses."""
 
     def __init__(self, requests: Requests) -> None:
+        self.timeline = _sdk.to_raw_response_wrapper(requests.timeline)
         self.release = _sdk.to_raw_response_wrapper(requests.release)
 
 
@@ -102,6 +154,7 @@ class AsyncRequestsWithRawResponse:
     """`AsyncRequests`, answering with HTTP responses."""
 
     def __init__(self, requests: AsyncRequests) -> None:
+        self.timeline = _sdk.async_to_raw_response_wrapper(requests.timeline)
         self.release = _sdk.async_to_raw_response_wrapper(requests.release)
 
 
@@ -109,6 +162,7 @@ class RequestsWithStreamingResponse:
     """`Requests`, answering with unread HTTP responses."""
 
     def __init__(self, requests: Requests) -> None:
+        self.timeline = _sdk.to_streamed_response_wrapper(requests.timeline)
         self.release = _sdk.to_streamed_response_wrapper(requests.release)
 
 
@@ -116,6 +170,7 @@ class AsyncRequestsWithStreamingResponse:
     """`AsyncRequests`, answering with unread HTTP responses."""
 
     def __init__(self, requests: AsyncRequests) -> None:
+        self.timeline = _sdk.async_to_streamed_response_wrapper(requests.timeline)
         self.release = _sdk.async_to_streamed_response_wrapper(requests.release)
 
 

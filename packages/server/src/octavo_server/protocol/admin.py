@@ -34,12 +34,12 @@ def sleep_query(query: QueryParams) -> tuple[SleepLevel, SleepMode | None]:
 
 
 def wake_query(query: QueryParams) -> list[SleepTag] | None:
-    """Return the parts to wake, None for all.
+    """Return the parts to wake, given one by one or with commas between them; None for all.
 
     Raises:
         InvalidRequest: if there is no such part.
     """
-    tags = query.getlist("tags")
+    tags = [tag for given in query.getlist("tags") for tag in given.split(",")]
     for tag in tags:
         if tag not in get_args(SleepTag):
             raise InvalidRequest(f"tags must be weights or kv_cache, got {summarise(tag)}", param="tags")
