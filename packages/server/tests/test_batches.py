@@ -10,6 +10,7 @@ from openai.types import Batch
 
 from octavo_server import batch_runner
 from octavo_server.batch_runner import PRIORITY
+from octavo_server.store.database import StoreFailed
 
 BATCHES, FILES = "/v1/batches", "/v1/files"
 CHAT = "/v1/chat/completions"
@@ -180,6 +181,23 @@ def test_what_is_not_done_in_the_window_is_given_up(make_client, engine):
     assert list(content(client, batch["output_file_id"])) == ["a"]
     assert content(client, batch["error_file_id"])["b"]["error"]["code"] == "batch_expired"
     assert engine.num_running == 0
+
+
+def test_a_batch_that_stopped_is_taken_up_again(client, engine, monkeypatch, wait_until):
+    monkeypatch.setattr(batch_runner, "_REST_SECONDS", 0.01)
+    store = client.app.state.durable.store.batches
+    finish_line, broken = store.finish_line, []
+
+    async def finish_later(batch_id, number, **result):
+        if len(broken) < 2:
+            broken.append(number)
+            raise StoreFailed("the disk is full")
+        await finish_line(batch_id, number, **result)
+
+    monkeypatch.setattr(store, "finish_line", finish_later)
+    batch = ended(client, create(client, line("a"), line("b")))
+    assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+    assert broken
 
 
 def test_lines_run_in_the_name_of_their_key_and_may_run_out_of_time(make_client, engine):

@@ -331,6 +331,7 @@ def test_a_background_response_is_cancelled(client, engine):
     engine.hold_after = 3
     queued = ask(client, background=True)
     assert engine.holding.wait(5)
+    assert refusal(client, previous_response_id=queued["id"])["code"] == "previous_response_not_ended"
     cancelled = client.post(f"{RESPONSES}/{queued['id']}/cancel").json()
     assert (cancelled["status"], cancelled["output"][0]["status"]) == ("cancelled", "incomplete")
     assert (engine.aborted, engine.num_running) == ([queued["id"]], 0)

@@ -99,10 +99,13 @@ def test_a_conversation_is_followed_back_to_its_beginning():
             assert await responses.get("r2", "me") is None  # nothing goes on from it
             assert await responses.get("r1", "me") is not None
             await responses.add(stored("r3", "r1"), [])
+            with pytest.raises(InvalidRequest, match="r3 has not ended"):
+                await responses.conversation("r3", "me")
+            await responses.add(stored("r4", "r1", status="failed"), [])
             assert await responses.delete("r1", "me")
             assert await responses.item("q1", "me") is None
             with pytest.raises(InvalidRequest, match="no response 'r1' is stored"):
-                await responses.conversation("r3", "me")
+                await responses.conversation("r4", "me")
             await responses.delete_older(6)
             assert await responses.get("r3", "me") is not None  # it is at work
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -18,6 +19,7 @@ from octavo_server.generation import cancel_all
 from octavo_server.local_calls import LocalAnswer, LocalCalls
 from octavo_server.protocol.batches import request_body
 from octavo_server.store.batches import BatchLine, StoredBatch
+from octavo_server.store.database import StoreFailed
 from octavo_server.store.store import Store
 
 PRIORITY = 1 << 20
@@ -25,6 +27,7 @@ PRIORITY = 1 << 20
 
 _BUSY = (429, 503)
 _PAUSE_SECONDS = 1.0  # before a line that was refused for want of room is tried again
+_REST_SECONDS = 30.0  # before a batch that stopped is taken up again
 _NUM_READ = 256  # lines that are looked up at once
 
 _log = logging.getLogger(__name__)
@@ -73,20 +76,28 @@ class BatchRunner:
         await cancel_all(list(self._tasks.values()))
 
     async def _work(self, batch: StoredBatch) -> None:
-        try:
-            if batch.outcome is None and batch.batch["status"] == "validating":
-                batch = await self._validated(batch)
-            if batch.batch["status"] == "failed":
-                return
-            if batch.outcome is None:
-                outcome = await self._run_lines(batch)
-                batch = await self._store.batches.update(
-                    batch.id, outcome=outcome, status="finalizing", finalizing_at=int(time.time())
-                )
-            await self._finish(batch)
-        except Exception:  # the boundary: the batch stays as it is, and the next server takes it up
-            _log.exception("batch %s stopped", batch.id)
+        """Run a batch to its end; what goes wrong with the disk, or here, is tried again after a while."""
+        while True:
+            try:
+                await self._run(batch)
+                break
+            except Exception:  # the boundary: nobody else would hear of it
+                _log.exception("batch %s stopped, and is taken up again in %g s", batch.id, _REST_SECONDS)
+            await asyncio.sleep(_REST_SECONDS)
+            with suppress(StoreFailed):
+                batch = await self._store.batches.update(batch.id)
         self._tasks.pop(batch.id, None)
+
+    async def _run(self, batch: StoredBatch) -> None:
+        if batch.outcome is None and batch.batch["status"] == "validating":
+            batch = await self._validated(batch)
+        if batch.batch["status"] == "failed":
+            return
+        if batch.outcome is None:
+            outcome = await self._run_lines(batch)
+            now = int(time.time())
+            batch = await self._store.batches.update(batch.id, outcome=outcome, status="finalizing", finalizing_at=now)
+        await self._finish(batch)
 
     async def _validated(self, batch: StoredBatch) -> StoredBatch:
         """Read the input file; a batch whose lines are not all sound has failed."""

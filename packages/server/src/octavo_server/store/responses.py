@@ -119,10 +119,17 @@ class ResponseStore:
         """Return what a response that follows this one goes on from: all inputs and outputs, oldest first.
 
         Raises:
-            InvalidRequest: if it, or one before it, is not there.
+            InvalidRequest: if it has not ended, or it or one before it is not there.
         """
 
         def read(connection: Connection) -> list[Item]:
+            sql = f"SELECT 1 FROM responses WHERE id = ? AND owner = ? AND status IN {_UNFINISHED}"
+            if connection.execute(sql, (response_id, owner)).fetchone():
+                raise InvalidRequest(
+                    f"previous_response_id: {response_id} has not ended; wait for it",
+                    param="previous_response_id",
+                    code="previous_response_not_ended",
+                )
             values = {"id": response_id, "owner": owner}
             sql = _CHAIN + "SELECT id, previous_id, depth FROM chain ORDER BY depth DESC LIMIT 1"
             last = connection.execute(sql, values).fetchone()
