@@ -1,5 +1,6 @@
 """Responses: OpenAI's shapes, whole and streamed; conversations, tools, the background, and what is refused."""
 
+import asyncio
 import importlib.util
 import json
 from typing import Any
@@ -325,6 +326,19 @@ def test_a_background_stream_is_taken_up_at_any_event(client):
         assert (events_of(text) if text else []) == events[after + 1 :]
     wrong = client.get(f"{RESPONSES}/{response_id}", params={"stream": "true", "starting_after": "x"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "starting_after")
+
+
+def test_followers_see_the_last_event_however_slow_the_disk_is(client, monkeypatch):
+    store = client.app.state.durable.store.responses
+    add_events = store.add_events
+
+    async def add_later(response_id, events):
+        await asyncio.sleep(0.02)
+        await add_events(response_id, events)
+
+    monkeypatch.setattr(store, "add_events", add_later)
+    events = stream(client, background=True)
+    assert events[-1]["type"] == "response.completed"
 
 
 def test_a_background_response_is_cancelled(client, engine):

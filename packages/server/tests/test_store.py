@@ -6,6 +6,7 @@ import sqlite3
 import pytest
 
 from octavo_engine.errors import InvalidConfig, InvalidRequest
+from octavo_server.store.batches import BatchLine
 from octavo_server.store.database import Database, StoreFailed
 from octavo_server.store.files import StoredFile
 from octavo_server.store.paging import Page
@@ -102,12 +103,43 @@ def test_a_conversation_is_followed_back_to_its_beginning():
             with pytest.raises(InvalidRequest, match="r3 has not ended"):
                 await responses.conversation("r3", "me")
             await responses.add(stored("r4", "r1", status="failed"), [])
+            await responses.add_events("r1", [(0, b"a")])
             assert await responses.delete("r1", "me")
-            assert await responses.item("q1", "me") is None
+            await responses.add_events("r1", [(1, b"b")])
+            assert await responses.events("r1", -1) == []
+            left = await responses._database.run(lambda c: c.execute("SELECT id FROM items ORDER BY id").fetchall())
+            assert left == []
             with pytest.raises(InvalidRequest, match="no response 'r1' is stored"):
                 await responses.conversation("r4", "me")
             await responses.delete_older(6)
             assert await responses.get("r3", "me") is not None  # it is at work
+
+    asyncio.run(run())
+
+
+def test_what_has_come_of_a_line_is_written_once():
+    async def run():
+        with Store() as store:
+            batches = store.batches
+            await batches.add({"id": "b1", "input_file_id": "f1"}, "me", 10)
+            await batches.add_lines("b1", [BatchLine(1, "a", 0, 5), BatchLine(2, "b", 5, 5)])
+            await batches.start("b1")
+            await batches.finish_line("b1", 1, succeeded=True, result="first")
+            await batches.finish_line("b1", 1, succeeded=False, result="second")
+            batch = await batches.get("b1", "me")
+            assert (batch.num_lines, batch.num_completed, batch.num_failed) == (2, 1, 0)
+            (done,) = await batches.results("b1", succeeded=True, after=0, limit=9)
+            assert done.result == "first"
+            assert [line.line for line in await batches.pending_lines("b1", after=0, limit=9)] == [2]
+            _, is_new = await batches.cancel("b1", at=5)
+            assert is_new
+            assert not (await batches.cancel("b1", at=6))[1]
+            assert (await batches.update("b1", outcome="completed")).outcome == "cancelled"
+            await batches.end("b1", [StoredFile("f2", "me", 1, None, "n", "batch_output", 3)], status="cancelled")
+            await batches.end("b1", [StoredFile("f3", "me", 1, None, "n", "batch_output", 3)], status="completed")
+            assert (await batches.get("b1", "me")).batch["status"] == "cancelled"
+            assert await store.files.get("f3", "me") is None
+            assert await batches.unfinished() == []
 
     asyncio.run(run())
 
