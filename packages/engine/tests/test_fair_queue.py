@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.executor.fake import hashed_next_token
 from octavo_engine.fair_queue import FairQueue
 from octavo_engine.scheduler_bench import SchedulerBench
@@ -247,3 +250,8 @@ def test_who_comes_first_waits_behind_the_whole_flood_without_fair_shares():
         order[name] = [request_id for request_id, _ in bench.reasons()].index("guest")
     assert order["arrival"] == 40
     assert order["fair"] <= 2 * ROWS
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(InvalidConfig, match="queue_policy 'lottery' is not one of arrival, fair"):
+        EngineConfig(queue_policy="lottery")

@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from octavo_engine.async_engine import AsyncEngine
-from octavo_engine.errors import EngineStuck
+from octavo_engine.config import EngineConfig
+from octavo_engine.errors import EngineStuck, InvalidConfig
 from octavo_engine.watchdog import Watchdog
 
 
@@ -128,3 +129,8 @@ def _wait_until(condition):
                 await asyncio.sleep(0.005)
 
     asyncio.run(wait())
+
+
+def test_a_limit_that_is_no_time_is_refused():
+    with pytest.raises(InvalidConfig, match="watchdog_timeout must be above 0 seconds, got 0"):
+        EngineConfig(watchdog_timeout=0)

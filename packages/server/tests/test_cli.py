@@ -94,6 +94,14 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["serve", "--preemption-mode", "never"], "preemption_mode 'never' is not one of"),
         (["serve", "--log-level", "loud"], "log_level 'loud'"),
         (["serve", "--max-body-bytes", "0"], "max_body_bytes must be above 0"),
+        (["serve", "--request-timeout", "0"], "request_timeout must be above 0"),
+        (["serve", "--log-format", "xml"], "log_format 'xml' is not one of text, json"),
+        (["serve", "--api-keys-file", "/none.toml"], "cannot read API keys from /none.toml"),
+        (["serve", "--api-key", "a", "--admin-api-key", "a"], "have the same digest; change one"),
+        (["serve", "--ssl-keyfile", "/none.pem"], "go with --ssl-certfile"),
+        (["serve", "--ssl-certfile", "/none.pem"], "cannot use /none.pem for TLS"),
+        (["serve", "--uds", "/none/socket"], "cannot listen on the Unix socket /none/socket"),
+        (["serve", "--otlp-traces-endpoint", "collector"], "must be an http URL"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -235,10 +243,12 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "make_server", make_server)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
+    operations = "--watchdog-timeout", "7", "--admin-api-key", "root", "--request-timeout", "30", "--no-access-log"
     sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap", "--max-pinned-share", "0.5"
-    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes)
+    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes, *operations)
     assert result.exit_code == 0, result.output
     assert seen == {"health": 200, "models": "m", "locked": 401}
+    assert (octavo.configs[0].queue_policy, octavo.configs[0].watchdog_timeout) == ("fair", 7)
     assert octavo.configs[0].kv_cache_bytes == 2**29
     assert octavo.configs[0].host_kv_bytes == 2**28
     assert octavo.configs[0].preemption_mode == "swap"

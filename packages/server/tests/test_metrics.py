@@ -116,6 +116,16 @@ def test_http_requests_count_by_route_template_and_status(client, method, path, 
     assert got["octavo_http_request_duration_seconds_count"] == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [(TEXT, TEXT), ("/v1/models/a/b", "/v1/models/{model_id:path}"), ("/nothing/17", "unmatched")],
+)
+def test_what_is_refused_before_its_route_counts_for_it(make_client, engine, path, route):
+    client = make_client(engine, api_keys=("k",))
+    assert client.get(path).status_code == 401
+    assert samples(client, method="GET", route=route, status="401")["octavo_http_requests_total"] == 1
+
+
 def test_an_invented_method_does_not_make_a_label(client):
     client.request("BREW", "/nothing")
     assert samples(client, method="other", route="unmatched")["octavo_http_requests_total"] == 1

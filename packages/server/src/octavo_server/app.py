@@ -109,7 +109,12 @@ def _middleware(state: ServerState) -> list[Middleware]:
     keys = settings.key_ring()
     budgets = budgets_of(keys, state.metrics.limit_rate)
     layers = [
-        Middleware(RequestContext, observers=_observers(state), request_timeout=settings.request_timeout),
+        Middleware(
+            RequestContext,
+            observers=_observers(state),
+            routes=[route for module in _ROUTES for route in module.router.routes],
+            request_timeout=settings.request_timeout,
+        ),
         Middleware(Cors, allowed_origins=settings.allowed_origins),
         Middleware(DrainGate, drain=state.drain),
     ]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo_server.errors import CLIENT_GONE, ApiError, error_response
@@ -63,12 +64,20 @@ class RequestContext:
     Args:
         app: the layers below.
         observers: are told of each answer when it has ended.
+        routes: all there are, to name the one of a request that was refused before it came there.
         request_timeout: seconds that every request may take; None sets no limit.
     """
 
-    def __init__(self, app: ASGIApp, observers: Sequence[Observer], request_timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        observers: Sequence[Observer],
+        routes: Sequence[BaseRoute],
+        request_timeout: float | None = None,
+    ) -> None:
         self._app = app
         self._observers = observers
+        self._routes = routes
         self._request_timeout = request_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,9 +99,16 @@ class RequestContext:
             await error_response(error, scope["path"])(scope, wire.receive, wire.send)
         finally:
             exchange.close()
+            if "route" not in scope:
+                self._find_route(scope)
             answer = Answer(exchange, scope, wire.outcome, time.monotonic())
             for observe in self._observers:
                 observe(answer)
+
+    def _find_route(self, scope: Scope) -> None:
+        route = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)
+        if route is not None:
+            scope["route"] = route
 
     async def _serve(self, exchange: Exchange, wire: _Wire, scope: Scope) -> None:
         for seconds in (self._request_timeout, _wanted_timeout(scope)):
