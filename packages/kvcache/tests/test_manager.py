@@ -509,3 +509,16 @@ def test_a_new_root_hits_nothing_of_the_old_one_not_even_what_is_registered_afte
     cache.commit("after", [1, 2, 3, 4, 5], 5)
     cache.reset_prefix_cache()
     assert cache.match("again", [1, 2, 3, 4, 5]) == 0
+
+
+def test_equal_tokens_have_other_hashes_under_another_root():
+    cache = CacheManager(num_blocks=9, block_size=4, root=b"old")
+    hashes = []
+    for root in (None, b"new", b"old"):
+        cache.reset_prefix_cache(root)
+        cache.match("a", [1, 2, 3, 4, 5])
+        cache.allocate("a", 0, 5)
+        cache.commit("a", [1, 2, 3, 4, 5], 5)
+        hashes.append(cache._pool.block_hash(cache.block_ids("a")[0][0]))
+        cache.free("a")
+    assert hashes[0] == hashes[2] != hashes[1]
