@@ -37,10 +37,13 @@ def find_infill_tokens(tokenizer: Tokenizer) -> InfillTokens | None:
     """Return the tokens that a tokenizer's file names, else those of known spellings; None if there are none."""
     named = tuple(tokenizer.special_tokens.get(name, "") for name in NAMES)
     for spellings in (named, *_SPELLINGS):
-        ids = [tokenizer.token_id(spelling) if spelling else None for spelling in spellings]
-        known = [
-            i for i, spelling in zip(ids, spellings, strict=True) if i is not None and tokenizer.token(i) == spelling
-        ]
+        found = [_find(tokenizer, spelling) for spelling in spellings]
+        known = [token_id for token_id in found if token_id is not None]
         if len(set(known)) == len(spellings):
             return InfillTokens(*known)
     return None
+
+
+def _find(tokenizer: Tokenizer, spelling: str) -> int | None:
+    token_id = tokenizer.token_id(spelling) if spelling else None
+    return token_id if token_id is not None and tokenizer.token(token_id) == spelling else None

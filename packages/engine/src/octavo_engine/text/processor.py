@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from octavo_engine.beam_limits import BeamLimits
@@ -19,7 +20,7 @@ from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
 from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.chat_template import ChatTemplate
-from octavo_engine.text.infill import find_infill_tokens
+from octavo_engine.text.infill import InfillTokens, find_infill_tokens
 from octavo_engine.text.output import TextStream
 from octavo_engine.text.parsers.base import AnswerParser
 from octavo_engine.text.sampling_tokens import SamplingTokens
@@ -83,7 +84,10 @@ class TextProcessor:
         self._grammars = grammars
         self.answers = answers or AnswerFormat.of(chat_template.source if chat_template is not None else "")
         self._eos_token_ids = tuple(eos_token_ids)
-        self._infill = find_infill_tokens(tokenizer)
+
+    @cached_property
+    def _infill(self) -> InfillTokens | None:
+        return find_infill_tokens(self.tokenizer)
 
     @property
     def has_chat_template(self) -> bool:
