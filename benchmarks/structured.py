@@ -81,7 +81,7 @@ class Contender:
     def start(self, batch: int, num_tokens: int, seed: int) -> None:
         """Submit a round's requests."""
         each = [replace(self._sampling, max_tokens=num_tokens, seed=seed + index) for index in range(batch)]
-        requests = self.llm._requests(encode_all(self.llm._text, [PROMPT] * batch), each)
+        requests = self.llm._runs.requests(encode_all(self.llm._text, [PROMPT] * batch), each)
         self._running = {own.request.request_id: own for own in requests}
         for own in requests:
             self._engine.add(own.request)
@@ -91,7 +91,7 @@ class Contender:
         """Take one step and its texts; True if there is more to do."""
         started = time.perf_counter()
         for update in self._engine.step():
-            self.llm._take(self._running[update.request_id], update)
+            self.llm._runs.take(self._running[update.request_id], update)
         self.seconds += time.perf_counter() - started
         self.num_steps += 1
         return self._engine.has_work

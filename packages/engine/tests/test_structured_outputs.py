@@ -243,7 +243,7 @@ def test_an_error_at_a_later_mask_ends_its_request_alone(make_llm: MakeLLM) -> N
     llm = make_llm()
     # Passes at the start; its automaton outgrows llguidance's limits within a few tokens.
     exploding = sampling(structured_outputs=Params(regex="(a?){5000}a{5000}"))
-    beside = llm._requests([EncodedPrompt(None, [3, 4, 5])] * 2, [exploding, MIXED[0]])
+    beside = llm._runs.requests([EncodedPrompt(None, [3, 4, 5])] * 2, [exploding, MIXED[0]])
     for running in beside:
         llm._engine.add(running.request)
     ends = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -15,27 +14,17 @@ from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import InvalidRequest, RequestFailed
-from octavo_engine.offline_request import Choice, OfflineRequest
+from octavo_engine.errors import InvalidRequest
+from octavo_engine.offline_runs import OfflineRuns
 from octavo_engine.pins import Pin
 from octavo_engine.prompts import EncodedPrompt, Prompt, encode_all, encode_salt
 from octavo_engine.standby import Measurement, MemoryReport, check_level
 from octavo_engine.stats import collect_stats
 from octavo_engine.timeline import RequestTimeline
-from octavo_engine.types import (
-    CompletionDelta,
-    EmbeddingOutput,
-    Pooling,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    SequenceUpdate,
-    WarmOutput,
-)
+from octavo_engine.types import EmbeddingOutput, Pooling, Request, RequestOutput, SamplingParams, WarmOutput
 from octavo_engine.warming import warm_output, warm_request
 
 Message = Mapping[str, Any]
-_Params = SamplingParams | BeamSearchParams
 
 
 class LLM:
@@ -55,7 +44,6 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
-        self._show_progress = show_progress
         with tqdm(desc="loading", unit="tensor", disable=not show_progress) as bar:
 
             def report(num_done: int, total: int) -> None:
@@ -65,7 +53,7 @@ class LLM:
             built = build_engine(EngineConfig(model=model, **options), progress=report)
         self._engine = built.engine
         self._text = built.text
-        self._request_ids = itertools.count()
+        self._runs = OfflineRuns(built.engine, built.text, show_progress=show_progress)
         self.info: EngineInfo = built.info
 
     def generate(
@@ -89,7 +77,7 @@ class LLM:
                 `outputs`.
         """
         encoded = encode_all(self._text, prompts)
-        return self._run(self._requests(encoded, sampling, keep=keep))
+        return self._runs.run(self._runs.requests(encoded, sampling, keep=keep))
 
     def fork(
         self,
@@ -127,7 +115,7 @@ class LLM:
             continuation = self._text.encode_continuation(branch.continuation)
             encoded.append(EncodedPrompt(None, self._engine.branch_tokens(branch, salt) + continuation, salt))
         parents = [Parent(branch.request_id, branch.index) for branch in each]
-        return self._run(self._requests(encoded, sampling, parents=parents, keep=keep))
+        return self._runs.run(self._runs.requests(encoded, sampling, parents=parents, keep=keep))
 
     def release(self, outputs: RequestOutput | Sequence[RequestOutput]) -> None:
         """Let go of outputs that were kept: what only they hold of the KV cache is free at once."""
@@ -153,7 +141,7 @@ class LLM:
         encoded = [
             EncodedPrompt(None, self._text.encode_chat(c, template_kwargs=template_kwargs), salt) for c in conversations
         ]
-        return self._run(self._requests(encoded, sampling))
+        return self._runs.run(self._runs.requests(encoded, sampling))
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | Sequence[BeamSearchParams]
@@ -172,17 +160,17 @@ class LLM:
             RequestFailed: if the engine could not compute one of them.
         """
         encoded = encode_all(self._text, prompts)
-        return self._run(self._requests(encoded, params))
+        return self._runs.run(self._runs.requests(encoded, params))
 
     def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
         """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
         requests = [
             self._text.make_request(
-                token_ids, SamplingParams(), request_id=self._next_id(), task="embed", pooling=pooling, salt=salt
+                token_ids, SamplingParams(), request_id=self._runs.next_id(), task="embed", pooling=pooling, salt=salt
             )
             for _, token_ids, salt in encode_all(self._text, prompts)
         ]
-        updates = self._run_pooled(requests)
+        updates = self._runs.run_pooled(requests)
         return [
             EmbeddingOutput(
                 request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(update.pooled or ())
@@ -203,7 +191,7 @@ class LLM:
             RequestFailed: if the engine could not compute one of them.
         """
         requests = [self._warm_request(prompt) for prompt in encode_all(self._text, prompts)]
-        updates = self._run_pooled(requests)
+        updates = self._runs.run_pooled(requests)
         block_size = self.info.block_size
         return [warm_output(r, update, block_size) for r, update in zip(requests, updates, strict=True)]
 
@@ -222,7 +210,7 @@ class LLM:
         (encoded,) = encode_all(self._text, [prompt])
         request = self._warm_request(encoded, pin=True)
         try:
-            self._run_pooled([request])
+            self._runs.run_pooled([request])
             return self._engine.pins.get(request.request_id)
         except BaseException:
             self._engine.pins.cancel(request.request_id)  # nobody will know its id
@@ -354,95 +342,6 @@ class LLM:
         self.close()
 
     def _warm_request(self, prompt: EncodedPrompt, *, pin: bool = False) -> Request:
-        request = warm_request(self._text, prompt.token_ids, request_id=self._next_id(), salt=prompt.salt, pin=pin)
+        request = warm_request(self._text, prompt.token_ids, request_id=self._runs.next_id(), salt=prompt.salt, pin=pin)
         self._engine.pins.prepare(request)
         return request
-
-    def _next_id(self) -> str:
-        return str(next(self._request_ids))
-
-    def _requests(
-        self,
-        encoded: Sequence[EncodedPrompt],
-        sampling: _Params | Sequence[_Params] | None,
-        *,
-        parents: Sequence[Parent] | None = None,
-        keep: bool = False,
-    ) -> list[OfflineRequest]:
-        if sampling is None:
-            sampling = self.sampling_params()
-        if isinstance(sampling, SamplingParams | BeamSearchParams):
-            sampling = [sampling] * len(encoded)
-        each = list(sampling)
-        if len(each) != len(encoded):
-            raise InvalidRequest(
-                f"there are {len(encoded)} prompts and {len(each)} parameters; give one, or one for each"
-            )
-        running = []
-        for place, ((prompt, token_ids, salt), own) in enumerate(zip(encoded, each, strict=True)):
-            parent = None if parents is None else parents[place]
-            request = self._text.make_request(
-                token_ids, own, request_id=self._next_id(), salt=salt, parent=parent, keep=keep
-            )
-            choices = [Choice() for _ in range(request.sampling.num_sequences)]
-            running.append(OfflineRequest(place, request, prompt, self._text.stream(request), choices))
-        return running
-
-    def _run(self, running: list[OfflineRequest]) -> list[RequestOutput]:
-        by_id = {r.request.request_id: r for r in running}
-        num_tokens = 0
-        try:
-            with tqdm(desc="generating", unit="request", total=len(running), disable=not self._show_progress) as bar:
-                for r in running:
-                    self._engine.add(r.request)
-                while self._engine.has_work:
-                    num_ended = 0
-                    for update in self._engine.step():
-                        own = by_id[update.request_id]
-                        delta = self._take(own, update)
-                        num_tokens += len(update.token_ids)
-                        if delta is None:
-                            continue
-                        num_ended += own.stream.finished
-                        if update.finish_reason is None and delta.finish_reason is not None:
-                            self._engine.abort(update.request_id, update.index)  # a stop string ended it
-                    bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
-                    bar.update(num_ended)
-        finally:
-            for request_id in by_id:
-                self._engine.abort(request_id)  # after an error or an interrupt nothing goes on unseen
-        outputs = [r.output() if r.error is None else None for r in running]
-        return _all_or_raise(outputs, [r.error for r in running if r.error is not None])
-
-    def _take(self, own: OfflineRequest, update: SequenceUpdate) -> CompletionDelta | None:
-        """Take in an update; what fails one request leaves the others alone."""
-        if own.error is not None:
-            return None
-        try:
-            return own.take(update)
-        except RequestFailed as error:
-            own.error = str(error)
-            self._engine.abort(update.request_id)
-            return None
-
-    def _run_pooled(self, requests: Sequence[Request]) -> list[SequenceUpdate]:
-        """Run requests of task `embed`; return the update of each that has its vector."""
-        by_id: dict[str, SequenceUpdate] = {}
-        try:
-            for request in requests:
-                self._engine.add(request)
-            while self._engine.has_work:
-                for update in self._engine.step():
-                    if update.pooled is None:
-                        raise RequestFailed(update.error or "the engine returned no embedding")
-                    by_id[update.request_id] = update
-        finally:
-            for request in requests:
-                self._engine.abort(request.request_id)  # after an error or an interrupt nothing goes on unseen
-        return [by_id[request.request_id] for request in requests]
-
-
-def _all_or_raise(outputs: list[RequestOutput | None], errors: list[str]) -> list[RequestOutput]:
-    if errors:
-        raise RequestFailed(f"{len(errors)} of {len(outputs)} requests failed, the first with: {errors[0]}", outputs)
-    return [output for output in outputs if output is not None]
