@@ -73,6 +73,13 @@ def test_each_line_is_answered_in_one_of_two_files(client, engine):
     file = client.get(f"{FILES}/{batch['output_file_id']}").json()
     assert (file["purpose"], file["expires_at"]) == ("batch_output", file["created_at"] + 30 * 24 * 3600)
     assert all(request.priority == PRIORITY for request in engine.requests)
+    exposed = client.get("/metrics").text
+    for figure in (
+        'batch_lines_total{outcome="completed"} 2',
+        'batch_lines_total{outcome="failed"} 3',
+        "batches_open 0",
+    ):
+        assert f"octavo_{figure}" in exposed
 
 
 BODIES = {

@@ -85,6 +85,11 @@ REFUSED = {
         None,
     ),
     "a form cut off": ({"content": PART, "headers": BOUNDARY}, 400, None),
+    "a long boundary": (
+        {"content": b"x", "headers": {"content-type": f"{BOUNDARY['content-type']}{'b' * 300}"}},
+        400,
+        None,
+    ),
     "a broken form": ({"content": b"--c\r\n", "headers": BOUNDARY}, 400, None),
     "too large": ({"files": {"file": ("a", b"x" * 2000)}, "data": {"purpose": "batch"}}, 413, "file_too_large"),
     "far too large": ({"files": {"file": ("a", b"x" * 2 * FORM_BYTES)}}, 413, "body_too_large"),

@@ -11,6 +11,7 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 from octavo_engine.text.answer_format import AnswerFormat
+from octavo_engine.text.chat_template import ChatTemplate
 
 RESPONSES = "/v1/responses"
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -238,6 +239,16 @@ def test_truncation_leaves_out_the_oldest_turns(client, engine):
     assert refusal(client, input="x" * 300, truncation="auto")["param"] == "input"
 
 
+def test_the_effort_of_reasoning_reaches_the_template(client, engine):
+    engine.text._chat_template = ChatTemplate("{{ reasoning_effort }},{{ enable_thinking }}", {})
+    assert ask(client, reasoning={"effort": "high"})["reasoning"] == {"effort": "high", "summary": None}
+    assert prompt_of(engine) == "high,"
+    ask(client, reasoning={"effort": "none"})
+    assert prompt_of(engine) == ",False"
+    ask(client, reasoning={"effort": "low"}, chat_template_kwargs={"reasoning_effort": "max"})
+    assert prompt_of(engine) == "max,"
+
+
 def test_logprobs_are_shown_if_included(client):
     answer = ask(client, include=["message.output_text.logprobs"], top_logprobs=2)
     entries = answer["output"][0]["content"][0]["logprobs"]
@@ -259,6 +270,11 @@ REFUSED = {
     "an unknown item": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
     "a built-in tool": ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     "an unknown choice": ({"tools": [TOOL], "tool_choice": {"type": "file_search"}}, "tool_choice"),
+    "allowed tools that are none": (
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": 5}},
+        "tool_choice",
+    ),
+    "an effort that is none": ({"reasoning": {"effort": ["high"]}}, "reasoning.effort"),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice"),
     "an unknown format": ({"text": {"format": {"type": "sound"}}}, "text.format"),
     "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity"),

@@ -94,7 +94,7 @@ def test_what_was_begun_survives_kill_9_and_sigterm(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
 def test_no_line_is_lost_or_done_twice_however_often_the_server_is_stopped(tmp_path, number):
-    num_lines, batch_id, num_starts = 3000, None, 0
+    num_lines, batch_id, num_starts = 2000, None, 0
     while True:
         num_starts += 1
         with server(tmp_path) as (client, process):

@@ -63,6 +63,11 @@ class BackgroundResponses:
         self._slots = slots
         self._jobs: dict[str, _Job] = {}
 
+    @property
+    def num_open(self) -> int:
+        """Those that wait or run."""
+        return len(self._jobs)
+
     def check_room(self) -> None:
         """Refuse a response if too many wait.
 

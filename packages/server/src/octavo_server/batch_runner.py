@@ -10,6 +10,8 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
+from prometheus_client import Counter
+
 from octavo_engine.errors import InvalidRequest
 from octavo_server.batch_input import BatchInput
 from octavo_server.batch_output import BatchOutput, answered
@@ -44,14 +46,23 @@ class BatchRunner:
         calls: answers their lines.
         slots: those that they share with background responses, in order of asking.
         settings: of the app.
+        lines: counts those that were answered, by outcome.
     """
 
-    def __init__(self, store: Store, calls: LocalCalls, slots: asyncio.Semaphore, settings: ServerSettings) -> None:
+    def __init__(
+        self, store: Store, calls: LocalCalls, slots: asyncio.Semaphore, settings: ServerSettings, lines: Counter
+    ) -> None:
+        self._lines = lines
         self._store = store
         self._calls = calls
         self._slots = slots
         self._settings = settings
         self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Batches that have not ended."""
+        return len(self._tasks)
 
     def start(self, batch: StoredBatch) -> None:
         """Take a batch up where it was left."""
@@ -145,6 +156,7 @@ class BatchRunner:
         succeeded = answer.status == 200
         result = answered(line.custom_id, answer)
         await self._store.batches.finish_line(batch.id, line.line, succeeded=succeeded, result=result)
+        self._lines.labels("completed" if succeeded else "failed").inc()
 
     async def _answer(self, endpoint: str, body: bytes, owner: str) -> LocalAnswer:
         """Ask until the server is not too busy to answer; the batch's window is the limit."""

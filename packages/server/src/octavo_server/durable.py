@@ -9,6 +9,7 @@ import time
 from fastapi import FastAPI
 from starlette.requests import Request
 
+from octavo_server.background_metrics import BackgroundMetrics
 from octavo_server.background_responses import BackgroundResponses
 from octavo_server.batch_runner import BatchRunner
 from octavo_server.errors import ApiError
@@ -48,7 +49,9 @@ class Durable:
         self._sweeper: asyncio.Task[None] | None = None
         self.store = store
         self.responses = BackgroundResponses(state, store.responses, slots, keys)
-        self.batches = BatchRunner(store, LocalCalls(app, keys), slots, state.settings)
+        metrics = BackgroundMetrics(state.metrics.registry)
+        self.batches = BatchRunner(store, LocalCalls(app, keys), slots, state.settings, metrics.lines)
+        metrics.count(lambda: self.responses.num_open, lambda: self.batches.num_open)
 
     async def start(self) -> None:
         """Take up what the last server left, and sweep from now on."""

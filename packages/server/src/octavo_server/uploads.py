@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -15,6 +15,9 @@ from starlette.requests import Request
 from octavo_engine.errors import InvalidRequest
 from octavo_server.errors import ApiError
 from octavo_server.protocol.violations import summarise
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FORM_BYTES = 64 << 10
 """What a form may have beside its file."""
@@ -59,9 +62,9 @@ async def read_upload(request: Request, path: Path, *, max_bytes: int) -> Upload
             f"content-type must be multipart/form-data with a boundary, got {summarise(kind.decode('latin-1'))}",
             code="unsupported_media_type",
         )
+    form = _Form(boundary, max_bytes)
     try:
         with path.open("wb") as file:
-            form = _Form(boundary, max_bytes)
             await _read(request, form, file)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -91,26 +94,27 @@ class _Form:
         self._name: str | None = None  # of the field that comes; None while it is the file
         self._value = b""
         self._complete = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._collect(0),
-                "on_header_value": self._collect(1),
-                "on_header_end": self._end_header,
-                "on_headers_finished": self._end_headers,
-                "on_part_data": self._data,
-                "on_part_end": self._end_part,
-                "on_end": self._end,
-            },
-        )
+        callbacks: MultipartCallbacks = {
+            "on_part_begin": self._begin,
+            "on_header_field": self._collect(0),
+            "on_header_value": self._collect(1),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._data,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except FormParserError as error:
+            raise _broken(error) from error
 
     def push(self, chunk: bytes) -> None:
         """Take in the next bytes of the form."""
         try:
             self._parser.write(chunk)
         except FormParserError as error:
-            raise InvalidRequest(f"the form is no valid multipart/form-data: {error}") from error
+            raise _broken(error) from error
 
     def finish(self) -> None:
         """Check that the form is whole."""
@@ -170,6 +174,10 @@ class _Form:
 
     def _end(self) -> None:
         self._complete = True
+
+
+def _broken(error: FormParserError) -> InvalidRequest:
+    return InvalidRequest(f"the form is no valid multipart/form-data: {error}")
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from octavo_client.wire import Extras
 from octavo_engine.errors import InvalidRequest
@@ -24,6 +24,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "moderation": (),
 }
+_OF_FUNCTIONS = ("name", "description", "parameters", "strict")
 _FORMATS = ("text", "json_object", "json_schema")
 _SAME = (
     "model",
@@ -36,6 +37,15 @@ _SAME = (
     "user",
 )
 _NOT_SHOWN = ("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "continue_final_message")
+
+
+class ReasoningOptions(BaseModel):
+    """How much a model thinks, as far as its template can be told."""
+
+    model_config = BODY_CONFIG
+
+    effort: str | None = None
+    summary: str | None = None
 
 
 class ResponsesBody(Extras):
@@ -65,7 +75,7 @@ class ResponsesBody(Extras):
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(default=None, ge=1)
     text: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: ReasoningOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -132,7 +142,7 @@ class ResponsesBody(Extras):
 
     def response(self, response_id: str, *, model: str, created_at: int) -> dict[str, Any]:
         """Return the response that answers this body, before anything is in it."""
-        reasoning = self.reasoning or {}
+        reasoning = self.reasoning or ReasoningOptions()
         return {
             "id": response_id,
             "object": "response",
@@ -151,7 +161,7 @@ class ResponsesBody(Extras):
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "prompt_cache_key": self.prompt_cache_key,
-            "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+            "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "store": self.stores,
@@ -168,7 +178,7 @@ class ResponsesBody(Extras):
 
     def _template_kwargs(self) -> dict[str, Any]:
         """Return what the model's chat template is told of reasoning, under the names that templates use."""
-        effort = (self.reasoning or {}).get("effort")
+        effort = None if self.reasoning is None else self.reasoning.effort
         told = (
             {} if effort is None else {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
         )
@@ -204,14 +214,18 @@ def _tools(tools: Any, choice: Any) -> dict[str, Any]:
             raise InvalidRequest(
                 f"tools[{place}] must be a function of the caller's own, got {summarise(tool)}", param=f"tools[{place}]"
             )
-        names = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in names if tool.get(name) is not None}
+        function = {name: tool[name] for name in _OF_FUNCTIONS if tool.get(name) is not None}
         functions.append({"type": "function", "function": function})
-    if isinstance(choice, dict):
-        if choice.get("type") == "function":
-            choice = {"type": "function", "function": {"name": choice.get("name")}}
-        elif choice.get("type") == "allowed_tools":
-            allowed = [tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)]
-            functions = [function for function in functions if function["function"].get("name") in allowed]
-            choice = choice.get("mode")
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    elif isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("tools")
+        if not isinstance(allowed, list) or choice.get("mode") not in ("auto", "required"):
+            raise InvalidRequest(
+                "tool_choice of type allowed_tools must have a list of tools, and the mode auto or required",
+                param="tool_choice",
+            )
+        names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
+        functions = [function for function in functions if function["function"].get("name") in names]
+        choice = choice["mode"]
     return {"tools": functions, "tool_choice": choice}
