@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from octavo_engine import AsyncEngine, EngineConfig
 from octavo_engine.api import EngineInfo
 from octavo_engine.batch import ModelOutput, ScheduledBatch
@@ -23,6 +26,7 @@ from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import SequenceUpdate
 from octavo_kvcache import CacheManager
 from octavo_server import ServerSettings, create_app
+from octavo_server.loading import load_engine
 from octavo_server.serving import listen, make_server
 
 READER = Path(__file__).with_name("reader.py")
@@ -84,8 +88,9 @@ class StepClock:
 
 
 def real_engine(**options: Any) -> AsyncEngine:
-    """Load the demo model."""
-    return AsyncEngine.from_config(EngineConfig(max_model_len=MAX_MODEL_LEN, **options))
+    """Load the demo model as `octavo serve` does: later collections of garbage pass over what is there now."""
+    config = EngineConfig(max_model_len=MAX_MODEL_LEN, **options)
+    return load_engine(config, Console(stderr=True, quiet=True))
 
 
 def paced_engine(text: TextProcessor, info: EngineInfo, *, tokens_per_s: float, num_streams: int) -> AsyncEngine:
@@ -106,6 +111,7 @@ def served(engine: AsyncEngine) -> Iterator[int]:
     """Serve an engine as `octavo serve` does, in a thread; yield the port."""
     with listen("127.0.0.1", 0) as listening:
         server = make_server(create_app(engine, ServerSettings()))
+        gc.freeze()  # as `octavo serve` does
         server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]  # a thread takes no signals
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

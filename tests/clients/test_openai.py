@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 
 import openai
@@ -106,6 +107,41 @@ def test_text_completions_with_logprobs(client):
     assert logprobs.token_logprobs[0] is None
     text = "".join(c.choices[0].text for c in client.completions.create(prompt="One, two,", stream=True, **GREEDY))
     assert answer.choices[0].text == "One, two," + text
+
+
+def test_responses_are_made_streamed_and_kept(client):
+    asked = {"model": MODEL, "input": "What is the capital of France?", "temperature": 0, "max_output_tokens": 24}
+    made = client.responses.create(**asked)
+    assert "Paris" in made.output_text
+    with client.responses.stream(**asked) as stream:
+        kinds = {event.type for event in stream}
+        assert stream.get_final_response().output_text == made.output_text
+    assert {"response.created", "response.output_text.delta"} <= kinds
+    assert client.responses.retrieve(made.id).output_text == made.output_text
+    assert len(client.responses.input_items.list(made.id).data) == 1
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_a_response_is_parsed_by_pydantic(client):
+    parsed = client.responses.parse(model=MODEL, input="Describe Paris.", text_format=City, max_output_tokens=80)
+    assert isinstance(parsed.output_parsed, City)
+
+
+def test_a_batch_answers_the_requests_of_a_file(client):
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": USER, **GREEDY}}
+    file = client.files.create(file=("requests.jsonl", json.dumps(line).encode()), purpose="batch")
+    assert file.id in [listed.id for listed in client.files.list()]
+    made = client.batches.create(input_file_id=file.id, endpoint=line["url"], completion_window="24h")
+    deadline = time.monotonic() + 60
+    while (batch := client.batches.retrieve(made.id)).status not in ("completed", "failed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    answer = json.loads(client.files.content(batch.output_file_id).text)
+    assert "Paris" in answer["response"]["body"]["choices"][0]["message"]["content"]
+    client.files.delete(file.id)
 
 
 def test_embeddings_come_in_both_encodings(client):

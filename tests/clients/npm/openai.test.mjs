@@ -78,6 +78,30 @@ test("structured output is parsed by zod", async () => {
   assert.ok(City.parse(parsed));
 });
 
+test("responses are made, streamed and kept", async () => {
+  const asked = { model: "smollm2", input: "What is the capital of France?", temperature: 0, max_output_tokens: 24 };
+  const made = await client.responses.create(asked);
+  assert.match(made.output_text, /Paris/);
+  const final = await client.responses.stream(asked).finalResponse();
+  assert.equal(final.output_text, made.output_text);
+  assert.equal((await client.responses.retrieve(made.id)).id, made.id);
+  await client.responses.delete(made.id);
+});
+
+test("a batch is made of a file", async () => {
+  const body = { ...greedy, messages };
+  const line = JSON.stringify({ custom_id: "a", method: "POST", url: "/v1/chat/completions", body });
+  const file = await client.files.create({ file: new File([line], "requests.jsonl"), purpose: "batch" });
+  const endpoint = "/v1/chat/completions";
+  let batch = await client.batches.create({ input_file_id: file.id, endpoint, completion_window: "24h" });
+  for (let i = 0; i < 300 && !["completed", "failed"].includes(batch.status); i++) {
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    batch = await client.batches.retrieve(batch.id);
+  }
+  assert.equal(batch.status, "completed");
+  assert.match(await (await client.files.content(batch.output_file_id)).text(), /Paris/);
+});
+
 test("embeddings come as numbers", async () => {
   const answer = await client.embeddings.create({ model: "smollm2", input: ["paper", "ink"] });
   const norms = answer.data.map(({ embedding }) => Math.hypot(...embedding));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Generator
@@ -243,6 +244,7 @@ def _serve(
             )
             app = create_app(engine, settings, store)
             server = make_server(app, drain=app.state.server.drain, drain_seconds=drain_seconds, tls=endpoint.tls)
+            gc.freeze()  # to walk all of what stays would hold every stream up
             server.run(sockets=[listening])
         finally:
             engine.close()
