@@ -99,7 +99,7 @@ def test_within_a_tenant_priority_and_arrival_hold():
 
 def test_tenants_that_were_never_seen_again_are_forgotten():
     queue = FairQueue()
-    for number in range(5000):
+    for number in range(2000):
         queue.push(sequence(number, Tenant(str(number))))
         drain(queue)
     assert len(queue._accounts) < 1000

@@ -91,6 +91,7 @@ def test_requests_in_progress_end_and_new_ones_are_told_to_go_elsewhere():
         assert process.stdout.read() == "stopped\n"
 
 
+@pytest.mark.slow
 def test_what_has_not_ended_in_time_ends_with_an_error():
     with server(pace=30, seconds=0.3) as (process, url):
         posts = [Posted(url), Posted(url, stream=True)]
