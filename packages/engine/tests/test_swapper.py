@@ -13,6 +13,7 @@ from octavo_engine.scheduler import Scheduler
 from octavo_engine.scheduler_bench import SchedulerBench
 from octavo_engine.sequence import Sequence
 from octavo_engine.stats import collect_stats
+from octavo_engine.timeline import WaitReason
 from octavo_engine.types import FinishReason
 
 VOCAB_SIZE = 60
@@ -304,7 +305,7 @@ def test_one_that_came_back_after_a_step_whose_copies_failed_is_computed_again(m
     scheduler = bench.scheduler
     scheduler._residents.preempt(scheduler.sequences("long")[0])
     bench.executor.fail_steps = frozenset([scheduler._swapper.step_id])
-    admit, scheduler._admit = scheduler._admit, lambda step: None
+    admit, scheduler._admit = scheduler._admit, lambda step: WaitReason.BLOCKS
     bench.step()  # copies to the host, which fails; the next brings them back before that is known
     scheduler._admit = admit
     tokens = bench.run()
