@@ -19,6 +19,7 @@ import os
 import resource
 import statistics
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -123,8 +124,8 @@ def measure_steps(num_rounds: int, num_tokens: int, mode: str) -> dict[str, Any]
     """Decode in turn for nobody and for 32 streams; compare the time between steps."""
     engine = real_engine(mode=mode)
     clock = StepClock(engine._engine)
-    alone: list[float] = []
-    over_http: list[float] = []
+    alone: list[list[float]] = []
+    over_http: list[list[float]] = []
     reader, num_events = 0.0, 0
     body = {"prompt": PROMPT, "max_tokens": num_tokens, "stream": True, "temperature": 0, "ignore_eos": True}
     try:
@@ -133,26 +134,32 @@ def measure_steps(num_rounds: int, num_tokens: int, mode: str) -> dict[str, Any]
             clock.intervals(BATCH)
             for _ in range(num_rounds):
                 decode_for_nobody(engine, num_tokens)
-                alone.append(statistics.mean(clock.intervals(BATCH)))
+                alone.append(clock.intervals(BATCH))
                 seen = read_streams(port, body, num_streams=BATCH, stagger=0.0, rest=0.02)
-                over_http.append(statistics.mean(clock.intervals(BATCH)))
+                over_http.append(clock.intervals(BATCH))
                 reader += seen["cpu_seconds"]
                 num_events += sum(seen["num_events"])
     finally:
         engine.close()
-    ratios = [100 * (b / a - 1) for a, b in zip(alone, over_http, strict=True)]
+    ratios = [_percent_more(statistics.mean(a), statistics.mean(b)) for a, b in zip(alone, over_http, strict=True)]
+    all_alone, all_over_http = list(chain(*alone)), list(chain(*over_http))
     return {
         "mode": mode,
         "batch": BATCH,
         "rounds": num_rounds,
         "tokens": num_tokens,
-        "ms_per_step_alone": 1000 * statistics.mean(alone),
-        "ms_per_step_over_http": 1000 * statistics.mean(over_http),
-        "percent_added": 100 * (statistics.mean(over_http) / statistics.mean(alone) - 1),
+        "ms_per_step_alone": 1000 * statistics.mean(all_alone),
+        "ms_per_step_over_http": 1000 * statistics.mean(all_over_http),
+        "percent_added": _percent_more(statistics.mean(all_alone), statistics.mean(all_over_http)),
+        "percent_added_to_median_step": _percent_more(statistics.median(all_alone), statistics.median(all_over_http)),
         "percent_added_by_round": ratios,
         "reader_cpu_seconds": reader,
         "reader_us_per_event": 1e6 * reader / num_events,
     }
+
+
+def _percent_more(alone: float, over_http: float) -> float:
+    return 100 * (over_http / alone - 1)
 
 
 def verdict(part: str, result: dict[str, Any]) -> str:
@@ -194,8 +201,8 @@ def main() -> None:
     parser.add_argument("part", choices=list(TARGETS))
     parser.add_argument("--requests", type=int, default=40, help="of `first`")
     parser.add_argument("--seconds", type=float, default=60.0, help="of `pace`")
-    parser.add_argument("--rounds", type=int, default=5, help="of `steps`")
-    parser.add_argument("--tokens", type=int, default=64, help="of each sequence in `steps`")
+    parser.add_argument("--rounds", type=int, default=20, help="of `steps`")
+    parser.add_argument("--tokens", type=int, default=24, help="of each sequence in `steps`")
     parser.add_argument("--mode", default="exact", help="of `steps`: exact or fast")
     parser.add_argument("--out", type=Path, help="keep the part in OUT.json; with all of them draw OUT.png")
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = "What is the capital of France?"
 
@@ -16,10 +16,18 @@ QUESTION = "What is the capital of France?"
 class City(BaseModel):
     """A city."""
 
+    model_config = ConfigDict(extra="forbid")  # else there may be members that nobody asked for, as many as fit
+
     name: str = Field(max_length=12)
 
 
-@tool
+class Place(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    city: str = Field(max_length=12)
+
+
+@tool(args_schema=Place)
 def get_weather(city: str) -> str:
     """Tell the weather of a city."""
     return f"sunny in {city}"
@@ -32,7 +40,7 @@ def options(url):
 
 @pytest.fixture
 def chat(options):
-    return ChatOpenAI(temperature=0, max_tokens=40, **options)
+    return ChatOpenAI(temperature=0, max_tokens=80, **options)
 
 
 def test_an_answer_and_its_stream_say_the_same(chat):
