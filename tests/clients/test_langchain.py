@@ -55,7 +55,7 @@ def test_a_batch_is_answered_in_order(chat):
 
 
 def test_a_bound_tool_is_called_and_its_result_taken(chat):
-    bound = chat.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False)
+    bound = chat.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False, strict=True)
     answer = bound.invoke(QUESTION)
     (call,) = answer.tool_calls
     assert (call["name"], set(call["args"])) == ("get_weather", {"city"})
