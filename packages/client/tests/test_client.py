@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from octavo_client import AsyncOctavo, ConfigurationError, EmbeddingExtras, Extras, Octavo
-from octavo_client.wire import Health
+from octavo_client.wire_server import Health
 
 if TYPE_CHECKING:
     from conftest import Caller

@@ -6,7 +6,7 @@ import httpx2
 import openai
 import pytest
 
-from octavo_client.wire import Health, Ready, Version
+from octavo_client.wire_server import Health, Ready, Version
 
 if TYPE_CHECKING:
     from conftest import Caller

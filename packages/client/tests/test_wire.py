@@ -4,17 +4,16 @@ import sys
 import pytest
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from octavo_client import wire
+from octavo_client import wire, wire_server
 from octavo_client.wire import (
     DetokenizeRequest,
     EmbeddingExtras,
     Extras,
-    Health,
     StructuredOutputs,
     TokenizeRequest,
     TokenizeResponse,
-    Version,
 )
+from octavo_client.wire_server import Health, Version
 
 ALL_EXTRAS = {
     "top_k": 40,
@@ -59,7 +58,7 @@ ALL_EXTRAS = {
 
 
 def models() -> list[type[BaseModel]]:
-    found = [getattr(wire, name) for name in wire.__all__]
+    found = [getattr(module, name) for module in (wire, wire_server) for name in module.__all__]
     return [item for item in found if isinstance(item, type) and issubclass(item, BaseModel)]
 
 

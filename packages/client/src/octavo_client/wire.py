@@ -1,7 +1,7 @@
 """The pydantic models of everything in Octavo's HTTP interface that OpenAI's own types do not have.
 
 The server validates requests with these classes and builds its answers from them; the client sends and returns them.
-The prefix cache's are in `wire_cache`.
+The prefix cache's are in `wire_cache`, the server's state in `wire_server`.
 This module imports pydantic alone: neither the openai SDK nor an HTTP library.
 
 `Extras` and `EmbeddingExtras` refuse unknown fields, so that a misspelt name is found where it was typed; a server
@@ -19,15 +19,12 @@ __all__ = [
     "DetokenizeResponse",
     "EmbeddingExtras",
     "Extras",
-    "Health",
     "Pooling",
-    "Ready",
     "ReleasedRequest",
     "StructuredOutputs",
     "TokenId",
     "TokenizeRequest",
     "TokenizeResponse",
-    "Version",
 ]
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -391,32 +388,9 @@ class DetokenizeResponse(_Answer):
     prompt: str = Field(description="The text of the tokens.")
 
 
-class Health(_Answer):
-    """The answer of GET /health when the engine makes progress; else the status is 503 with OpenAI's error body."""
-
-    status: Literal["ok"] = "ok"
-
-
-class Ready(_Answer):
-    """The answer of GET /ready when requests are accepted; while loading or draining it is 503 with an error body."""
-
-    status: Literal["ready"] = "ready"
-    models: list[str] = Field(default_factory=list, description="The names of the models being served.")
-
-
 class ReleasedRequest(_Answer):
     """The answer of DELETE /v1/requests/{id}; for an answer that is not kept the status is 404."""
 
     id: str = Field(description="The id of the answer that was kept.")
     object: Literal["request.released"] = Field(default="request.released", description="What the answer is about.")
     released: Literal[True] = Field(default=True, description="That it is kept no more.")
-
-
-class Version(_Answer):
-    """The answer of GET /version."""
-
-    version: str = Field(description="The version of the server.")
-    packages: dict[str, str] = Field(
-        default_factory=dict,
-        description="The versions of the distributions behind it, by name, such as octavo-engine.",
-    )

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from octavo_client import wire, wire_admin, wire_cache, wire_rerank, wire_timeline
+from octavo_client import wire, wire_admin, wire_cache, wire_rerank, wire_server, wire_timeline
 from octavo_server.protocol import answers
 from octavo_server.protocol.admin import UpdateWeightsBody
 from octavo_server.protocol.batches import BatchBody
@@ -120,9 +120,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/is_sleeping"): Operation(answer=wire_admin.SleepState),
     ("POST", "/update_weights_from_disk"): Operation(body=UpdateWeightsBody, answer=wire_admin.MemoryReport),
     ("POST", "/reset_prefix_cache"): Operation(answer=wire_admin.PrefixCacheReset),
-    ("GET", "/health"): Operation(answer=wire.Health),
-    ("GET", "/ready"): Operation(answer=wire.Ready),
-    ("GET", "/version"): Operation(answer=wire.Version),
+    ("GET", "/health"): Operation(answer=wire_server.Health),
+    ("GET", "/ready"): Operation(answer=wire_server.Ready),
+    ("GET", "/version"): Operation(answer=wire_server.Version),
     ("GET", "/metrics"): Operation(answer="text/plain"),
     ("GET", "/openapi.json"): Operation(answer=answers.OpenApi),
 }

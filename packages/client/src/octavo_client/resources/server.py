@@ -7,7 +7,7 @@ from openai import not_given
 
 from octavo_client import _sdk
 from octavo_client.resources._root import Timeout, answer_options, root_url
-from octavo_client.wire import Health, Ready, Version
+from octavo_client.wire_server import Health, Ready, Version
 
 if TYPE_CHECKING:
     from octavo_client.client import AsyncOctavo, Octavo

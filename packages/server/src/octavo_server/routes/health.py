@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from octavo_client.wire import Health, Ready, Version
+from octavo_client.wire_server import Health, Ready, Version
 from octavo_server.state import state_of
 from octavo_server.streaming import json_response
 
