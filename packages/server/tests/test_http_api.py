@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import time
 from pathlib import Path
 from string import Template
 from urllib.parse import urlsplit
@@ -63,11 +64,20 @@ class Curl:
             files = {"file": (form.pop("file").removeprefix("@"), self.line)}
             response = self.client.post(path, data=form, files=files)
         else:
+            if method == "DELETE" and "/v1/files/" in path:
+                self.wait_for_batch()
             response = self.client.request(method, path, content=content, headers=headers)
         route = method, urlsplit(path).path
         if (name := NAMES.get(route)) is not None:
             self.names[name] = response.json()["id"]
         return route, response
+
+    def wait_for_batch(self):
+        """Return when the batch that was cancelled reads its file no more."""
+        deadline = time.monotonic() + 20
+        while self.client.get(f"/v1/batches/{self.names['BATCH_ID']}").json()["status"] == "cancelling":
+            assert time.monotonic() < deadline, "the batch was cancelled and does not end"
+            time.sleep(0.01)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from openai.types import Batch, FileObject
+from openai.types import Batch
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 from pydantic import BaseModel
@@ -83,9 +83,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/v1/responses/{response_id}"): Operation(answer=answers.Deleted),
     ("POST", "/v1/responses/{response_id}/cancel"): Operation(answer=Response),
     ("GET", "/v1/responses/{response_id}/input_items"): Operation(answer=answers.Listing, query=_PAGE),
-    ("POST", "/v1/files"): Operation(body=_UPLOAD, answer=FileObject),
+    ("POST", "/v1/files"): Operation(body=_UPLOAD, answer=answers.File),
     ("GET", "/v1/files"): Operation(answer=answers.FileList, query=_PAGE | {"purpose": {"type": "string"}}),
-    ("GET", "/v1/files/{file_id}"): Operation(answer=FileObject),
+    ("GET", "/v1/files/{file_id}"): Operation(answer=answers.File),
     ("GET", "/v1/files/{file_id}/content"): Operation(answer="application/octet-stream"),
     ("DELETE", "/v1/files/{file_id}"): Operation(answer=answers.Deleted),
     ("POST", "/v1/batches"): Operation(body=BatchBody, answer=Batch),

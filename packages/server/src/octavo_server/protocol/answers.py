@@ -172,10 +172,16 @@ class Listing(BaseModel):
     has_more: bool
 
 
+class File(FileObject):
+    """An uploaded file; more purposes are taken than the SDK's answer knows."""
+
+    purpose: str  # type: ignore[assignment]
+
+
 class FileList(Listing):
     """The answer of GET /v1/files."""
 
-    data: list[FileObject]  # type: ignore[assignment]
+    data: list[File]  # type: ignore[assignment]
 
 
 class BatchList(Listing):
