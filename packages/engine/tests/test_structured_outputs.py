@@ -232,8 +232,9 @@ def test_a_processor_cannot_leave_the_grammar(llm: LLM) -> None:
     assert re.fullmatch("[ab]{9}", llm.generate(PROMPT, own)[0].outputs[0].text)
 
 
-def test_a_request_that_can_draw_nothing_ends_alone(llm: LLM) -> None:
-    barred = sampling(structured_outputs=Params(regex="[ab]{9}"), allowed_token_ids=[3])
+@pytest.mark.parametrize("regex", ["[ab]{9}", "zebra"], ids=["drawn", "forced"])
+def test_a_request_that_can_draw_nothing_ends_alone(llm: LLM, regex: str) -> None:
+    barred = sampling(structured_outputs=Params(regex=regex), allowed_token_ids=[3])
     with pytest.raises(RequestFailed):
         llm.generate(PROMPT, barred)
     assert llm.generate(PROMPT, MIXED[0])[0].outputs[0].finish_reason is FinishReason.STOP
