@@ -234,7 +234,7 @@ def test_a_processor_cannot_leave_the_grammar(llm: LLM) -> None:
 
 @pytest.mark.parametrize("regex", ["[ab]{9}", "zebra"], ids=["drawn", "forced"])
 def test_a_request_that_can_draw_nothing_ends_alone(llm: LLM, regex: str) -> None:
-    barred = sampling(structured_outputs=Params(regex=regex), allowed_token_ids=[3])
+    barred = sampling(structured_outputs=Params(regex=regex), allowed_token_ids=[3, EOS])
     with pytest.raises(RequestFailed):
         llm.generate(PROMPT, barred)
     assert llm.generate(PROMPT, MIXED[0])[0].outputs[0].finish_reason is FinishReason.STOP
