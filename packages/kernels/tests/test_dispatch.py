@@ -70,6 +70,7 @@ def test_an_op_that_triton_lacks_falls_back_with_one_warning_and_a_record(monkey
     monkeypatch.setenv("OCTAVO_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(_dispatch, "_OPS", {**_dispatch._OPS, Backend.TRITON: frozenset()})
     x, weight = torch.ones(1, 2), torch.ones(2)
     with pytest.warns(ok.BackendFallbackWarning, match="rms_norm: the triton backend does not serve it here, cpu does"):
         ok.rms_norm(x, weight, 1e-5)
@@ -77,6 +78,35 @@ def test_an_op_that_triton_lacks_falls_back_with_one_warning_and_a_record(monkey
         warnings.simplefilter("error")
         ok.rms_norm(x, weight, 1e-5)
     assert ok.fallbacks() == {"rms_norm": ok.Fallback(Backend.TRITON, Backend.CPU, 2)}
+
+
+@pytest.fixture
+def op_for_gpus(monkeypatch):
+    """Name an op that the `cpu` backend has no code for."""
+    monkeypatch.setattr(_dispatch, "_OPS", {**_dispatch._OPS, Backend.CPU: _dispatch._OPS[Backend.CPU] - {"rms_norm"}})
+    return "rms_norm"
+
+
+@pytest.mark.parametrize("variable", ["", "cpu", "reference"])
+def test_an_op_for_gpus_is_served_by_the_reference_on_the_cpu_without_a_warning(monkeypatch, op_for_gpus, variable):
+    monkeypatch.setenv("OCTAVO_BACKEND", variable)
+    assert ok.choose(op_for_gpus, "cpu") is Backend.REFERENCE
+    x, weight = torch.randn(1, 2), torch.ones(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ok.rms_norm(x, weight, 1e-5)
+    assert ok.fallbacks() == {}
+    assert _dispatch.implementation(op_for_gpus, torch.device("cpu")).__module__ == "octavo_kernels.reference.norm"
+
+
+def test_an_op_for_gpus_goes_from_a_backend_that_lacks_it_to_the_reference_with_a_warning(monkeypatch, op_for_gpus):
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("OCTAVO_BACKEND", "triton")
+    monkeypatch.setattr(_dispatch, "_OPS", {**_dispatch._OPS, Backend.TRITON: frozenset()})
+    with pytest.warns(ok.BackendFallbackWarning, match="the triton backend does not serve it here, reference does"):
+        _dispatch.implementation(op_for_gpus, torch.device("cpu"))
+    assert ok.fallbacks() == {op_for_gpus: ok.Fallback(Backend.TRITON, Backend.REFERENCE, 1)}
 
 
 def test_gpu_tensors_without_triton_fall_back(monkeypatch):

@@ -19,9 +19,10 @@ from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, Op
 class Backend(Enum):
     """Who computes an op.
 
-    REFERENCE: plain torch, the specification, any device. CPU: native code on CPU tensors, and batched torch where that
-    does not serve, which includes any other device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under
-    TRITON_INTERPRET=1. CUDA: compiled C++; this version has none yet.
+    REFERENCE: plain torch, the specification, any device; it also serves the ops that are written for GPUs where no
+    kernel runs. CPU: native code on CPU tensors, and batched torch where that does not serve, which includes any other
+    device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1. CUDA: compiled C++;
+    this version has none yet.
     """
 
     REFERENCE = "reference"
@@ -71,12 +72,21 @@ _STEMS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Written for GPUs: the `cpu` backend has no code of its own for them, and the reference serves in its place.
+_FOR_GPUS: frozenset[str] = frozenset()
+
 _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
     {
         Backend.REFERENCE: frozenset(_STEMS),
-        Backend.CPU: frozenset(_STEMS),
+        Backend.CPU: frozenset(_STEMS) - _FOR_GPUS,
         Backend.TRITON: frozenset(
-            {"paged_attention", "varlen_attention", "write_kv", "rope_kv_write", "apply_token_bitmask"}
+            {
+                "paged_attention",
+                "varlen_attention",
+                "write_kv",
+                "rope_kv_write",
+                "apply_token_bitmask",
+            }
         ),
         Backend.CUDA: frozenset(),
     }
@@ -122,7 +132,7 @@ def choose(op: str, device: torch.device | str) -> Backend:
     """Return the backend that a call of `op` on `device` would use now, reading OCTAVO_BACKEND.
 
     Without the variable: `cpu` on CPU tensors; elsewhere `triton` when it has the op and can run, else `cpu`. With it:
-    the named backend when it has the op, else `cpu`.
+    the named backend when it has the op, else `cpu`. In place of `cpu`, `reference` for ops that are written for GPUs.
 
     Raises: OptionError (unknown op or unknown OCTAVO_BACKEND), BackendUnavailable (the forced backend cannot run).
     """
@@ -174,15 +184,17 @@ def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
     """Return the backend asked for, and the one that serves."""
     if op not in _STEMS:
         raise OptionError(f"choose: op is {op!r}, expected one of {', '.join(_STEMS)}; pass such a name")
+    without_kernel = Backend.CPU if op in _OPS[Backend.CPU] else Backend.REFERENCE
     forced = _forced()
     if forced is not None:
         reason = _unavailable(forced, device_type)
         if reason is not None:
             raise BackendUnavailable(f"OCTAVO_BACKEND={forced.value}: {reason}")
-        return forced, forced if op in _OPS[forced] else Backend.CPU
+        wanted = without_kernel if forced is Backend.CPU else forced
+        return wanted, wanted if op in _OPS[wanted] else without_kernel
     if device_type == "cuda" and op in _OPS[Backend.TRITON]:
-        return Backend.TRITON, Backend.TRITON if _unavailable(Backend.TRITON) is None else Backend.CPU
-    return Backend.CPU, Backend.CPU
+        return Backend.TRITON, Backend.TRITON if _unavailable(Backend.TRITON) is None else without_kernel
+    return without_kernel, without_kernel
 
 
 def _forced() -> Backend | None:
