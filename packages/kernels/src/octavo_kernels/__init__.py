@@ -17,15 +17,26 @@ from octavo_kernels.errors import (
     ShapeError,
 )
 from octavo_kernels.host_memory import host_empty
+from octavo_kernels.int_weight import (
+    IntWeight,
+    int_weight_from_awq,
+    int_weight_from_codes,
+    int_weight_from_gptq,
+    int_weight_from_packed,
+    int_weight_values,
+)
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
+from octavo_kernels.quantize import quantize_rows
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write
 from octavo_kernels.sampling import sample_tokens
+from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
 from octavo_kernels.threads import native_threads, num_native_threads
+from octavo_kernels.weight_only import weight_only_linear, weight_only_workspace
 
 __all__ = [
     "Backend",
@@ -34,6 +45,7 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "Fallback",
+    "IntWeight",
     "KernelError",
     "NotRecordable",
     "OptionError",
@@ -56,6 +68,11 @@ __all__ = [
     "gumbel_noise",
     "gumbel_noise_at",
     "host_empty",
+    "int_weight_from_awq",
+    "int_weight_from_codes",
+    "int_weight_from_gptq",
+    "int_weight_from_packed",
+    "int_weight_values",
     "merge_states",
     "native_threads",
     "num_native_threads",
@@ -66,11 +83,16 @@ __all__ = [
     "packed_num_bytes",
     "paged_attention",
     "philox",
+    "quantize_rows",
     "rms_norm",
     "rope_kv_write",
     "sample_tokens",
+    "scaled_linear",
+    "scaled_workspace",
     "silu_and_mul",
     "unpack_weight",
     "varlen_attention",
+    "weight_only_linear",
+    "weight_only_workspace",
     "write_kv",
 ]

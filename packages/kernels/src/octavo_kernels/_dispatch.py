@@ -63,6 +63,9 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "packed_linear": "matmul",
         "packed_embedding": "matmul",
         "packed_argmax": "matmul",
+        "weight_only_linear": "weight_only",
+        "quantize_rows": "quantize",
+        "scaled_linear": "scaled_linear",
         "merge_states": "merge",
         "philox": "noise",
         "gumbel_noise": "noise",
@@ -73,7 +76,13 @@ _STEMS: Mapping[str, str] = MappingProxyType(
 )
 
 # Written for GPUs: the `cpu` backend has no code of its own for them, and the reference serves in its place.
-_FOR_GPUS: frozenset[str] = frozenset()
+_FOR_GPUS: frozenset[str] = frozenset(
+    {
+        "weight_only_linear",
+        "quantize_rows",
+        "scaled_linear",
+    }
+)
 
 _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
     {
@@ -86,6 +95,9 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "write_kv",
                 "rope_kv_write",
                 "apply_token_bitmask",
+                "weight_only_linear",
+                "quantize_rows",
+                "scaled_linear",
             }
         ),
         Backend.CUDA: frozenset(),

@@ -6,6 +6,7 @@ by name; standard output is JSON, by name and target what was measured, or {"err
     kernel      "module:function"
     types       Triton's type of each argument that is neither int32 nor a constant, by name
     constants   values of tl.constexpr parameters, and of arguments that are None or 1 in this launch, by name
+    aligned     integers beside strides that are multiples of 16 in this launch
     num_warps, num_stages
     targets     where it is compiled; both where it does not say
 """
@@ -63,6 +64,7 @@ def compile_variant(variant, target):
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # A launch finds aligned pointers and strides that are multiples of 16, and specialises on them.
     aligned = [name for name, kind in signature.items() if kind[0] == "*" or (kind[0] == "i" and "stride" in name)]
+    aligned += variant.get("aligned", [])
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     options = {key: variant[key] for key in ("num_warps", "num_stages") if key in variant}
