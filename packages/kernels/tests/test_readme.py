@@ -12,7 +12,7 @@ def test_the_blocks_of_the_readme_run(monkeypatch, capsys):
     monkeypatch.delenv("OCTAVO_BACKEND", raising=False)
     torch.manual_seed(0)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 16
+    assert len(blocks) == 17
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

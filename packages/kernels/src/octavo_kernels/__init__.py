@@ -25,14 +25,17 @@ from octavo_kernels.int_weight import (
     int_weight_from_packed,
     int_weight_values,
 )
+from octavo_kernels.lora import lora_expand, lora_shrink, lora_spans
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
+from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, rms_norm
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.quantize import quantize_rows
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write
+from octavo_kernels.row_groups import RowGroups, group_rows, group_rows_workspace, num_row_tiles
 from octavo_kernels.sampling import sample_tokens
 from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
 from octavo_kernels.threads import native_threads, num_native_threads
@@ -52,6 +55,7 @@ __all__ = [
     "PackedWeight",
     "Program",
     "Recording",
+    "RowGroups",
     "ShapeError",
     "WeightFormat",
     "add_rms_norm",
@@ -62,9 +66,12 @@ __all__ = [
     "cpu_isa",
     "empty_result",
     "fallbacks",
+    "fused_moe",
     "gather_kv",
     "gelu",
     "gelu_and_mul",
+    "group_rows",
+    "group_rows_workspace",
     "gumbel_noise",
     "gumbel_noise_at",
     "host_empty",
@@ -73,9 +80,14 @@ __all__ = [
     "int_weight_from_gptq",
     "int_weight_from_packed",
     "int_weight_values",
+    "lora_expand",
+    "lora_shrink",
+    "lora_spans",
     "merge_states",
+    "moe_workspace",
     "native_threads",
     "num_native_threads",
+    "num_row_tiles",
     "pack_weight",
     "packed_argmax",
     "packed_embedding",

@@ -66,6 +66,10 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "weight_only_linear": "weight_only",
         "quantize_rows": "quantize",
         "scaled_linear": "scaled_linear",
+        "group_rows": "row_groups",
+        "fused_moe": "moe",
+        "lora_shrink": "lora",
+        "lora_expand": "lora",
         "merge_states": "merge",
         "philox": "noise",
         "gumbel_noise": "noise",
@@ -81,6 +85,10 @@ _FOR_GPUS: frozenset[str] = frozenset(
         "weight_only_linear",
         "quantize_rows",
         "scaled_linear",
+        "group_rows",
+        "fused_moe",
+        "lora_shrink",
+        "lora_expand",
     }
 )
 
@@ -98,6 +106,10 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "weight_only_linear",
                 "quantize_rows",
                 "scaled_linear",
+                "group_rows",
+                "fused_moe",
+                "lora_shrink",
+                "lora_expand",
             }
         ),
         Backend.CUDA: frozenset(),

@@ -44,6 +44,35 @@ def _scaled(tile, dtype, *, blocks=False, **gates):
     }  # fmt: skip
 
 
+def _grouped(kernel, tile, **gates):
+    """Return a product grouped by expert or adapter."""
+    block_m, block_n, num_warps, num_stages = tile
+    indices = dict.fromkeys(("rows_ptr", "groups_ptr", "ranks_ptr"), "*i32")
+    floats = dict.fromkeys(("factors_ptr", "scales_ptr", "shrunk_ptr"), "*fp32")
+    halves = dict.fromkeys(("x_ptr", "w_ptr", "a_ptr", "b_ptr", "out_ptr"), "*bf16")
+    own = {"moe:_gate_up": {"TANH": False}, "lora:_expand": {"NUM_SPANS": 4}}
+    names = {
+        "moe:_gate_up": ("x_ptr", "w_ptr", "out_ptr", "rows_ptr", "groups_ptr"),
+        "moe:_down": ("x_ptr", "w_ptr", "factors_ptr", "out_ptr", "rows_ptr", "groups_ptr"),
+        "lora:_shrink": ("x_ptr", "a_ptr", "out_ptr", "rows_ptr", "groups_ptr", "ranks_ptr"),
+        "lora:_expand": ("shrunk_ptr", "b_ptr", "out_ptr", "rows_ptr", "groups_ptr", "ranks_ptr", "scales_ptr"),
+    }
+    aligned = {"lora:_shrink": ["in_features", "span_inputs"], "lora:_expand": ["max_rank"]}
+    types = {name: (indices | floats | halves)[name] for name in names[kernel]}
+    if kernel == "lora:_shrink":
+        types["out_ptr"] = "*fp32"
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64}
+    return {
+        "kernel": f"octavo_kernels.triton.{kernel}",
+        "types": types,
+        "constants": {**own.get(kernel, {}), **sizes, "WIDE_DOT": False, "PRECISION": "ieee"},
+        "aligned": aligned.get(kernel, ["hidden", "intermediate"]),
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        **({"targets": ["sm_90"]} | gates),
+    }
+
+
 _GGUF = {"group": 32, "absent": ("zeros_ptr", "bias_ptr")}
 
 KERNELS: dict[str, Any] = {
@@ -68,4 +97,21 @@ KERNELS: dict[str, Any] = {
     "FP8, 16 rows": _scaled((16, 64, 4, 4), "fp8e4nv", wgmma=False),
     "FP8 by blocks, many rows": _scaled((128, 64, 8, 4), "fp8e4nv", blocks=True, wgmma=True),
     "W8A8, many rows": _scaled((128, 128, 8, 3), "i8", wgmma=True),
+    "MoE gate and up, 16 rows": _grouped("moe:_gate_up", (16, 64, 4, 4), wgmma=False),
+    "MoE gate and up, many rows": _grouped("moe:_gate_up", (128, 64, 8, 3), wgmma=True),
+    "MoE down, many rows": _grouped("moe:_down", (128, 64, 8, 3), wgmma=True),
+    "LoRA shrink": _grouped("lora:_shrink", (16, 16, 4, 3), wgmma=False),
+    "LoRA expand": _grouped("lora:_expand", (16, 64, 4, 2), wgmma=False),
+    "group_rows, places": {
+        "kernel": "octavo_kernels.triton.row_groups:_place",
+        "types": dict.fromkeys(("counts", "starts", "tile_groups"), "*i32"),
+        "constants": {"GROUPS": 256, "TILE_ROWS": 64, "AT_ONCE": 32},
+        "num_warps": 4,
+    },
+    "group_rows, rows": {
+        "kernel": "octavo_kernels.triton.row_groups:_write",
+        "types": dict.fromkeys(("ids", "counts", "starts", "sorted_rows"), "*i32"),
+        "constants": {"CHUNK": 128},
+        "num_warps": 4,
+    },
 }

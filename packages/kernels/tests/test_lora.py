@@ -1,0 +1,71 @@
+"""Many adapters in one batch against each by itself in fp64, with base tokens among them."""
+
+import pytest
+import torch
+
+import octavo_kernels as ok
+from octavo_kernels.testing import assert_close
+
+RANKS = [16, 1, 40, 0]
+
+
+def make_adapters(in_features, out_features, dtype, device):
+    """Adapters of several ranks; what lies beyond a rank is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, max(RANKS), in_features, generator=generator) * in_features**-0.5
+    b = torch.randn(4, out_features, max(RANKS), generator=generator)
+    for adapter, rank in enumerate(RANKS):
+        a[adapter, rank:] = float("nan")
+        b[adapter, :, rank:] = float("nan")
+    ranks = torch.tensor(RANKS, dtype=torch.int32, device=device)
+    scales = torch.tensor([2.0, 0.5, 1.0, 3.0], device=device)
+    return a.to(dtype).to(device), b.to(dtype).to(device), ranks, scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("in_features", "out_features"), [(80, 70), (2100, 33)], ids=["one span", "two spans"])
+def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, out_features):
+    a, b, ranks, scales = make_adapters(in_features, out_features, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    for num_tokens in (0, 1, 35):
+        x = torch.randn(num_tokens, in_features, generator=generator).to(dtype).to(device)
+        ids = torch.randint(-1, 4, (num_tokens,), generator=generator, dtype=torch.int32).to(device)
+        base = torch.randn(num_tokens, out_features + 16, generator=generator).to(dtype).to(device)
+        out = base.clone()
+        groups = ok.group_rows(ids, 4)
+        shape = (ok.lora_spans(in_features), num_tokens, max(RANKS))
+        shrunk = ok.lora_shrink(x, a, groups, ranks, out=torch.full(shape, float("nan"), device=device))
+        ok.lora_expand(shrunk, b, groups, ranks, scales, out[:, :out_features])
+        assert torch.equal(out[:, out_features:], base[:, out_features:])
+        for token, adapter in enumerate(ids.tolist()):
+            if adapter < 0 or RANKS[adapter] == 0:
+                assert torch.equal(out[token], base[token])
+                continue
+            rank = RANKS[adapter]
+            delta = b[adapter, :, :rank].double() @ (a[adapter, :rank].double() @ x[token].double())
+            expected = base[token, :out_features].double() + scales[adapter].double() * delta
+            assert_close(out[token, :out_features] / 16, expected / 16, dtype)
+
+
+def test_a_token_does_not_depend_on_the_others_bit_for_bit(device):
+    a, b, ranks, scales = make_adapters(2100, 33, torch.float32, device)
+    x = torch.randn(20, 2100, generator=torch.Generator().manual_seed(2)).to(device)
+    ids = (torch.arange(20, dtype=torch.int32) % 5 - 1).to(device)
+
+    def run(tokens):
+        groups = ok.group_rows(ids[tokens], 4)
+        shrunk = ok.lora_shrink(x[tokens], a, groups, ranks)
+        return ok.lora_expand(shrunk, b, groups, ranks, scales, torch.zeros(len(x[tokens]), 33, device=device))
+
+    assert torch.equal(run(slice(3, 9)), run(slice(0, 20))[3:9])
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    a, b, ranks, scales = make_adapters(32, 8, torch.float32, "cpu")
+    groups = ok.group_rows(torch.zeros(2, dtype=torch.int32), 4)
+    with pytest.raises(ok.ShapeError, match=r"a has shape \[4, 40, 32\], expected \[num_adapters, max_rank, 31\]"):
+        ok.lora_shrink(torch.zeros(2, 31), a, groups, ranks)
+    with pytest.raises(ok.DtypeError, match="ranks has dtype int64, expected int32"):
+        ok.lora_shrink(torch.zeros(2, 32), a, groups, ranks.long())
+    with pytest.raises(ok.ShapeError, match=r"out has shape \[3, 8\], expected \[2, 8\]"):
+        ok.lora_expand(torch.zeros(1, 2, 40), b, groups, ranks, scales, torch.zeros(3, 8))
