@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,6 +43,16 @@ def device(backend: Backend) -> str:
 def interpreted(backend: Backend, device: str) -> bool:
     """Whether kernels run in Triton's interpreter, thousands of times slower: tests then take fewer cases."""
     return backend is Backend.TRITON and device == "cpu"
+
+
+@pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest, backend: Backend, interpreted: bool) -> torch.dtype:
+    """Each dtype of activations that the backend computes with; fewer where that is slow."""
+    if request.param == torch.float64 and backend is Backend.TRITON:
+        pytest.skip("fp64 is for the reference and cpu")
+    if request.param == torch.float16 and interpreted:
+        pytest.skip("in the interpreter bf16 stands for both halves")
+    return cast("torch.dtype", request.param)
 
 
 @pytest.fixture(scope="session")

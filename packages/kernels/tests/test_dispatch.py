@@ -114,8 +114,8 @@ def test_gpu_tensors_without_triton_fall_back(monkeypatch):
     assert ok.choose("paged_attention", "cuda") is Backend.CPU
     with pytest.warns(ok.BackendFallbackWarning, match="paged_attention"):
         _dispatch.implementation("paged_attention", torch.device("cuda"))
-    rms_norm = _dispatch.implementation("rms_norm", torch.device("cuda"))
-    assert rms_norm.__module__ == "octavo_kernels.cpu.fallback.norm"  # native code serves tensors on the CPU alone
+    linear = _dispatch.implementation("packed_linear", torch.device("cuda"))
+    assert linear.__module__ == "octavo_kernels.cpu.fallback.matmul"  # native code serves tensors on the CPU alone
     assert list(ok.fallbacks()) == ["paged_attention"]
 
 

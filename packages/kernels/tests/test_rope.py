@@ -1,4 +1,4 @@
-"""rope_kv_write of the backend under test against the reference in fp64."""
+"""rope_kv_write of the backend under test against the reference in fp64, and the codes of caches of 8 bits."""
 
 import pytest
 import torch
@@ -78,3 +78,95 @@ def test_views_of_one_projection_are_rotated_in_place(oracle, device):
     ok.rope_kv_write(*tensors.values(), positions, cos_sin, k_cache, v_cache, slots)
     assert_close(tensors["q"], expected[0])
     assert_close(tensors["k"], expected[1])
+
+
+def written_codes(inputs, codes, scale_form, *, interleaved=False, layout="hnd", call=None):
+    """Return k as it is left, the codes of both caches, and their scales per slot, or per head if they were given."""
+    tensors, weights, positions, cos_sin, slots = inputs
+    q, k, v = (x.clone() for x in tensors.values())
+    head_dim = q.shape[-1]
+    shape = (4, 2, 16, 2, head_dim) if layout == "nhd" else (4, 2, 2, 16, head_dim)
+    caches = torch.full(shape, 77.0, device=q.device).to(codes)
+    caches = caches.transpose(2, 3) if layout == "nhd" else caches
+    if scale_form == "slot":
+        scales = torch.full((2, 4, 2, 16), NAN, device=q.device)
+    else:
+        scales = torch.tensor([[0.02, 0.05], [0.01, 0.03]], device=q.device)[:, : 2 if scale_form == "head" else 1]
+    arguments = (q, k, v, positions, cos_sin, caches[:, 0], caches[:, 1], slots, scales[0], scales[1])
+    options = {"interleaved": interleaved, "eps": 1e-5, **weights}
+    call(ok.rope_kv_write_quant, *arguments, **options) if call else ok.rope_kv_write_quant(*arguments, **options)
+    return q, k, caches, scales
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("scale_form", "rot_dim", "head_dim", "interleaved", "layout"),
+    [
+        ("slot", 64, 64, False, "hnd"),
+        ("slot", 32, 80, True, "nhd"),
+        ("slot", 0, 16, False, "hnd"),
+        ("head", 48, 48, False, "nhd"),
+        ("all", 32, 32, True, "hnd"),
+    ],
+)
+def test_codes_hold_what_k_and_v_hold(oracle, device, scale_form, rot_dim, head_dim, interleaved, layout, codes):
+    inputs = make_inputs(device, torch.float16, rot_dim, head_dim, with_norm=rot_dim != 48)
+    q, k, caches, scales = written_codes(inputs, codes, scale_form, interleaved=interleaved, layout=layout)
+    expected = run(*inputs, torch.float64, "hnd", interleaved, call=oracle)
+    torch.testing.assert_close(q, expected[0].half(), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(k, expected[1].half(), rtol=2e-3, atol=1e-6)
+    untouched = torch.ones(4, 16, dtype=torch.bool, device=device)
+    largest = 127 if codes == torch.int8 else 448
+    for token, slot in enumerate(inputs[-1].tolist()):
+        if slot < 0:
+            continue
+        block_id, offset = slot // 16, slot % 16
+        untouched[block_id, offset] = False
+        for half, x in enumerate((k, inputs[0]["v"])):
+            if scale_form == "slot":
+                scale = scales[half, block_id, :, offset]
+                assert torch.equal(scale, x[token].float().abs().amax(dim=-1) / largest)
+            else:
+                scale = scales[half].expand(2)
+            values = x[token].float() * (1 / scale)[:, None]
+            wanted = values.clamp(-largest, largest)
+            wanted = (wanted.round() if codes == torch.int8 else wanted).to(codes)
+            assert torch.equal(caches[block_id, half, :, offset].float(), wanted.float())
+    assert (caches.float().movedim(3, 1)[untouched] == torch.tensor(77.0).to(codes).float()).all()
+    if scale_form == "slot":
+        assert scales.movedim(2, -1)[:, untouched].isnan().all()
+
+
+def test_attention_reads_what_was_written(oracle, device):
+    inputs = make_inputs(device, torch.float32, 64, 64, with_norm=False)
+    q, _, caches, scales = written_codes(inputs, torch.int8, "slot")
+    values = [caches[:, half].float() * scales[half][..., None] for half in (0, 1)]
+    starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1], [1]))
+    table = torch.tensor([[1]], dtype=torch.int32, device=device)
+    options = {"max_query_len": 1, "scale": 0.125}
+    arguments = (q[:1], caches[:, 0], caches[:, 1], starts, lens, table)
+    out = ok.paged_attention(*arguments, **options, k_scale=scales[0], v_scale=scales[1])
+    expected = oracle(ok.paged_attention, q[:1].double(), *(x.double() for x in values), *arguments[3:], **options)
+    assert_close(out, expected)
+
+
+def test_scales_that_do_not_fit_are_refused():
+    inputs = make_inputs("cpu", torch.float32, 16, 16, with_norm=False)
+    q, k, v = inputs[0].values()
+    cache = torch.zeros(4, 2, 16, 16, dtype=torch.int8)
+
+    per_head = torch.ones(2)
+
+    def write(caches=(cache, cache), scales=(per_head, per_head)):
+        ok.rope_kv_write_quant(q, k, v, inputs[2], inputs[3], *caches, inputs[4], *scales)
+
+    with pytest.raises(ok.DtypeError, match="k_cache has dtype float32, expected int8 or float8_e4m3fn"):
+        write(caches=(cache.float(), cache.float()))
+    with pytest.raises(ok.DtypeError, match="v_cache has dtype"):
+        write(caches=(cache, cache.to(torch.float8_e4m3fn)))
+    with pytest.raises(ok.ShapeError, match=r"k_scale has shape \[3\], expected \[4, 2, 16\]"):
+        write(scales=(torch.ones(3), per_head))
+    with pytest.raises(ok.OptionError, match=r"v_scale.dim\(\) is 3, expected 1, as many as k_scale has"):
+        write(scales=(per_head, torch.ones(4, 2, 16)))
+    with pytest.raises(ok.DtypeError, match="v_scale has dtype"):
+        write(scales=(per_head, per_head.double()))

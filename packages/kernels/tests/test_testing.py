@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo_kernels.testing import assert_close, make_paged_inputs, random_lengths
+from octavo_kernels.testing import assert_close, assert_codes, make_paged_inputs, random_lengths
 
 
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
@@ -48,3 +48,13 @@ def test_assert_close_fails_outside_the_tolerance():
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([1.0]), torch.tensor([1.001]))
     assert_close(torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.001]))
+
+
+def test_assert_codes_allows_half_a_step_and_no_more():
+    scales = torch.tensor([[0.5]])
+    assert_codes(torch.tensor([[3]], dtype=torch.int8), scales, torch.tensor([[1.74]]))
+    assert_codes(torch.tensor([[3.0]]).to(torch.float8_e4m3fn), scales, torch.tensor([[1.59]]))
+    with pytest.raises(AssertionError, match="1 codes are off"):
+        assert_codes(torch.tensor([[3]], dtype=torch.int8), scales, torch.tensor([[1.76]]))
+    with pytest.raises(AssertionError, match="1 codes are off"):
+        assert_codes(torch.tensor([[3.0]]).to(torch.float8_e4m3fn), scales, torch.tensor([[1.61]]))

@@ -1,7 +1,14 @@
 """Paged attention and the kernels around it, on plain torch tensors: CPU, Triton, and a plain reference."""
 
 from octavo_kernels._dispatch import Backend, Fallback, available_backends, choose, fallbacks
-from octavo_kernels.activation import gelu, gelu_and_mul, silu_and_mul
+from octavo_kernels.activation import (
+    gelu,
+    gelu_and_mul,
+    gelu_and_mul_quant,
+    gelu_quant,
+    silu_and_mul,
+    silu_and_mul_quant,
+)
 from octavo_kernels.attention import paged_attention, varlen_attention
 from octavo_kernels.bitmask import apply_token_bitmask
 from octavo_kernels.cache_ops import copy_blocks, gather_kv, write_kv
@@ -30,11 +37,11 @@ from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, 
 from octavo_kernels.merge import merge_states
 from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
-from octavo_kernels.norm import add_rms_norm, rms_norm
+from octavo_kernels.norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.quantize import quantize_rows
 from octavo_kernels.recording import Program, Recording, empty_result
-from octavo_kernels.rope import rope_kv_write
+from octavo_kernels.rope import rope_kv_write, rope_kv_write_quant
 from octavo_kernels.row_groups import RowGroups, group_rows, group_rows_workspace, num_row_tiles
 from octavo_kernels.sampling import sample_tokens
 from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
@@ -59,6 +66,7 @@ __all__ = [
     "ShapeError",
     "WeightFormat",
     "add_rms_norm",
+    "add_rms_norm_quant",
     "apply_token_bitmask",
     "available_backends",
     "choose",
@@ -70,6 +78,8 @@ __all__ = [
     "gather_kv",
     "gelu",
     "gelu_and_mul",
+    "gelu_and_mul_quant",
+    "gelu_quant",
     "group_rows",
     "group_rows_workspace",
     "gumbel_noise",
@@ -97,11 +107,14 @@ __all__ = [
     "philox",
     "quantize_rows",
     "rms_norm",
+    "rms_norm_quant",
     "rope_kv_write",
+    "rope_kv_write_quant",
     "sample_tokens",
     "scaled_linear",
     "scaled_workspace",
     "silu_and_mul",
+    "silu_and_mul_quant",
     "unpack_weight",
     "varlen_attention",
     "weight_only_linear",

@@ -47,6 +47,18 @@ def last_dim_contiguous(op: str, **tensors: Tensor) -> None:
             )
 
 
+def contiguous(op: str, **tensors: Tensor) -> None:
+    """Require elements that lie side by side, in order.
+
+    Raises: ShapeError.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ShapeError(
+                f"{op}: {name} has strides {tensor.stride()}, expected contiguous memory; pass {name}.contiguous()"
+            )
+
+
 def dtype(op: str, name: str, tensor: Tensor, *expected: torch.dtype) -> None:
     """Require one of some dtypes.
 

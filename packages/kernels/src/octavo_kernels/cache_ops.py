@@ -92,7 +92,16 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: T
 
 
 def check_write(op: str, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Check what every op that writes into the cache takes.
+    """Check what every op that writes into a cache of floating dtype takes.
+
+    Raises: ShapeError, DtypeError.
+    """
+    check_write_shapes(op, k, v, k_cache, v_cache, slot_mapping)
+    _check.floating(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+
+
+def check_write_shapes(op: str, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Check what every op that writes into the cache takes, but for its dtype.
 
     Raises: ShapeError, DtypeError.
     """
@@ -102,5 +111,4 @@ def check_write(op: str, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
     _check.shape(op, "v_cache", v_cache, k_cache.shape)
     _check.shape(op, "slot_mapping", slot_mapping, (k.shape[0],))
     _check.dtype(op, "slot_mapping", slot_mapping, torch.int64)
-    _check.floating(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     _check.last_dim_contiguous(op, k=k, v=v, k_cache=k_cache, v_cache=v_cache)

@@ -1,4 +1,4 @@
-"""Inputs and tolerances for tests of attention over cache blocks; public, so that other packages' tests use them."""
+"""Inputs of attention over cache blocks, and tolerances of results; public, so that other packages' tests use them."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PagedInputs", "Tolerance", "assert_close", "make_paged_inputs", "random_lengths", "tolerance"]
+__all__ = [
+    "PagedInputs",
+    "Tolerance",
+    "assert_close",
+    "assert_codes",
+    "make_paged_inputs",
+    "random_lengths",
+    "tolerance",
+]
 
 _NAN = float("nan")
 
@@ -46,6 +54,29 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     """
     rtol, atol = tolerance(dtype or actual.dtype)
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def assert_codes(codes: Tensor, scales: Tensor, expected: Tensor) -> None:
+    """Assert that codes of 8 bits times their scales are as near to a result as such codes can be.
+
+    Args:
+        codes: [..., size] int8 or float8_e4m3fn.
+        scales: [..., num_groups] fp32, each for 128 elements where there are several, or [1, 1] for all.
+        expected: [..., size], the result in full.
+
+    Raises: AssertionError.
+    """
+    size, num_groups = codes.shape[-1], scales.shape[-1]
+    steps = scales.double()
+    if num_groups > 1:
+        steps = steps.repeat_interleave(128, dim=-1)[..., :size]
+    values = codes.double() * steps
+    # Half a step of whole numbers; of e4m3 a sixteenth, or half of its least step; and what fp32 leaves open at a tie.
+    spare = 1e-4 * expected.double().abs() + 1e-5 * steps
+    coarse = steps / 2 if codes.dtype == torch.int8 else torch.maximum(expected.double().abs() / 16, steps * 2.0**-10)
+    allowed = coarse + spare
+    error = (values - expected.double()).abs()
+    assert bool((error <= allowed).all()), f"{int((error > allowed).sum())} codes are off, by up to {error.amax()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,79 @@
 """The small fused kernels and those of sampling that are compiled without a GPU, in the variants that are launched."""
 
-KERNELS = {
-    "rope_kv_write": {
-        "kernel": "octavo_kernels.triton.rope:_rope_write",
+
+def _norm(size, *, num_warps, residual="*bf16", out="*bf16", groups=1, largest=0.0):
+    codes = out in ("*i8", "*fp8e4nv")
+    absent = {**({} if residual else {"residual_ptr": None}), **({} if codes else {"scales_ptr": None})}
+    return {
+        "kernel": "octavo_kernels.triton.norm:_norm",
         "types": {
-            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_cache", "v_cache", "q_weight", "k_weight"), "*bf16"),
-            **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
-            "cos_sin": "*fp32",
-            "eps": "fp32",
+            **dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16"),
+            "residual_ptr": residual,
+            "out_ptr": out,
+            "scales_ptr": "*fp32",
+            **dict.fromkeys(("eps", "offset"), "fp32"),
         },
         "constants": {
-            "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "BLOCK_D": 128, "BLOCK_HALF": 64, "INTERLEAVED": False,
+            **absent, "num_inner": 1, "SIZE": size, "BLOCK": size, "GROUPS": groups, "LARGEST": largest, "FIXED": False,
         },
-        "num_warps": 1,
-    },
+        "num_warps": num_warps,
+    }  # fmt: skip
+
+
+def _activation(kernel, kind, *, block, num_warps, out="*bf16", largest=0.0, gated=True, **constants):
+    absent = {} if out in ("*i8", "*fp8e4nv") else {"scales_ptr": None}
+    flags = {"SIZE": 14336, "KIND": kind, "GATED": gated, "BLOCK": block, "LARGEST": largest}
+    return {
+        "kernel": f"octavo_kernels.triton.activation:{kernel}",
+        "types": {"x_ptr": "*bf16", "out_ptr": out, "scales_ptr": "*fp32"},
+        "constants": {**absent, "num_inner": 1, **flags, **constants},
+        "num_warps": num_warps,
+    }
+
+
+def _rope(*, cache="*bf16", normed=False, interleaved=False, largest=0.0):
+    """Return 32 heads of q, 16 at a time, with head_dim 128, all of it rotated."""
+    absent = {
+        **({} if normed else dict.fromkeys(("q_weight", "k_weight"))),
+        **(dict.fromkeys(("k_scale", "v_scale")) if cache == "*bf16" else {}),
+    }
+    sizes = {"HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 16, "BLOCK_D": 128, "BLOCK_HALF": 64}
+    flags = {"BLOCK_REST": 1, "INTERLEAVED": interleaved, "LARGEST": largest, "MEASURED": cache != "*bf16"}
+    return {
+        "kernel": "octavo_kernels.triton.rope:_rope_write",
+        "types": {
+            **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight", "k_weight"), "*bf16"),
+            **dict.fromkeys(("k_cache", "v_cache"), cache),
+            **dict.fromkeys(("positions", "slot_mapping"), "*i64"),
+            **dict.fromkeys(("cos_sin", "k_scale", "v_scale"), "*fp32"),
+            "eps": "fp32",
+        },
+        "constants": {**absent, **sizes, **flags},
+        "num_warps": 4,
+    }
+
+
+KERNELS = {
+    "rms_norm": _norm(4096, num_warps=8, residual=None),
+    "add_rms_norm": _norm(8192, num_warps=16),
+    "rms_norm of the longest rows": _norm(32768, num_warps=16),
+    "add_rms_norm_quant to fp8 per row": _norm(4096, num_warps=8, out="*fp8e4nv", largest=448.0),
+    "add_rms_norm_quant to int8 per group": _norm(4096, num_warps=8, out="*i8", groups=32, largest=127.0),
+    "silu_and_mul": _activation("_activate", "silu", block=1024, num_warps=4, GROUPS=1, FIXED=False),
+    "gelu_and_mul_quant to fp8 per group": _activation(
+        "_activate", "gelu", block=1024, num_warps=4, out="*fp8e4nv", largest=448.0, GROUPS=8, FIXED=False
+    ),
+    "gelu_quant to int8 per row": _activation(
+        "_activate_row", "gelu_tanh", block=4096, num_warps=8, out="*i8", largest=127.0, gated=False
+    ),
+    "rope_kv_write": _rope(),
+    "rope_kv_write of neighbours with a norm": _rope(normed=True, interleaved=True),
+    "rope_kv_write_quant to fp8": _rope(cache="*fp8e4nv", normed=True, largest=448.0),
+    "rope_kv_write_quant to int8": _rope(cache="*i8", interleaved=True, largest=127.0),
     "apply_token_bitmask": {
         "kernel": "octavo_kernels.triton.bitmask:_mask",
         "types": {"logits": "*fp32", "bitmask": "*i32", "rows": "*i64"},
         "constants": {"BLOCK": 4096},
         "num_warps": 4,
     },
-}  # fmt: skip
+}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from octavo_kernels._codes import CodeOutput
+from octavo_kernels.reference._codes import write_codes
 from octavo_kernels.reference._precision import widen
 
 
@@ -15,6 +17,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     """Add x to the residual, then fill out with the norm of the stored sum."""
     residual.copy_(widen(residual) + widen(x))
     out.copy_(normalised(residual, weight, eps, offset))
+
+
+def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, offset: float, output: CodeOutput) -> None:
+    """Fill the output with the norm of x."""
+    write_codes(normalised(x, weight, eps, offset), output)
+
+
+def add_rms_norm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, output: CodeOutput
+) -> None:
+    """Add x to the residual, then fill the output with the norm of the stored sum."""
+    residual.copy_(widen(residual) + widen(x))
+    write_codes(normalised(residual, weight, eps, offset), output)
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

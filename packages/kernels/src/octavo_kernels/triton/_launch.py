@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo_kernels import _check
+from octavo_kernels.errors import ShapeError
 
 
 def check_dtypes(op: str, **tensors: Tensor) -> None:
@@ -15,6 +16,23 @@ def check_dtypes(op: str, **tensors: Tensor) -> None:
     """
     for name, tensor in tensors.items():
         _check.dtype(f"{op} (triton)", name, tensor, torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_rows(op: str, name: str, tensor: Tensor) -> Tensor:
+    """View [..., size] as [num_outer, num_inner, size]: two strides say where each row begins.
+
+    Raises: ShapeError (more leading dimensions than that have strides of their own, or elements not side by side).
+    """
+    _check.last_dim_contiguous(f"{op} (triton)", **{name: tensor})
+    if tensor.dim() < 3:
+        return tensor.view(1, 1, -1) if tensor.dim() == 1 else tensor.unsqueeze(1)
+    try:
+        return tensor.view(-1, *tensor.shape[-2:])
+    except RuntimeError as error:
+        raise ShapeError(
+            f"{op} (triton): {name} has strides {tensor.stride()}, expected rows at one distance in all dimensions but "
+            f"two; pass {name}.contiguous()"
+        ) from error
 
 
 def interpreted() -> bool:

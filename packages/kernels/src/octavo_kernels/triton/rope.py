@@ -1,7 +1,7 @@
-"""Norm, rotary embedding and cache write in one Triton launch.
+"""Rotary embedding with an optional norm per head and the cache write in Triton, for caches in full or of 8 bits.
 
-The grid is tokens by heads: first the heads of q, then those of k, then those of v. A program has one warp, so that all
-its loads are done before its stores.
+A token has programs for its heads of q, HEADS at a time, and then for those of k and v. A head is taken in three parts:
+the first elements of the pairs that are rotated, their second elements, and the rest.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -12,7 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels._codes import LARGEST_CODE
+from octavo_kernels.triton._codes import codes_of, inverse_of, larger, largest_magnitude, stored
 from octavo_kernels.triton._launch import check_dtypes, next_power_of_2
+
+_TILE = 2048  # elements of q that a program takes
 
 
 def rope_kv_write(
@@ -32,91 +36,220 @@ def rope_kv_write(
 ) -> None:
     """Norm and rotate q and k in place, then write k and v."""
     check_dtypes("rope_kv_write", q=q, k=k, v=v)
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, rot_dim = k.shape[1], cos_sin.shape[1]
-    _rope_write[(num_tokens, num_heads + 2 * num_kv_heads)](
-        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, q_norm_weight, k_norm_weight, eps,
-        num_heads, num_kv_heads, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEAD_DIM=head_dim, HALF=rot_dim // 2, BLOCK_SIZE=k_cache.shape[2], BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_HALF=next_power_of_2(rot_dim // 2), INTERLEAVED=interleaved, num_warps=1,
+    _launch(
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, None, None, interleaved, q_norm_weight,
+        k_norm_weight, eps,
     )  # fmt: skip
 
 
+def rope_kv_write_quant(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    *,
+    interleaved: bool,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> None:
+    """Norm and rotate q and k in place, then write the codes of k and v, and their scales where each slot has some."""
+    check_dtypes("rope_kv_write_quant", q=q, k=k, v=v)
+    _launch(
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, interleaved, q_norm_weight,
+        k_norm_weight, eps,
+    )  # fmt: skip
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    interleaved: bool,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> None:
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, half = k.shape[1], cos_sin.shape[1] // 2
+    block_d = next_power_of_2(head_dim)
+    heads = min(next_power_of_2(num_heads), max(1, _TILE // block_d))
+    q_programs, kv_programs = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
+    _rope_write[(num_tokens * (q_programs + kv_programs),)](
+        q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, q_norm_weight, k_norm_weight,
+        eps, num_heads, num_kv_heads, q_programs, q_programs + kv_programs,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3], *_scale_strides(k_scale), *_scale_strides(v_scale),
+        HEAD_DIM=head_dim, HALF=half, BLOCK_SIZE=k_cache.shape[2], HEADS=heads, BLOCK_D=block_d,
+        BLOCK_HALF=next_power_of_2(half), BLOCK_REST=next_power_of_2(head_dim - 2 * half), INTERLEAVED=interleaved,
+        LARGEST=0.0 if k_scale is None else LARGEST_CODE[k_cache.dtype],
+        MEASURED=k_scale is not None and k_scale.dim() == 3, num_warps=max(1, heads * block_d // 512),
+    )  # fmt: skip
+
+
+def _scale_strides(scale: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of blocks, heads and slots."""
+    if scale is None:
+        return 0, 0, 0
+    return (0, scale.stride(0), 0) if scale.dim() == 1 else (scale.stride(0), scale.stride(1), scale.stride(2))
+
+
 @triton.jit
-def _rotate_head(
-    row, cached_row, slot, cos_sin_row, weight_ptr, eps,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, CACHED: tl.constexpr,
+def _load_parts(
+    rows, live, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate one head in place; if CACHED, and for a slot from 0 on, store it into the cache row too."""
-    dims = tl.arange(0, BLOCK_D)
-    pairs = tl.arange(0, BLOCK_HALF)
-    in_head = dims < HEAD_DIM
-    in_pair = pairs < HALF
+    """Load heads in three parts, in fp32; rows [num_rows] point to them."""
+    num_rows: tl.constexpr = rows.shape[0]
+    pairs = tl.arange(0, BLOCK_HALF)[None, :]
     if INTERLEAVED:
-        first_dims = 2 * pairs
-        second_dims = 2 * pairs + 1
+        both = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        turned = tl.load(rows[:, None] + both, mask=live[:, None] & (both < 2 * HALF), other=0.0)
+        first, second = tl.split(tl.reshape(turned, [num_rows, BLOCK_HALF, 2]))
     else:
-        first_dims = pairs
-        second_dims = pairs + HALF
-    whole = tl.load(row + dims, mask=in_head, other=0.0).to(tl.float32)
-    first = tl.load(row + first_dims, mask=in_pair, other=0.0).to(tl.float32)
-    second = tl.load(row + second_dims, mask=in_pair, other=0.0).to(tl.float32)
+        mask = live[:, None] & (pairs < HALF)
+        first = tl.load(rows[:, None] + pairs, mask=mask, other=0.0)
+        second = tl.load(rows[:, None] + HALF + pairs, mask=mask, other=0.0)
+    behind = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    rest = tl.load(rows[:, None] + behind, mask=live[:, None] & (behind < HEAD_DIM), other=0.0)
+    return first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+
+
+@triton.jit
+def _store_parts(
+    rows, live, first, second, rest, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store heads that are given in three parts, in the dtype of what rows [num_rows] point to."""
+    num_rows: tl.constexpr = rows.shape[0]
+    pairs = tl.arange(0, BLOCK_HALF)[None, :]
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        turned = tl.reshape(tl.join(first, second), [num_rows, 2 * BLOCK_HALF])
+        tl.store(rows[:, None] + both, turned, mask=live[:, None] & (both < 2 * HALF))
+    else:
+        mask = live[:, None] & (pairs < HALF)
+        tl.store(rows[:, None] + pairs, first, mask=mask)
+        tl.store(rows[:, None] + HALF + pairs, second, mask=mask)
+    behind = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    tl.store(rows[:, None] + behind, rest, mask=live[:, None] & (behind < HEAD_DIM))
+
+
+@triton.jit
+def _turn(
+    rows, live, cos_sin_row, weight_ptr, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate heads in place; return them in three parts, as they are stored."""
+    first, second, rest = _load_parts(rows, live, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED)
     if weight_ptr is not None:
-        inverse = 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / HEAD_DIM + eps)
-        whole = whole * inverse * tl.load(weight_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
-        first = first * inverse * tl.load(weight_ptr + first_dims, mask=in_pair, other=0.0).to(tl.float32)
-        second = second * inverse * tl.load(weight_ptr + second_dims, mask=in_pair, other=0.0).to(tl.float32)
-    cos = tl.load(cos_sin_row + pairs, mask=in_pair, other=0.0)
-    sin = tl.load(cos_sin_row + HALF + pairs, mask=in_pair, other=0.0)
-    rest = in_head & (dims >= 2 * HALF)
+        one = tl.arange(0, 1)
+        by_first, by_second, by_rest = _load_parts(
+            weight_ptr + one, one == 0, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED
+        )  # fmt: skip
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(rest * rest, 1)
+        inverse = (1.0 / tl.sqrt(square / HEAD_DIM + eps))[:, None]
+        first = first * inverse * by_first
+        second = second * inverse * by_second
+        rest = rest * inverse * by_rest
+    pairs = tl.arange(0, BLOCK_HALF)[None, :]
+    cos = tl.load(cos_sin_row + pairs, mask=pairs < HALF, other=0.0)
+    sin = tl.load(cos_sin_row + HALF + pairs, mask=pairs < HALF, other=0.0)
+    dtype: tl.constexpr = rows.dtype.element_ty
     # Rounded to the tensor's dtype once; the cache gets the rounded values.
-    new_first = (first * cos - second * sin).to(row.dtype.element_ty)
-    new_second = (second * cos + first * sin).to(row.dtype.element_ty)
-    new_rest = whole.to(row.dtype.element_ty)
-    tl.store(row + first_dims, new_first, mask=in_pair)
-    tl.store(row + second_dims, new_second, mask=in_pair)
-    tl.store(row + dims, new_rest, mask=rest)
-    if CACHED:  # noqa: SIM102 - decided at compile time, the slot at run time
-        if slot >= 0:
-            tl.store(cached_row + first_dims, new_first.to(cached_row.dtype.element_ty), mask=in_pair)
-            tl.store(cached_row + second_dims, new_second.to(cached_row.dtype.element_ty), mask=in_pair)
-            tl.store(cached_row + dims, new_rest.to(cached_row.dtype.element_ty), mask=rest)
+    new_first = stored(first * cos - second * sin, dtype)
+    new_second = stored(second * cos + first * sin, dtype)
+    new_rest = stored(rest, dtype)
+    tl.debug_barrier()  # threads may store what others have loaded
+    _store_parts(rows, live, new_first, new_second, new_rest, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED)
+    return new_first, new_second, new_rest
+
+
+@triton.jit
+def _cached(x, inverse, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
+    """Return vectors [num_rows, ...] as the cache holds them: codes where there are inverse scales [num_rows]."""
+    if inverse is None:
+        held = stored(x.to(tl.float32), DTYPE)
+    else:
+        held = codes_of(x.to(tl.float32), inverse[:, None], DTYPE, LARGEST)
+    return held
+
+
+@triton.jit
+def _inverse_scale(scales, largest, live, LARGEST: tl.constexpr, MEASURED: tl.constexpr):
+    """Return the inverse scale of each head, and write the scale where it comes from the head itself."""
+    if MEASURED:
+        scale = tl.div_rn(largest, LARGEST)
+        tl.store(scales, scale, mask=live)
+    else:
+        scale = tl.load(scales, mask=live, other=0.0)
+    return inverse_of(scale)
 
 
 @triton.jit
 def _rope_write(
-    q_ptr, k_ptr, v_ptr, positions, cos_sin, k_cache, v_cache, slot_mapping, q_weight, k_weight, eps,
-    num_heads, num_kv_heads, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, cos_sin_stride,
+    q_ptr, k_ptr, v_ptr, positions, cos_sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, q_weight, k_weight, eps,
+    num_heads, num_kv_heads, q_programs, num_programs,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, cos_sin_stride,
     kc_stride_b, kc_stride_h, kc_stride_o, vc_stride_b, vc_stride_h, vc_stride_o,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ks_stride_b, ks_stride_h, ks_stride_o, vs_stride_b, vs_stride_h, vs_stride_o,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr,
+    MEASURED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    slot = tl.load(slot_mapping + token)
-    block_id = tl.maximum(slot, 0) // BLOCK_SIZE
-    offset = tl.maximum(slot, 0) % BLOCK_SIZE
+    token = (tl.program_id(0) // num_programs).to(tl.int64)
+    program = tl.program_id(0) % num_programs
     cos_sin_row = cos_sin + tl.load(positions + token) * cos_sin_stride
-    if head < num_heads:
-        q_row = q_ptr + token * q_stride_t + head * q_stride_h
-        _rotate_head(
-            q_row, q_row, slot, cos_sin_row, q_weight, eps,
-            HEAD_DIM, HALF, BLOCK_D, BLOCK_HALF, INTERLEAVED, False,
+    if program < q_programs:
+        q_heads = program * HEADS + tl.arange(0, HEADS)
+        _turn(
+            q_ptr + token * q_stride_t + q_heads * q_stride_h, q_heads < num_heads, cos_sin_row, q_weight, eps,
+            HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
-    elif head < num_heads + num_kv_heads:
-        k_head = head - num_heads
-        k_row = k_ptr + token * k_stride_t + k_head * k_stride_h
-        cached_row = k_cache + block_id * kc_stride_b + k_head * kc_stride_h + offset * kc_stride_o
-        _rotate_head(
-            k_row, cached_row, slot, cos_sin_row, k_weight, eps,
-            HEAD_DIM, HALF, BLOCK_D, BLOCK_HALF, INTERLEAVED, True,
+    else:
+        heads = (program - q_programs) * HEADS + tl.arange(0, HEADS)
+        live = heads < num_kv_heads
+        first, second, rest = _turn(
+            k_ptr + token * k_stride_t + heads * k_stride_h, live, cos_sin_row, k_weight, eps,
+            HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
-    elif slot >= 0:
-        v_head = head - num_heads - num_kv_heads
-        dims = tl.arange(0, BLOCK_D)
-        mask = dims < HEAD_DIM
-        v = tl.load(v_ptr + token * v_stride_t + v_head * v_stride_h + dims, mask=mask, other=0.0)
-        cached_row = v_cache + block_id * vc_stride_b + v_head * vc_stride_h + offset * vc_stride_o
-        tl.store(cached_row + dims, v.to(v_cache.dtype.element_ty), mask=mask)
+        slot = tl.load(slot_mapping + token)
+        if slot >= 0:
+            block_id = slot // BLOCK_SIZE
+            offset = slot % BLOCK_SIZE
+            dims = tl.arange(0, BLOCK_D)[None, :]
+            mask = live[:, None] & (dims < HEAD_DIM)
+            v = tl.load(v_ptr + token * v_stride_t + heads[:, None] * v_stride_h + dims, mask=mask, other=0.0)
+            k_inverse = None
+            v_inverse = None
+            if k_scale is not None:
+                largest = largest_magnitude(v.to(tl.float32))
+                v_scales = v_scale + block_id * vs_stride_b + heads * vs_stride_h + offset * vs_stride_o
+                v_inverse = _inverse_scale(v_scales, largest, live, LARGEST, MEASURED)
+                largest = larger(
+                    larger(largest_magnitude(first.to(tl.float32)), largest_magnitude(second.to(tl.float32))),
+                    largest_magnitude(rest.to(tl.float32)),
+                )  # fmt: skip
+                k_scales = k_scale + block_id * ks_stride_b + heads * ks_stride_h + offset * ks_stride_o
+                k_inverse = _inverse_scale(k_scales, largest, live, LARGEST, MEASURED)
+            dtype: tl.constexpr = k_cache.dtype.element_ty
+            _store_parts(
+                k_cache + block_id * kc_stride_b + heads * kc_stride_h + offset * kc_stride_o, live,
+                _cached(first, k_inverse, dtype, LARGEST), _cached(second, k_inverse, dtype, LARGEST),
+                _cached(rest, k_inverse, dtype, LARGEST), HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+            )  # fmt: skip
+            v_rows = v_cache + block_id * vc_stride_b + heads * vc_stride_h + offset * vc_stride_o
+            tl.store(v_rows[:, None] + dims, _cached(v, v_inverse, dtype, LARGEST), mask=mask)
