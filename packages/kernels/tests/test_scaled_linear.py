@@ -40,6 +40,16 @@ def test_rows_are_rounded_as_the_reference_does(device, oracle, dtype, group_siz
     assert (values - x[[0, 4]].double()).norm() / x[[0, 4]].double().norm() < (0.01 if dtype == torch.int8 else 0.03)
 
 
+def test_numbers_half_way_between_codes_become_even_ones(device):
+    step = 2.0**-9  # of e4m3 below 2**-6
+    x = torch.tensor([[448.0, 17, 19, -17, 31, 1.5 * step, 2.5 * step, 0.5 * step]], device=device)
+    codes, scales = ok.quantize_rows(x, FP8)
+    assert scales.item() == 1
+    assert codes.float().tolist() == [[448, 16, 20, -16, 32, 2 * step, 2 * step, 0]]
+    codes, _ = ok.quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5]], device=device), torch.int8)
+    assert codes.tolist() == [[127, 0, 2, -2]]
+
+
 def random_codes(rows, columns, dtype, device, seed):
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randint(-127, 128, (rows, columns + 16), generator=generator)

@@ -81,8 +81,10 @@ def step_inputs(weight: IntWeight) -> int:
 
 
 @triton.jit
-def _numbers(words, first_field, offset, BITS: tl.constexpr, INPUTS: tl.constexpr, dtype: tl.constexpr):
-    """Return fields of words less an offset: INPUTS neighbouring inputs of every output, in `dtype`.
+def _numbers(
+    words, first_field, offset, BITS: tl.constexpr, INPUTS: tl.constexpr, dtype: tl.constexpr, WIDE_DOT: tl.constexpr
+):  # fmt: skip
+    """Return fields of words less an offset: INPUTS neighbouring inputs of every output, in `dtype`, or in fp32.
 
     Four bits become a number by standing in the last bits of 1024 (fp16) or 128 (bf16): cheaper than a conversion.
     """
@@ -90,10 +92,11 @@ def _numbers(words, first_field, offset, BITS: tl.constexpr, INPUTS: tl.constexp
     codes = (words[None, :, :] >> shifts[:, None, None]) & ((1 << BITS) - 1)
     codes = tl.reshape(codes, [INPUTS, words.shape[1]])
     if BITS == 4 and dtype == tl.float16:
-        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (1024.0 + offset).to(tl.float16)
+        return (codes | 0x6400).to(tl.int16).to(dtype, bitcast=True) - (1024.0 + offset).to(dtype)
     if BITS == 4 and dtype == tl.bfloat16:
-        return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (128.0 + offset).to(tl.bfloat16)
-    return (codes.to(tl.float32) - offset).to(dtype)
+        above = (codes | 0x4300).to(tl.int16).to(dtype, bitcast=True)
+        return above.to(tl.float32) - (128.0 + offset) if WIDE_DOT else above - (128.0 + offset).to(dtype)
+    return (codes.to(tl.float32) - offset).to(tl.float32 if WIDE_DOT else dtype)
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def _product(
     in_rows = rows < num_tokens
     in_columns = columns < out_features
     x_rows = x_ptr + rows[:, None] * x_stride
-    dtype: tl.constexpr = tl.float32 if WIDE_DOT else x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     first_span = tl.program_id(1)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for span in range(first_span, first_span + num_spans):
@@ -135,8 +138,10 @@ def _product(
                     offset = tl.load(zeros_ptr + places, mask=in_group, other=0).to(tl.float32)[None, :]
                 inputs = first_input + tl.arange(0, STEP)
                 mask = in_rows[:, None] & (inputs < in_features)[None, :]
-                x = tl.load(x_rows + inputs[None, :], mask=mask, other=0.0).to(dtype)
-                numbers = _numbers(words, step * STEP // _ROWS, offset, BITS, STEP, dtype)
+                x = tl.load(x_rows + inputs[None, :], mask=mask, other=0.0)
+                if WIDE_DOT:
+                    x = x.to(tl.float32)
+                numbers = _numbers(words, step * STEP // _ROWS, offset, BITS, STEP, dtype, WIDE_DOT)
                 products = tl.dot(x, numbers, input_precision=PRECISION)
                 scales = tl.load(scales_ptr + places, mask=in_group, other=0.0).to(tl.float32)
                 sums += products * scales[None, :]
