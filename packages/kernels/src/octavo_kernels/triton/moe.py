@@ -86,7 +86,7 @@ def _gate_up(
     dtype: tl.constexpr = tl.float32 if WIDE_DOT else x_ptr.dtype.element_ty
     x_rows = x_ptr + (rows // top_k)[:, None] * x_stride
     gate_rows = w_ptr + expert * w_stride_e + columns.to(tl.int64)[None, :] * w_stride_o
-    up_rows = gate_rows + intermediate.to(tl.int64) * w_stride_o
+    up_rows = w_ptr + expert * w_stride_e + (columns + intermediate).to(tl.int64)[None, :] * w_stride_o
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, hidden, BLOCK_K):
