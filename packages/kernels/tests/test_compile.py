@@ -25,7 +25,7 @@ LAUNCHED, BROKEN = (
     }
     for families in (("attention", "small_ops", "products"), ("broken",))
 )
-BROKEN["short tiles for prefill"] = LAUNCHED["decode"] | {"wgmma": True, "targets": ["sm_90"]}
+BROKEN["short tiles for prefill"] = LAUNCHED["decode with the lowest tile"] | {"wgmma": True}
 VARIANTS = LAUNCHED | BROKEN
 SHARED_MEMORY = {"sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that a program can have
 

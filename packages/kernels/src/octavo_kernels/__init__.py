@@ -1,6 +1,7 @@
 """Paged attention and the kernels around it, on plain torch tensors: CPU, Triton, and a plain reference."""
 
 from octavo_kernels._dispatch import Backend, Fallback, available_backends, choose, fallbacks
+from octavo_kernels._split_workspace import attention_workspace
 from octavo_kernels.activation import (
     gelu,
     gelu_and_mul,
@@ -68,6 +69,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quant",
     "apply_token_bitmask",
+    "attention_workspace",
     "available_backends",
     "choose",
     "copy_blocks",

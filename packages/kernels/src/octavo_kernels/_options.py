@@ -15,7 +15,7 @@ class AttentionOptions:
 
     scale: factor on q·k. causal, window: which keys a query sees. soft_cap: s -> cap * tanh(s / cap).
     sinks, alibi_slopes: [num_heads] fp32 or None. batch_invariant: whether a query's bits may depend on its own keys
-    alone.
+    alone. workspace: [num_bytes] uint8 or None, scratch memory for backends that split keys.
     """
 
     scale: float
@@ -25,6 +25,7 @@ class AttentionOptions:
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
     batch_invariant: bool = False
+    workspace: Tensor | None = None
 
     def check(self, op: str, num_heads: int) -> None:
         """Check every option against its range.

@@ -64,7 +64,9 @@ def paged_attention(
         out: like q; allocated when None.
         lse: [num_tokens, num_heads] fp32; receives the natural log of the softmax's denominator, sink included. A query
             that sees nothing gets output 0 and lse -inf (the sink's logit when there are sinks).
-        workspace: scratch memory for split reductions; the backends of this version need none and do not read it.
+        workspace: [num_bytes] uint8, scratch memory in which Triton joins split keys, at a multiple of 16 bytes and of
+            `attention_workspace` bytes; allocated per call when None, on backends that need one. Calls may share
+            it if none runs beside another.
 
     Returns:
         out.
@@ -96,7 +98,7 @@ def paged_attention(
     _check.last_dim_contiguous(op, q=q, k_cache=k_cache, v_cache=v_cache)
     _check_scales(op, k_cache, v_cache, k_scale, v_scale)
     _check.option(op, "max_query_len", max_query_len, max_query_len >= 0, "at least 0")
-    options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes, batch_invariant)
+    options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes, batch_invariant, workspace)
     options.check(op, q.shape[1])
     out = _output(op, q, out)
     _check_lse(op, q, lse)

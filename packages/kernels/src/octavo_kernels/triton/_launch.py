@@ -1,4 +1,4 @@
-"""What every launch needs: dtypes that kernels take, and sizes that tiles can have."""
+"""What every launch needs: dtypes that kernels take, sizes that tiles can have, and programs that a device holds."""
 
 import os
 
@@ -43,3 +43,13 @@ def interpreted() -> bool:
 def next_power_of_2(value: int) -> int:
     """Return the least power of two that is not below value, at least 1."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+def num_resident_programs(device: torch.device) -> int:
+    """Return the grid of a kernel that walks over its work: two programs per multiprocessor.
+
+    A constant of the device, so that a CUDA graph keeps it. In the interpreter programs run one after another.
+    """
+    if device.type == "cpu":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
