@@ -42,15 +42,17 @@ class _Mailbox:
 
     loop: asyncio.AbstractEventLoop
     updates: list[SequenceUpdate | EngineError] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _arrival: asyncio.Future[None] | None = None
 
     def put(self, update: SequenceUpdate | EngineError) -> None:
         self.updates.append(update)
-        self.arrived.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     async def take(self) -> list[SequenceUpdate]:
-        await self.arrived.wait()
-        self.arrived.clear()
+        if not self.updates:
+            self._arrival = self.loop.create_future()
+            await self._arrival
         taken, self.updates = self.updates, []
         updates = []
         for update in taken:

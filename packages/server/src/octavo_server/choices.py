@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import CompletionDelta, FinishReason, SamplingParams
-from octavo_server.generation import Generation
+from octavo_server.generation import ChoiceDeltas, Generation
 from octavo_server.logprobs import LogprobTrack, TokenEntry
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a choice that can be shown: a chunk of a stream, or the whole. `entries` None: none were asked for.
 
     `token_ids` are those that came since the last piece; some of their text may be held back. `begins` says that no
     piece of the choice came before. `stop_reason` is the stop string, or the caller's stop token, that ended it.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody calls here
     text: str
     entries: list[TokenEntry] | None
     finish_reason: FinishReason | None
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: Sequence[int] = ()
     begins: bool = True
     stop_reason: str | int | None = None
 
@@ -78,15 +77,15 @@ class Choice:
         return Piece(self._index, text, entries, self._finish_reason, token_ids, begins, self._stop_reason)
 
 
-async def pieces(generation: Generation, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
-    """Run a generation and yield each choice's pieces as soon as they can be shown, for a stream."""
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for index, delta in batch:
-                choice = choices[index]
-                choice.push(delta)
-                if choice.has_news:
-                    yield choice.take()
+def pieces(choices: Sequence[Choice], deltas: ChoiceDeltas) -> list[Piece]:
+    """Take in what is new and return the pieces that can be shown, for a stream."""
+    shown = []
+    for index, delta in deltas:
+        choice = choices[index]
+        choice.push(delta)
+        if choice.has_news:
+            shown.append(choice.take())
+    return shown
 
 
 async def whole(generation: Generation, choices: Sequence[Choice]) -> list[Piece]:

@@ -86,9 +86,10 @@ class RequestContext:
             return
         task = asyncio.current_task()
         assert task is not None
-        exchange = Exchange(_request_id(scope), task)
+        request_id = _request_id(scope)
+        wire = _Wire(receive, send, request_id)
+        exchange = Exchange(request_id, task, wire.send)
         exchange.begin()
-        wire = _Wire(receive, send, exchange.request_id)
         try:
             await self._serve(exchange, wire, scope)
         except Exception as error:  # the boundary: whatever a route forgot becomes a 500 with an id to look for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from octavo_engine.errors import RequestFailed
 from octavo_engine.types import CompletionDelta, FinishReason, Request, Tenant, TokenLogprobs
 from octavo_server.admission import Ticket
 from octavo_server.exchange import current_exchange
-from octavo_server.metrics import Metrics
+from octavo_server.metrics import Metrics, RequestTrack
 
 WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -81,50 +81,54 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
         }
 
-    async def deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
+    def deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
         """Run the requests; closing this generator aborts those that have not ended.
 
         Raises:
             RequestFailed: if the engine could not compute one of them; the others are aborted.
             EngineDead: if the engine has stopped.
         """
-        with self._ticket:
-            async with aclosing(self._deltas()) as all_deltas:
-                async for deltas in all_deltas:
-                    yield deltas
-
-    async def _deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
         if self._prompt_only and self._requests[0].sampling.prompt_logprobs is None:
-            yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
-            return
-        streams = self._run(0) if len(self._requests) == 1 else self._run_all()
-        async with aclosing(streams) as merged:
-            async for deltas in merged:
-                yield deltas
+            return self._run_none()
+        # Every token of every stream passes here: no generator lies between the engine's and the caller.
+        return self._run(0, self._ticket) if len(self._requests) == 1 else self._run_all()
 
-    async def _run(self, place: int) -> AsyncGenerator[ChoiceDeltas, None]:
+    async def _run_none(self) -> AsyncGenerator[ChoiceDeltas, None]:
+        with self._ticket:
+            yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
+
+    async def _run(self, place: int, ticket: AbstractContextManager[object]) -> AsyncGenerator[ChoiceDeltas, None]:
         request = self._requests[place]
-        first_choice = place * self._n
-        with self._metrics.track(request) as track:
+        with ticket, self._metrics.track(request) as track:
             async with aclosing(self._engine.generate(request)) as batches:
                 async for batch in batches:
-                    now = time.monotonic()
-                    if self._prompt_only:
-                        batch = [_without_tokens(delta) for delta in batch]
-                    for delta in batch:
-                        _check_reason(delta)
-                        track.observe(delta, now)
-                        self.prompt_logprobs[place] = delta.prompt_logprobs or self.prompt_logprobs[place]
-                        self._num_tokens[first_choice + delta.index] = delta.num_tokens
-                        self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.cached.total)
-                    yield [(first_choice + delta.index, delta) for delta in batch]
+                    yield self._observed(place, batch, track)
+
+    def _observed(self, place: int, batch: list[CompletionDelta], track: RequestTrack) -> ChoiceDeltas:
+        """Count what came of one request; return it with the numbers of its choices."""
+        first_choice = place * self._n
+        now = time.monotonic()
+        if self._prompt_only:
+            batch = [_without_tokens(delta) for delta in batch]
+        observed = []
+        for delta in batch:
+            if delta.finish_reason is not None:
+                _check_reason(delta.finish_reason)
+            track.observe(delta, now)
+            if delta.prompt_logprobs:
+                self.prompt_logprobs[place] = delta.prompt_logprobs
+            choice = first_choice + delta.index
+            self._num_tokens[choice] = delta.num_tokens
+            self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.cached.total)
+            observed.append((choice, delta))
+        return observed
 
     async def _run_all(self) -> AsyncGenerator[ChoiceDeltas, None]:
         queue: asyncio.Queue[ChoiceDeltas | Exception | None] = asyncio.Queue()
 
         async def read(place: int) -> None:
             try:
-                async with aclosing(self._run(place)) as stream:
+                async with aclosing(self._run(place, nullcontext())) as stream:
                     async for deltas in stream:
                         queue.put_nowait(deltas)
             except Exception as error:  # raised again by the reader of the queue
@@ -132,19 +136,20 @@ class Generation:
             else:
                 queue.put_nowait(None)
 
-        readers = [asyncio.create_task(read(place)) for place in range(len(self._requests))]
-        try:
-            num_open = len(readers)
-            while num_open:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    num_open -= 1
-                else:
-                    yield item
-        finally:
-            await cancel_all(readers)
+        with self._ticket:
+            readers = [asyncio.create_task(read(place)) for place in range(len(self._requests))]
+            try:
+                num_open = len(readers)
+                while num_open:
+                    item = await queue.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    if item is None:
+                        num_open -= 1
+                    else:
+                        yield item
+            finally:
+                await cancel_all(readers)
 
 
 def claim(requests: Sequence[Request]) -> Sequence[Request]:
@@ -192,9 +197,9 @@ async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_reason(delta: CompletionDelta) -> None:
-    if delta.finish_reason is not None and delta.finish_reason not in WIRE_REASONS:
-        raise RequestFailed(f"a choice ended with reason {delta.finish_reason}")
+def _check_reason(reason: FinishReason) -> None:
+    if reason not in WIRE_REASONS:
+        raise RequestFailed(f"a choice ended with reason {reason}")
 
 
 def _without_tokens(delta: CompletionDelta) -> CompletionDelta:

@@ -99,10 +99,11 @@ class ResponseRun:
             await self._write(begins=True)
         yield self._event("response.in_progress", response=self.response)
         choice = Choice(0, self._request.sampling, engine.text.tokenizer)
-        async with aclosing(pieces(generation, [choice])) as stream:
-            async for piece in stream:
-                for kind, members in self._output.push(piece):
-                    yield self._event(kind, **members)
+        async with aclosing(generation.deltas()) as batches:
+            async for batch in batches:
+                for piece in pieces([choice], batch):
+                    for kind, members in self._output.push(piece):
+                        yield self._event(kind, **members)
         self.response["usage"] = self._usage(generation)
         if self._output.finish_reason is FinishReason.LENGTH:
             yield await self.end("incomplete", incomplete_details={"reason": "max_output_tokens"})

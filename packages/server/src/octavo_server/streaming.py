@@ -90,6 +90,7 @@ class EventStream(Response):
         self._error_event = error_event
         self._events = events
         self._keep_alive = keep_alive
+        self._clock = asyncio.get_running_loop().time
         self._last_sent = 0.0
         self.status_code = 200
         self.background = None
@@ -99,7 +100,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._last_sent = asyncio.get_running_loop().time()
+        exchange = current_exchange()
+        if exchange is not None and exchange.send is not None:
+            send = exchange.send  # every token passes there
+        self._last_sent = self._clock()
         pump = asyncio.create_task(self._pump(send))
         others = [asyncio.create_task(wait_for_disconnect(receive)), asyncio.create_task(self._ping(send))]
         try:
@@ -107,7 +111,6 @@ class EventStream(Response):
             if pump.done():
                 pump.result()
         except asyncio.CancelledError:
-            exchange = current_exchange()
             if exchange is not None and exchange.ended_by is not None:  # the client is there, and is told why
                 await cancel_all([pump, *others])
                 await self._end(send, exchange.ended_by)
@@ -119,25 +122,22 @@ class EventStream(Response):
         async with aclosing(self._events) as events:
             try:
                 async for event in events:
-                    await self._send(send, event)
+                    self._last_sent = self._clock()
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             except Exception as error:  # the boundary: the status is sent, so the error becomes an event
                 await self._end(send, to_api_error(error))
                 return
         await self._end(send)
 
     async def _end(self, send: Send, error: ApiError | None = None) -> None:
-        self._last_sent = asyncio.get_running_loop().time()
+        self._last_sent = self._clock()
         event = b"" if error is None else self._error_event(error)
         await send({"type": "http.response.body", "body": event, "more_body": False})
 
-    async def _send(self, send: Send, event: bytes) -> None:
-        self._last_sent = asyncio.get_running_loop().time()
-        await send({"type": "http.response.body", "body": event, "more_body": True})
-
     async def _ping(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            silence = loop.time() - self._last_sent
+            silence = self._clock() - self._last_sent
             if silence >= self._keep_alive:
-                await self._send(send, _PING)
+                self._last_sent = self._clock()
+                await send({"type": "http.response.body", "body": _PING, "more_body": True})
             await asyncio.sleep(self._keep_alive - min(silence, self._keep_alive) or self._keep_alive)

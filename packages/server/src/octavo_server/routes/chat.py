@@ -81,20 +81,21 @@ async def _events(
     prompt_token_ids: list[int] | None,
 ) -> AsyncGenerator[bytes, None]:
     """Stream the choices; `prompt_token_ids` None means that token ids are not wanted."""
-    async with aclosing(pieces(generation, choices)) as stream:
-        async for piece in stream:
-            if piece.begins:
-                members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
-                yield writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members)
-            deltas, reason = answers[piece.index].deltas(piece)
-            *before, last = deltas or [{}]
-            logprobs = _logprobs(piece, names) if piece.text else None
-            for delta in before:
-                yield writer.chunk(_chunk(piece.index, delta))
-            if not last and reason is None and logprobs is None and prompt_token_ids is None:
-                continue  # the text is held back, for it may be the beginning of a mark
-            chunk = _chunk(piece.index, last, logprobs, reason)
-            yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            for piece in pieces(choices, batch):
+                if piece.begins:
+                    members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
+                    yield writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members)
+                deltas, reason = answers[piece.index].deltas(piece)
+                *before, last = deltas or [{}]
+                logprobs = _logprobs(piece, names) if piece.text else None
+                for delta in before:
+                    yield writer.chunk(_chunk(piece.index, delta))
+                if not last and reason is None and logprobs is None and prompt_token_ids is None:
+                    continue  # the text is held back, for it may be the beginning of a mark
+                chunk = _chunk(piece.index, last, logprobs, reason)
+                yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
     yield writer.end()
 
 

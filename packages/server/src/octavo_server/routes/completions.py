@@ -86,12 +86,13 @@ class _Answer:
         return [self._whole_choice(piece) for piece in await whole(self._generation, self._choices)]
 
     async def events(self, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
-        async with aclosing(pieces(self._generation, self._choices)) as stream:
-            async for piece in stream:
-                echo = self._echoes[piece.index]
-                if piece.begins and (echo or self._body.return_token_ids):
-                    yield writer.chunk(self._beginning(piece.index))
-                yield writer.chunk(self._choice(piece, start=len(echo)))
+        async with aclosing(self._generation.deltas()) as batches:
+            async for batch in batches:
+                for piece in pieces(self._choices, batch):
+                    echo = self._echoes[piece.index]
+                    if piece.begins and (echo or self._body.return_token_ids):
+                        yield writer.chunk(self._beginning(piece.index))
+                    yield writer.chunk(self._choice(piece, start=len(echo)))
         yield writer.end()
 
     def _beginning(self, index: int) -> dict[str, Any]:

@@ -60,10 +60,11 @@ async def _events(
     head: dict[str, Any], generation: Generation, choice: Choice, blocks: Blocks
 ) -> AsyncGenerator[bytes, None]:
     yield sse("message_start", message=_message(head, blocks, generation))
-    async with aclosing(pieces(generation, [choice])) as stream:
-        async for piece in stream:
-            for event in blocks.push(piece):
-                yield event
+    async with aclosing(generation.deltas()) as batches:
+        async for batch in batches:
+            for piece in pieces([choice], batch):
+                for event in blocks.push(piece):
+                    yield event
     delta = {"stop_reason": blocks.stop_reason, "stop_sequence": blocks.stop_sequence}
     yield sse("message_delta", delta=delta, usage=_usage(generation))
     yield sse("message_stop")
