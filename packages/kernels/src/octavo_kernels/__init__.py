@@ -24,6 +24,7 @@ from octavo_kernels.errors import (
     OptionError,
     ShapeError,
 )
+from octavo_kernels.filters import apply_filters
 from octavo_kernels.host_memory import host_empty
 from octavo_kernels.int_weight import (
     IntWeight,
@@ -68,6 +69,7 @@ __all__ = [
     "WeightFormat",
     "add_rms_norm",
     "add_rms_norm_quant",
+    "apply_filters",
     "apply_token_bitmask",
     "attention_workspace",
     "available_backends",

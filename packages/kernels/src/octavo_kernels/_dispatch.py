@@ -81,6 +81,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "gumbel_noise": "noise",
         "gumbel_noise_at": "noise",
         "sample_tokens": "sampling",
+        "apply_filters": "filters",
         "apply_token_bitmask": "bitmask",
     }
 )
@@ -94,6 +95,7 @@ _FOR_GPUS = frozenset(
         "silu_and_mul_quant",
         "gelu_and_mul_quant",
         "gelu_quant",
+        "apply_filters",
         "weight_only_linear",
         "quantize_rows",
         "scaled_linear",
@@ -125,6 +127,11 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "gelu_and_mul_quant",
                 "gelu",
                 "gelu_quant",
+                "philox",
+                "gumbel_noise",
+                "gumbel_noise_at",
+                "sample_tokens",
+                "apply_filters",
                 "apply_token_bitmask",
                 "weight_only_linear",
                 "quantize_rows",

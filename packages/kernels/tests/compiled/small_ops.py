@@ -14,7 +14,8 @@ def _norm(size, *, num_warps, residual="*bf16", out="*bf16", groups=1, largest=0
             **dict.fromkeys(("eps", "offset"), "fp32"),
         },
         "constants": {
-            **absent, "num_inner": 1, "SIZE": size, "BLOCK": size, "GROUPS": groups, "LARGEST": largest, "FIXED": False,
+            **absent, "num_inner": 1, "SIZE": size, "ROWS": 1, "BLOCK": size, "GROUPS": groups, "LARGEST": largest,
+            "FIXED": False,
         },
         "num_warps": num_warps,
     }  # fmt: skip
@@ -22,7 +23,7 @@ def _norm(size, *, num_warps, residual="*bf16", out="*bf16", groups=1, largest=0
 
 def _activation(kernel, kind, *, block, num_warps, out="*bf16", largest=0.0, gated=True, **constants):
     absent = {} if out in ("*i8", "*fp8e4nv") else {"scales_ptr": None}
-    flags = {"SIZE": 14336, "KIND": kind, "GATED": gated, "BLOCK": block, "LARGEST": largest}
+    flags = {"SIZE": 14336, "KIND": kind, "GATED": gated, "ROWS": 1, "BLOCK": block, "LARGEST": largest}
     return {
         "kernel": f"octavo_kernels.triton.activation:{kernel}",
         "types": {"x_ptr": "*bf16", "out_ptr": out, "scales_ptr": "*fp32"},
@@ -53,6 +54,33 @@ def _rope(*, cache="*bf16", normed=False, interleaved=False, largest=0.0):
     }
 
 
+_KEYS = ("seeds_ptr", "sequence_index_ptr", "positions_ptr")
+_FILTERS = {"top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+
+
+def _noise(*, gumbel):
+    return {
+        "kernel": "octavo_kernels.triton.noise:_noise",
+        "types": {**dict.fromkeys(_KEYS, "*i64"), "out_ptr": "*fp32" if gumbel else "*i64"},
+        "constants": {"ROWS": 1, "COLUMNS": 2048, "GUMBEL": gumbel},
+        "num_warps": 4,
+    }
+
+
+def _sample(*, filtered):
+    absent = {"source_rows": None} if filtered else dict.fromkeys(("source_rows", *_FILTERS))
+    return {
+        "kernel": "octavo_kernels.triton.sampling:_sample",
+        "types": {
+            **dict.fromkeys(("logits_ptr", "temperature_ptr", "best_ptr"), "*fp32"),
+            **dict.fromkeys(("source_rows", "token_ids", *_KEYS), "*i64"),
+            **_FILTERS,
+        },
+        "constants": {**absent, "ROWS": 1, "COLUMNS": 4096, "FILTERED": filtered},
+        "num_warps": 8,
+    }
+
+
 KERNELS = {
     "rms_norm": _norm(4096, num_warps=8, residual=None),
     "add_rms_norm": _norm(8192, num_warps=16),
@@ -70,6 +98,22 @@ KERNELS = {
     "rope_kv_write of neighbours with a norm": _rope(normed=True, interleaved=True),
     "rope_kv_write_quant to fp8": _rope(cache="*fp8e4nv", normed=True, largest=448.0),
     "rope_kv_write_quant to int8": _rope(cache="*i8", interleaved=True, largest=127.0),
+    "philox": _noise(gumbel=False),
+    "gumbel_noise": _noise(gumbel=True),
+    "gumbel_noise_at": {
+        "kernel": "octavo_kernels.triton.noise:_noise_at",
+        "types": {**dict.fromkeys((*_KEYS, "columns_ptr"), "*i64"), "out_ptr": "*fp32"},
+        "constants": {"BLOCK": 256},
+        "num_warps": 4,
+    },
+    "sample_tokens": _sample(filtered=False),
+    "sample_tokens with filters": _sample(filtered=True),
+    "apply_filters": {
+        "kernel": "octavo_kernels.triton.filters:_filter",
+        "types": {**dict.fromkeys(("logits_ptr", "temperature_ptr"), "*fp32"), **_FILTERS},
+        "constants": {"ROWS": 1, "COLUMNS": 4096},
+        "num_warps": 4,
+    },
     "apply_token_bitmask": {
         "kernel": "octavo_kernels.triton.bitmask:_mask",
         "types": {"logits": "*fp32", "bitmask": "*i32", "rows": "*i64"},

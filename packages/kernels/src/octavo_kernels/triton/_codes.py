@@ -63,18 +63,23 @@ def codes_of(x, inverse, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    x, codes_row, columns, mask, scales_ptr, first_scale, num_scales,
+    x, out, mask, scales_ptr, rows, num_rows, first_group, num_scales,
     GROUPS: tl.constexpr, LARGEST: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """Store x [BLOCK], 0 outside the mask, as codes in GROUPS equal parts, and the scales of these."""
-    dtype: tl.constexpr = codes_row.dtype.element_ty
+    """Store x [ROWS, BLOCK], 0 outside the mask, as codes in GROUPS equal parts of a row, and the scales of these.
+
+    out: pointers like x. rows: [ROWS, 1]. num_scales: of a row, of which the first part has number first_group.
+    """
+    dtype: tl.constexpr = out.dtype.element_ty
     if FIXED:
         codes = codes_of(x, inverse_of(tl.load(scales_ptr)), dtype, LARGEST)
     else:
-        size: tl.constexpr = x.shape[0] // GROUPS
-        parts = tl.reshape(x, [GROUPS, size])
+        num_tile_rows: tl.constexpr = x.shape[0]
+        size: tl.constexpr = x.shape[1] // GROUPS
+        parts = tl.reshape(x, [num_tile_rows * GROUPS, size])
         scales = tl.div_rn(largest_magnitude(parts), LARGEST)
-        codes = tl.reshape(codes_of(parts, inverse_of(scales)[:, None], dtype, LARGEST), [GROUPS * size])
-        groups = tl.arange(0, GROUPS)
-        tl.store(scales_ptr + first_scale + groups, scales, mask=groups < num_scales)
-    tl.store(codes_row + columns, codes, mask=mask)
+        codes = tl.reshape(codes_of(parts, inverse_of(scales)[:, None], dtype, LARGEST), x.shape)
+        groups = first_group + tl.arange(0, GROUPS)[None, :]
+        places = scales_ptr + rows * num_scales + groups
+        tl.store(places, tl.reshape(scales, [num_tile_rows, GROUPS]), mask=(rows < num_rows) & (groups < num_scales))
+    tl.store(out, codes, mask=mask)

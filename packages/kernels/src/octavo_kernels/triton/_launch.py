@@ -53,3 +53,8 @@ def num_resident_programs(device: torch.device) -> int:
     if device.type == "cpu":
         return 3
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def rows_of_a_program(num_rows: int, columns: int) -> int:
+    """Return how many rows a program takes that could take one: one on a GPU, many at once in the interpreter."""
+    return min(next_power_of_2(num_rows), max(1, 2**18 // columns)) if interpreted() else 1

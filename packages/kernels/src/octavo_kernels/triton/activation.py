@@ -1,4 +1,4 @@
-"""The activations of feed-forward layers in Triton: a program owns a run of columns of one row.
+"""The activations of feed-forward layers in Triton: a program owns columns of one row (of many in the interpreter).
 
 Where a row has one scale, which needs all of it, a program owns the row and computes it twice.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo_kernels._codes import CodeOutput
 from octavo_kernels.triton._codes import codes_of, inverse_of, larger, largest_magnitude, store_codes, stored
-from octavo_kernels.triton._launch import as_rows, check_dtypes, next_power_of_2
+from octavo_kernels.triton._launch import as_rows, check_dtypes, next_power_of_2, rows_of_a_program
 
 _RUN = 1024  # columns of a program
 _STEP = 4096  # columns that a program which owns a row takes at once
@@ -61,29 +61,33 @@ def _launch(op: str, x: Tensor, kind: str, out: Tensor, output: CodeOutput | Non
     check_dtypes(op, x=x)
     x_rows, out_rows = as_rows(op, "x", x), as_rows(op, "out", out)
     num_outer, num_inner, size = out_rows.shape
-    places = num_inner, *x_rows.stride()[:2], *out_rows.stride()[:2]
+    num_rows = num_outer * num_inner
+    places = num_rows, num_inner, *x_rows.stride()[:2], *out_rows.stride()[:2]
     flags = {"SIZE": size, "KIND": kind, "GATED": gated}
     if output is not None and not output.is_fixed and output.group_size == size:
         block = min(_STEP, next_power_of_2(size))
-        _activate_row[(num_outer * num_inner,)](
+        rows = rows_of_a_program(num_rows, block)
+        _activate_row[(triton.cdiv(num_rows, rows),)](
             x_rows, out_rows, output.scales, *places,
-            **flags, BLOCK=block, LARGEST=output.largest, num_warps=min(8, max(1, block // 256)),
+            **flags, ROWS=rows, BLOCK=block, LARGEST=output.largest, num_warps=min(8, max(1, block // 256)),
         )  # fmt: skip
         return
     block = min(_RUN, next_power_of_2(size))
-    _activate[(num_outer * num_inner, triton.cdiv(size, block))](
+    rows = rows_of_a_program(num_rows, block)
+    _activate[(triton.cdiv(num_rows, rows), triton.cdiv(size, block))](
         x_rows, out_rows, None if output is None else output.scales, *places,
         0 if output is None else output.scales.shape[-1],
-        **flags, BLOCK=block, GROUPS=1 if output is None else -(-block // next_power_of_2(output.group_size)),
+        **flags, ROWS=rows, BLOCK=block,
+        GROUPS=1 if output is None else -(-block // next_power_of_2(output.group_size)),
         LARGEST=0.0 if output is None else output.largest, FIXED=output is not None and output.is_fixed,
         num_warps=min(4, max(1, block // 256)),
     )  # fmt: skip
 
 
 @triton.jit
-def _activated(x_row, columns, mask, SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr):
-    """Return some elements of a result in fp32; 0 outside the mask."""
-    gate = tl.load(x_row + columns, mask=mask, other=0.0).to(tl.float32)
+def _activated(x_rows, columns, mask, SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr):
+    """Return elements [ROWS, BLOCK] of a result in fp32; 0 outside the mask."""
+    gate = tl.load(x_rows + columns, mask=mask, other=0.0).to(tl.float32)
     if KIND == "silu":
         activated = gate / (1.0 + tl.exp(-gate))
     elif KIND == "gelu":
@@ -92,53 +96,51 @@ def _activated(x_row, columns, mask, SIZE: tl.constexpr, KIND: tl.constexpr, GAT
         # (1 + tanh(y)) / 2 = 1 / (1 + exp(-2y)), which overflows to the right limits.
         activated = gate / (1.0 + tl.exp((gate + 0.044715 * gate * gate * gate) * _TANH_FACTOR))
     if GATED:
-        activated *= tl.load(x_row + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+        activated *= tl.load(x_rows + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
     return activated
 
 
 @triton.jit
 def _activate(
-    x_ptr, out_ptr, scales_ptr, num_inner, x_stride_o, x_stride_i, out_stride_o, out_stride_i, num_scales,
-    SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
-    LARGEST: tl.constexpr, FIXED: tl.constexpr,
+    x_ptr, out_ptr, scales_ptr, num_rows, num_inner, x_stride_o, x_stride_i, out_stride_o, out_stride_i, num_scales,
+    SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, LARGEST: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     run = tl.program_id(1)
-    x_row = x_ptr + row // num_inner * x_stride_o + row % num_inner * x_stride_i
-    out_row = out_ptr + row // num_inner * out_stride_o + row % num_inner * out_stride_i
-    columns = run * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < SIZE
-    activated = _activated(x_row, columns, mask, SIZE, KIND, GATED)
+    columns = run * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (columns < SIZE)
+    x_rows = x_ptr + rows // num_inner * x_stride_o + rows % num_inner * x_stride_i
+    out = out_ptr + rows // num_inner * out_stride_o + rows % num_inner * out_stride_i + columns
+    activated = _activated(x_rows, columns, mask, SIZE, KIND, GATED)
     if scales_ptr is None:
-        tl.store(out_row + columns, stored(activated, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, stored(activated, out_ptr.dtype.element_ty), mask=mask)
     else:
-        first_group = run * GROUPS
         store_codes(
-            activated, out_row, columns, mask, scales_ptr, row * num_scales + first_group, num_scales - first_group,
-            GROUPS, LARGEST, FIXED,
+            activated, out, mask, scales_ptr, rows, num_rows, run * GROUPS, num_scales, GROUPS, LARGEST, FIXED
         )  # fmt: skip
 
 
 @triton.jit
 def _activate_row(
-    x_ptr, out_ptr, scales_ptr, num_inner, x_stride_o, x_stride_i, out_stride_o, out_stride_i,
-    SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    x_ptr, out_ptr, scales_ptr, num_rows, num_inner, x_stride_o, x_stride_i, out_stride_o, out_stride_i,
+    SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row // num_inner * x_stride_o + row % num_inner * x_stride_i
-    out_row = out_ptr + row // num_inner * out_stride_o + row % num_inner * out_stride_i
-    largest = tl.zeros([1, BLOCK], tl.float32)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    live = rows < num_rows
+    x_rows = (x_ptr + rows // num_inner * x_stride_o + rows % num_inner * x_stride_i)[:, None]
+    out_rows = (out_ptr + rows // num_inner * out_stride_o + rows % num_inner * out_stride_i)[:, None]
+    largest = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, SIZE, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        activated = _activated(x_row, columns, columns < SIZE, SIZE, KIND, GATED)
-        largest = larger(largest, tl.abs(activated)[None, :])
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        mask = live[:, None] & (columns < SIZE)
+        largest = larger(largest, tl.abs(_activated(x_rows, columns, mask, SIZE, KIND, GATED)))
     scale = tl.div_rn(largest_magnitude(largest), LARGEST)
-    tl.store(scales_ptr + row + tl.arange(0, 1), scale)
-    inverse = inverse_of(scale)
+    tl.store(scales_ptr + rows, scale, mask=live)
+    inverse = inverse_of(scale)[:, None]
     for first in range(0, SIZE, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        mask = columns < SIZE
-        codes = codes_of(
-            _activated(x_row, columns, mask, SIZE, KIND, GATED), inverse, out_ptr.dtype.element_ty, LARGEST
-        )  # fmt: skip
-        tl.store(out_row + columns, codes, mask=mask)
+        columns = first + tl.arange(0, BLOCK)[None, :]
+        mask = live[:, None] & (columns < SIZE)
+        activated = _activated(x_rows, columns, mask, SIZE, KIND, GATED)
+        tl.store(out_rows + columns, codes_of(activated, inverse, out_ptr.dtype.element_ty, LARGEST), mask=mask)

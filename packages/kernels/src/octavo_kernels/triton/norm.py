@@ -1,4 +1,4 @@
-"""Root-mean-square norms in Triton: one program per row, which it holds in registers.
+"""Root-mean-square norms in Triton: one program per row (many in the interpreter), which it holds in registers.
 
 The order of the sums depends on the length of a row alone.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo_kernels import _check
 from octavo_kernels._codes import CodeOutput
 from octavo_kernels.triton._codes import store_codes, stored
-from octavo_kernels.triton._launch import as_rows, check_dtypes, next_power_of_2
+from octavo_kernels.triton._launch import as_rows, check_dtypes, next_power_of_2, rows_of_a_program
 
 _LONGEST = 32768
 
@@ -56,12 +56,14 @@ def _launch(
     _check.option(f"{op} (triton)", "hidden", size, size <= _LONGEST, f"at most {_LONGEST}")
     x_rows, out_rows = as_rows(op, "x", x), as_rows(op, "out", out)
     sums = x_rows if residual is None else as_rows(op, "residual", residual)
-    block = next_power_of_2(size)
-    _norm[(x_rows.shape[0] * x_rows.shape[1],)](
+    block, num_rows = next_power_of_2(size), x_rows.shape[0] * x_rows.shape[1]
+    rows = rows_of_a_program(num_rows, block)
+    _norm[(triton.cdiv(num_rows, rows),)](
         x_rows, None if residual is None else sums, weight, out_rows, None if output is None else output.scales,
-        x_rows.shape[1], eps, offset, *x_rows.stride()[:2], *sums.stride()[:2], *out_rows.stride()[:2],
+        num_rows, x_rows.shape[1], eps, offset, *x_rows.stride()[:2], *sums.stride()[:2], *out_rows.stride()[:2],
         0 if output is None else output.scales.shape[-1],
-        SIZE=size, BLOCK=block, GROUPS=1 if output is None else -(-block // next_power_of_2(output.group_size)),
+        SIZE=size, ROWS=rows, BLOCK=block,
+        GROUPS=1 if output is None else -(-block // next_power_of_2(output.group_size)),
         LARGEST=0.0 if output is None else output.largest, FIXED=output is not None and output.is_fixed,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
@@ -69,29 +71,26 @@ def _launch(
 
 @triton.jit
 def _norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, scales_ptr, num_inner, eps, offset,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scales_ptr, num_rows, num_inner, eps, offset,
     x_stride_o, x_stride_i, residual_stride_o, residual_stride_i, out_stride_o, out_stride_i, num_scales,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, LARGEST: tl.constexpr, FIXED: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, LARGEST: tl.constexpr,
+    FIXED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    outer = row // num_inner
-    inner = row % num_inner
-    columns = tl.arange(0, BLOCK)
-    mask = columns < SIZE
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    outer = rows // num_inner
+    inner = rows % num_inner
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (columns < SIZE)
     x = tl.load(x_ptr + outer * x_stride_o + inner * x_stride_i + columns, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual_row = residual_ptr + outer * residual_stride_o + inner * residual_stride_i
-        total = stored(
-            x + tl.load(residual_row + columns, mask=mask, other=0.0).to(tl.float32), residual_ptr.dtype.element_ty
-        )
-        tl.store(residual_row + columns, total, mask=mask)
+        residual = residual_ptr + outer * residual_stride_o + inner * residual_stride_i + columns
+        total = stored(x + tl.load(residual, mask=mask, other=0.0).to(tl.float32), residual_ptr.dtype.element_ty)
+        tl.store(residual, total, mask=mask)
         x = total.to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    normed = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / SIZE + eps)) * (offset + weight)
-    out_row = out_ptr + outer * out_stride_o + inner * out_stride_i
+    weight = tl.load(weight_ptr + columns, mask=columns < SIZE, other=0.0).to(tl.float32)
+    normed = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps))[:, None] * (offset + weight)
+    out = out_ptr + outer * out_stride_o + inner * out_stride_i + columns
     if scales_ptr is None:
-        tl.store(out_row + columns, stored(normed, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out, stored(normed, out_ptr.dtype.element_ty), mask=mask)
     else:
-        store_codes(
-            normed, out_row, columns, mask, scales_ptr, row * num_scales, num_scales, GROUPS, LARGEST, FIXED
-        )  # fmt: skip
+        store_codes(normed, out, mask, scales_ptr, rows, num_rows, 0, num_scales, GROUPS, LARGEST, FIXED)
