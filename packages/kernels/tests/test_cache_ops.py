@@ -66,6 +66,17 @@ def test_copy_blocks_reads_before_it_writes(device, src, dst, expected):
     assert pair[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32], ids=str)
+def test_copy_blocks_of_a_cache_that_lies_in_pieces(device, dtype):
+    whole = torch.arange(4 * 3 * 8 * 6, device=device).view(4, 3, 8, 6).to(dtype)
+    before = whole.clone()
+    src, dst = torch.tensor([0, 3], device=device), torch.tensor([3, 1], device=device)
+    ok.copy_blocks([whole.transpose(1, 2)[..., 1:4]], src, dst)
+    assert torch.equal(whole[dst][..., 1:4], before[src][..., 1:4])
+    whole[dst, ..., 1:4] = before[dst, ..., 1:4]
+    assert torch.equal(whole, before)
+
+
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
 def test_gather_kv_returns_what_was_written(device, layout):
     lengths = [1, 15, 0, 16, 17]

@@ -15,8 +15,10 @@ def make_sides(device, dtype=torch.float32):
     return outs[0], sums[0], outs[1], sums[1]
 
 
-def test_merge_equals_the_reference(oracle, device):
+def test_merge_equals_the_reference(oracle, device, backend):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.float64 and backend is ok.Backend.TRITON:
+            continue
         o_a, lse_a, o_b, lse_b = make_sides(device, dtype)
         out, lse = ok.merge_states(o_a, lse_a, o_b, lse_b)
         expected, expected_lse = oracle(ok.merge_states, o_a.double(), lse_a, o_b.double(), lse_b)

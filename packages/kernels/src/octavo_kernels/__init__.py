@@ -47,6 +47,7 @@ from octavo_kernels.rope import rope_kv_write, rope_kv_write_quant
 from octavo_kernels.row_groups import RowGroups, group_rows, group_rows_workspace, num_row_tiles
 from octavo_kernels.sampling import sample_tokens
 from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
+from octavo_kernels.shared_attention import SharedPrefixes, shared_prefix_attention, shared_prefix_workspace
 from octavo_kernels.threads import native_threads, num_native_threads
 from octavo_kernels.weight_only import weight_only_linear, weight_only_workspace
 
@@ -66,6 +67,7 @@ __all__ = [
     "Recording",
     "RowGroups",
     "ShapeError",
+    "SharedPrefixes",
     "WeightFormat",
     "add_rms_norm",
     "add_rms_norm_quant",
@@ -117,6 +119,8 @@ __all__ = [
     "sample_tokens",
     "scaled_linear",
     "scaled_workspace",
+    "shared_prefix_attention",
+    "shared_prefix_workspace",
     "silu_and_mul",
     "silu_and_mul_quant",
     "unpack_weight",

@@ -49,6 +49,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
     {
         "paged_attention": "attention",
         "varlen_attention": "attention",
+        "shared_prefix_attention": "shared_attention",
         "write_kv": "cache_ops",
         "copy_blocks": "cache_ops",
         "gather_kv": "cache_ops",
@@ -89,6 +90,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
 # Written for GPUs: the `cpu` backend has no code of its own for them, and the reference serves in its place.
 _FOR_GPUS = frozenset(
     {
+        "shared_prefix_attention",
         "rope_kv_write_quant",
         "rms_norm_quant",
         "add_rms_norm_quant",
@@ -114,7 +116,11 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
             {
                 "paged_attention",
                 "varlen_attention",
+                "shared_prefix_attention",
                 "write_kv",
+                "copy_blocks",
+                "gather_kv",
+                "merge_states",
                 "rope_kv_write",
                 "rope_kv_write_quant",
                 "rms_norm",

@@ -82,27 +82,12 @@ def paged_attention(
         block_table=block_table, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, out=out,
         lse=lse, workspace=workspace,
     )  # fmt: skip
-    _check.rank(op, "q", q, ("num_tokens", "num_heads", "head_dim"))
-    _check.rank(op, "k_cache", k_cache, ("num_blocks", "num_kv_heads", "block_size", "head_dim"))
-    num_kv_heads = k_cache.shape[1]
-    _check.shape(op, "k_cache", k_cache, ("num_blocks", "num_kv_heads", "block_size", q.shape[2]))
-    _check.shape(op, "v_cache", v_cache, k_cache.shape)
-    _check.grouped_heads(op, q.shape[1], num_kv_heads)
-    _check.rank(op, "seq_lens", seq_lens, ("num_seqs",))
-    num_seqs = seq_lens.shape[0]
-    _check.shape(op, "query_start_loc", query_start_loc, (num_seqs + 1,))
-    _check.shape(op, "block_table", block_table, (num_seqs, "max_blocks"))
-    for name, index in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens), ("block_table", block_table)):
-        _check.dtype(op, name, index, torch.int32)
-    _check.floating(op, q=q)
-    _check.last_dim_contiguous(op, q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_scales(op, k_cache, v_cache, k_scale, v_scale)
-    _check.option(op, "max_query_len", max_query_len, max_query_len >= 0, "at least 0")
     options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes, batch_invariant, workspace)
-    options.check(op, q.shape[1])
-    out = _output(op, q, out)
-    _check_lse(op, q, lse)
-    if num_seqs and q.shape[0]:
+    check_paged(op, q, k_cache, v_cache, query_start_loc, seq_lens, block_table, k_scale, v_scale, options)
+    _check.option(op, "max_query_len", max_query_len, max_query_len >= 0, "at least 0")
+    out = result_like(op, q, out)
+    check_lse(op, q, lse)
+    if len(seq_lens) and q.shape[0]:
         implementation(op, device)(
             q, k_cache, v_cache, query_start_loc, seq_lens, block_table,
             max_query_len=max_query_len, options=options, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
@@ -178,8 +163,8 @@ def varlen_attention(
     _check.option(op, "max_key_len", max_key_len, max_key_len >= 0, "at least 0")
     options = AttentionOptions(scale, causal, window, soft_cap, sinks, alibi_slopes)
     options.check(op, q.shape[1])
-    out = _output(op, q, out)
-    _check_lse(op, q, lse)
+    out = result_like(op, q, out)
+    check_lse(op, q, lse)
     if query_start_loc.shape[0] > 1 and q.shape[0]:
         implementation(op, device)(
             q, k, v, query_start_loc, key_start_loc,
@@ -188,7 +173,45 @@ def varlen_attention(
     return out
 
 
-def _output(op: str, q: Tensor, out: Tensor | None) -> Tensor:
+def check_paged(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    options: AttentionOptions,
+) -> None:
+    """Check what every op over cache blocks takes.
+
+    Raises: ShapeError, DtypeError, OptionError.
+    """
+    _check.rank(op, "q", q, ("num_tokens", "num_heads", "head_dim"))
+    _check.rank(op, "k_cache", k_cache, ("num_blocks", "num_kv_heads", "block_size", "head_dim"))
+    num_kv_heads = k_cache.shape[1]
+    _check.shape(op, "k_cache", k_cache, ("num_blocks", "num_kv_heads", "block_size", q.shape[2]))
+    _check.shape(op, "v_cache", v_cache, k_cache.shape)
+    _check.grouped_heads(op, q.shape[1], num_kv_heads)
+    _check.rank(op, "seq_lens", seq_lens, ("num_seqs",))
+    num_seqs = seq_lens.shape[0]
+    _check.shape(op, "query_start_loc", query_start_loc, (num_seqs + 1,))
+    _check.shape(op, "block_table", block_table, (num_seqs, "max_blocks"))
+    for name, index in (("query_start_loc", query_start_loc), ("seq_lens", seq_lens), ("block_table", block_table)):
+        _check.dtype(op, name, index, torch.int32)
+    _check.floating(op, q=q)
+    _check.last_dim_contiguous(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_scales(op, k_cache, v_cache, k_scale, v_scale)
+    options.check(op, q.shape[1])
+
+
+def result_like(op: str, q: Tensor, out: Tensor | None) -> Tensor:
+    """Return out after a check, or memory for it.
+
+    Raises: ShapeError, DtypeError.
+    """
     if out is None:
         return empty_result(q.shape, q.dtype, q.device)
     _check.shape(op, "out", out, q.shape)
@@ -197,7 +220,11 @@ def _output(op: str, q: Tensor, out: Tensor | None) -> Tensor:
     return out
 
 
-def _check_lse(op: str, q: Tensor, lse: Tensor | None) -> None:
+def check_lse(op: str, q: Tensor, lse: Tensor | None) -> None:
+    """Check an lse that is given.
+
+    Raises: ShapeError, DtypeError.
+    """
     if lse is not None:
         _check.shape(op, "lse", lse, q.shape[:2])
         _check.dtype(op, "lse", lse, torch.float32)

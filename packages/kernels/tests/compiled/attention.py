@@ -58,6 +58,41 @@ KERNELS = {
         "num_warps": 1,
         **_HOPPER,
     },
+    "merge_states": {
+        "kernel": "octavo_kernels.triton.merge:_merge",
+        "types": {
+            **dict.fromkeys(("a_ptr", "b_ptr", "lse_a_ptr", "lse_b_ptr", "lse_ptr"), "*fp32"),
+            "out_ptr": "*bf16",
+            "end": "*i32",
+        },
+        "constants": {
+            "HEAD_DIM": 128,
+            "BLOCK_D": 128,
+            "BLOCK_R": 16,
+            **dict.fromkeys(("a_stride_d", "b_stride_d", "out_stride_d"), 1),
+        },
+        "num_warps": 4,
+        **_HOPPER,
+    },
+    "copy_blocks": {
+        "kernel": "octavo_kernels.triton.cache_ops:_copy",
+        "types": {"to_ptr": "*i16", "from_ptr": "*i16", "to_ids": "*i64"},
+        "constants": {"from_ids": None, "BLOCK": 1024},
+        "num_warps": 4,
+    },
+    "gather_kv": {
+        "kernel": "octavo_kernels.triton.cache_ops:_gather",
+        "types": {
+            "cache": "*bf16",
+            "result": "*bf16",
+            "block_table": "*i32",
+            "ends": "*i64",
+            "seq_lens": "*i32",
+        },
+        "constants": {"stride_d": 1, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "BLOCK_O": 16, "BLOCK_D": 128},
+        "num_warps": 4,
+        **_HOPPER,
+    },
     "write_kv": {
         "kernel": "octavo_kernels.triton.cache_ops:_write",
         "types": {**dict.fromkeys(("k_ptr", "v_ptr", "k_cache", "v_cache"), "*bf16"), "slot_mapping": "*i64"},

@@ -44,13 +44,19 @@ def paged_attention(
 ) -> None:
     """Fill out and lse as `octavo_kernels.paged_attention` says."""
     check_dtypes("paged_attention", q=q)
-    if max_query_len == 0:
-        return
-    call = AttentionCall(
-        q, k_cache, v_cache, query_start_loc, seq_lens, options, out, lse, block_table, k_scale, v_scale
-    )
-    longest = call.split_tile(max_query_len).rows // call.group
-    split = split_attention(call, min(max_query_len, longest), options.workspace)
+    if max_query_len:
+        attend(
+            AttentionCall(
+                q, k_cache, v_cache, query_start_loc, seq_lens, options, out, lse, block_table, k_scale, v_scale
+            ),
+            max_query_len,
+        )
+
+
+def attend(call: AttentionCall, max_query_len: int, num_split_tiles: int = 1) -> None:
+    """Do a call over cache blocks, splitting the keys of sequences whose queries fit so many tiles."""
+    longest = num_split_tiles * (call.split_tile(max_query_len).rows // call.group)
+    split = split_attention(call, min(max_query_len, longest), call.options.workspace)
     if max_query_len > longest or not split.complete:
         prefill(call, max_query_len, split.plan)
 
