@@ -4,12 +4,14 @@ from typing import Any
 
 
 def _weight_only(tile, *, bits=4, group=128, absent=("minimums_ptr", "bias_ptr"), dtype="bf16", **gates):
-    """Return a product by integer weights; tile is rows, outputs, warps and stages."""
+    """Return a product by integer weights; tile is rows, outputs, warps and stages. Few rows take 16 inputs at once."""
     block_m, block_n, num_warps, num_stages = tile
     pointers = {"words_ptr": "*i32", "zeros_ptr": "*i16", "out_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
     halves = dict.fromkeys(("scales_ptr", "minimums_ptr", "bias_ptr"), "*fp16")
     block = 512 // bits
-    sizes = {"BITS": bits, "BLOCK_INPUTS": block, "STEP": min(group, block), "ZERO_POINT": 8}
+    step = min(group, block)
+    inputs = 16 if block_m <= 32 and dtype != "fp32" else step
+    sizes = {"BITS": bits, "BLOCK_INPUTS": block, "STEP": step, "INPUTS": inputs, "ZERO_POINT": 8}
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WIDE_DOT": False}
     precision = "tf32x3" if dtype == "fp32" else "ieee"
     return {

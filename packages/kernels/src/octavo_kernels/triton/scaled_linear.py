@@ -35,8 +35,8 @@ def scaled_linear(
     spans = num_spans(out_features, num_blocks)
     split = spans > 1 and splits_rows(num_tokens)
     target = take(workspace, 0, torch.float32, spans, num_tokens, out_features)[0] if split else out
-    block_m, block_n, num_warps, num_stages = choose_tile(num_tokens, x.dtype)
     grouped = x_scale.shape[1] > 1 or weight_scale.shape[1] > 1
+    block_m, block_n, num_warps, num_stages = choose_tile(num_tokens, exact=x.dtype == torch.int8 and not grouped)
     blocks_of_outputs = len(weight_scale) not in (1, out_features)
     tiles = triton.cdiv(num_tokens, block_m) * triton.cdiv(out_features, block_n)
     _product[(tiles, spans if split else 1)](
@@ -53,15 +53,18 @@ def scaled_linear(
         sum_spans(target, bias, out)
 
 
-def choose_tile(num_tokens: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Return rows and outputs of a tile, warps and stages: few rows read the weight once, many use wgmma."""
+def choose_tile(num_tokens: int, *, exact: bool) -> tuple[int, int, int, int]:
+    """Return rows and outputs of a tile, warps and stages: few rows read the weight once, many use wgmma.
+
+    `exact`: whether sums are int32, to which each product is added where it is made.
+    """
     if num_tokens <= 16:
         return 16, 64, 4, 4
     if splits_rows(num_tokens):
         return 32, 64, 4, 4
     if num_tokens <= 64:
         return 64, 64, 4, 4
-    return (128, 128, 8, 3) if dtype == torch.int8 else (128, 64, 8, 4)  # FP8 keeps one more sum in registers
+    return (128, 128, 8, 3) if exact else (128, 64, 8, 4)  # others keep one more sum in registers
 
 
 @triton.jit

@@ -4,6 +4,10 @@ A program owns BLOCK_M rows and BLOCK_N outputs. It walks blocks of inputs (see 
 of 16 rows of words is all that a block has of these outputs, and each shift of them is 16 neighbouring inputs. Sums
 over a group are of whole numbers times x; the group's scale is applied to them in fp32.
 
+Few rows take 16 inputs at a time, so that a shift of the words is an operand where it stands: what is put together from
+several shifts goes through shared memory in Triton 3.6. Many rows take a group's, for fewer and longer products; the
+tensor cores take 16 inputs after 16 either way.
+
 Few rows are a matter of reading the weight: the spans of inputs are programs of their own, and a second kernel adds
 their sums in order. For many rows one program adds all spans of its tile, in the same order.
 """
@@ -29,10 +33,11 @@ _ROWS = tl.constexpr(ROWS)
 
 
 class Tile(NamedTuple):
-    """How a product is cut: rows and outputs of a tile, warps and stages."""
+    """How a product is cut: rows and outputs of a tile, inputs that are unpacked at once, warps and stages."""
 
     rows: int
     columns: int
+    inputs: int
     num_warps: int
     num_stages: int
 
@@ -50,7 +55,7 @@ def weight_only_linear(x: Tensor, weight: IntWeight, bias: Tensor | None, out: T
         x, weight.words, weight.scales, weight.zeros, weight.minimums, None if split else bias, target,
         num_tokens, out_features, weight.in_features, triton.cdiv(weight.num_blocks, spans), weight.num_blocks,
         x.stride(0), weight.words.stride(0), target.stride(-2), 1 if split else spans, weight.group_size,
-        BITS=weight.bits, BLOCK_INPUTS=weight.block_inputs, STEP=step_inputs(weight),
+        BITS=weight.bits, BLOCK_INPUTS=weight.block_inputs, STEP=step_inputs(weight), INPUTS=tile.inputs,
         ZERO_POINT=weight.zero_point, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         WIDE_DOT=interpreted() and x.dtype == torch.bfloat16, PRECISION=dot_precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -64,14 +69,15 @@ def choose_tile(num_tokens: int, weight: IntWeight, dtype: torch.dtype) -> Tile:
 
     With groups smaller than a block several sums are in flight, so that tiles are smaller, lest registers spill.
     """
+    step = step_inputs(weight)
     if dtype == torch.float32:
-        return Tile(16, 32, 4, 3)
-    fine = step_inputs(weight) < weight.block_inputs
+        return Tile(16, 32, step, 4, 3)
+    fine = step < weight.block_inputs
     if num_tokens <= 16:
-        return Tile(16, 64, 4, 4)
+        return Tile(16, 64, ROWS, 4, 4)
     if splits_rows(num_tokens):
-        return Tile(32, 32 if fine else 64, 4, 3)
-    return Tile(64, 64, 8, 3) if fine or num_tokens <= 64 else Tile(128, 64, 8, 3)
+        return Tile(32, 32 if fine else 64, ROWS, 4, 3)
+    return Tile(64, 64, step, 8, 3) if fine or num_tokens <= 64 else Tile(128, 64, step, 8, 3)
 
 
 def step_inputs(weight: IntWeight) -> int:
@@ -88,9 +94,12 @@ def _numbers(
 
     Four bits become a number by standing in the last bits of 1024 (fp16) or 128 (bf16): cheaper than a conversion.
     """
-    shifts = (first_field + tl.arange(0, INPUTS // _ROWS)) * BITS
-    codes = (words[None, :, :] >> shifts[:, None, None]) & ((1 << BITS) - 1)
-    codes = tl.reshape(codes, [INPUTS, words.shape[1]])
+    if INPUTS == _ROWS:
+        codes = (words >> (first_field * BITS)) & ((1 << BITS) - 1)
+    else:
+        shifts = (first_field + tl.arange(0, INPUTS // _ROWS)) * BITS
+        codes = (words[None, :, :] >> shifts[:, None, None]) & ((1 << BITS) - 1)
+        codes = tl.reshape(codes, [INPUTS, words.shape[1]])
     if BITS == 4 and dtype == tl.float16:
         return (codes | 0x6400).to(tl.int16).to(dtype, bitcast=True) - (1024.0 + offset).to(dtype)
     if BITS == 4 and dtype == tl.bfloat16:
@@ -105,8 +114,8 @@ def _product(
     num_tokens, out_features, in_features, span_blocks, num_blocks, x_stride, word_stride, out_stride,
     num_spans, group_size,
     BITS: tl.constexpr, BLOCK_INPUTS: tl.constexpr, STEP: tl.constexpr,
-    ZERO_POINT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE_DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    INPUTS: tl.constexpr, ZERO_POINT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of one span, or of all; see the file's docstring for the order."""
     row_tile, column_tile = tile_of(
@@ -136,18 +145,24 @@ def _product(
                 offset = tl.full([1, 1], ZERO_POINT, tl.float32)
                 if zeros_ptr is not None:
                     offset = tl.load(zeros_ptr + places, mask=in_group, other=0).to(tl.float32)[None, :]
-                inputs = first_input + tl.arange(0, STEP)
-                mask = in_rows[:, None] & (inputs < in_features)[None, :]
-                x = tl.load(x_rows + inputs[None, :], mask=mask, other=0.0)
-                if WIDE_DOT:
-                    x = x.to(tl.float32)
-                numbers = _numbers(words, step * STEP // _ROWS, offset, BITS, STEP, dtype, WIDE_DOT)
-                products = tl.dot(x, numbers, input_precision=PRECISION)
+                products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                x_sums = tl.zeros([BLOCK_M], tl.float32)
+                for part in tl.static_range(STEP // INPUTS):
+                    inputs = first_input + part * INPUTS + tl.arange(0, INPUTS)
+                    mask = in_rows[:, None] & (inputs < in_features)[None, :]
+                    x = tl.load(x_rows + inputs[None, :], mask=mask, other=0.0)
+                    if WIDE_DOT:
+                        x = x.to(tl.float32)
+                    field = (step * STEP + part * INPUTS) // _ROWS
+                    numbers = _numbers(words, field, offset, BITS, INPUTS, dtype, WIDE_DOT)
+                    products = tl.dot(x, numbers, acc=products, input_precision=PRECISION)
+                    if minimums_ptr is not None:
+                        x_sums += tl.sum(x.to(tl.float32), 1)
                 scales = tl.load(scales_ptr + places, mask=in_group, other=0.0).to(tl.float32)
                 sums += products * scales[None, :]
                 if minimums_ptr is not None:
                     minimums = tl.load(minimums_ptr + places, mask=in_group, other=0.0).to(tl.float32)
-                    sums += tl.sum(x.to(tl.float32), 1)[:, None] * minimums[None, :]
+                    sums += x_sums[:, None] * minimums[None, :]
         total += sums
     if bias_ptr is not None:
         total += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
