@@ -180,10 +180,12 @@ def test_an_idle_connection_outlives_the_time_for_headers(serve, engine, monkeyp
             connection.settimeout(5)
 
 
-def test_hundreds_of_idle_connections_do_not_keep_others_out(serve, engine):
+@pytest.mark.parametrize("num_idle", [400, pytest.param(4000, marks=pytest.mark.slow)])
+def test_idle_connections_do_not_keep_others_out(serve, engine, num_idle):
+    serving.allow_many_connections()
     url = serve(engine)
     with ExitStack() as stack:
-        idle = [stack.enter_context(connect(url)) for _ in range(400)]
+        idle = [stack.enter_context(connect(url)) for _ in range(num_idle)]
         for connection in idle[::2]:
             connection.sendall(b"GET /health HTTP/1.1\r\nhost:")
         assert httpx2.post(f"{url}{TEXT}", json={"prompt": "a"}).status_code == 200
