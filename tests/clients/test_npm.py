@@ -1,12 +1,14 @@
-"""The openai npm SDK, unchanged, against the served demo model: the checks are in npm/openai.test.mjs."""
+"""What comes from npm: the openai SDK against the served demo model (npm/openai.test.mjs), and pyright on our client."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
-FOLDER = Path(__file__).with_name("npm")
+README = Path(__file__).parents[2] / "packages/client/README.md"
+MISTAKE = "import octavo_client\n\noctavo_client.Octavo(max_retries='three')\n"
 
 
 def test_the_npm_sdk_is_served(url):
@@ -16,3 +18,22 @@ def test_the_npm_sdk_is_served(url):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def pyright(path: Path, code: str) -> tuple[int, str]:
+    path.write_text(code, encoding="utf-8")
+    program = Path(os.environ["OCTAVO_NPM"], "node_modules/.bin/pyright")
+    python = Path(os.environ["OCTAVO_PROGRAM"]).with_name("python")
+    done = subprocess.run(
+        [program, "--pythonpath", python, path], capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_pyright_has_nothing_to_say_of_the_clients_examples_but_finds_a_mistake(tmp_path):
+    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    status, output = pyright(tmp_path / "examples.py", "# pyright: strict\n" + "\n".join(examples))
+    assert status == 0, output
+    status, output = pyright(tmp_path / "mistake.py", MISTAKE)
+    assert status == 1, output
+    assert "reportArgumentType" in output
