@@ -208,7 +208,18 @@ def soak(session: nox.Session) -> None:
     """Run the slow tests at full size, an hour or more; what ran is kept in benchmarks/results/soak.json."""
     _, arguments = take_torch(session)
     report = Path(session.create_tmp()).resolve() / "soak.xml"
-    pytest(session, "tests", "packages", "-m", "slow", "-s", "-o", "junit_family=xunit1", f"--junitxml={report}", *arguments)
+    pytest(
+        session,
+        "tests",
+        "packages",
+        "-m",
+        "slow",
+        "-s",
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+        *arguments,
+    )
     ran = [
         {"test": case.get("name"), "seconds": float(case.get("time", 0))}
         | {found.get("name"): found.get("value") for found in case.iter("property")}

@@ -1,4 +1,4 @@
-"""What comes from npm: the openai SDK against the served demo model (npm/openai.test.mjs), and pyright on our client."""
+"""What comes from npm: the openai SDK against the served demo model (npm/openai.test.mjs); pyright on our client."""
 
 from __future__ import annotations
 
