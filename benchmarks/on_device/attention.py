@@ -31,6 +31,7 @@ def run(bench: Bench) -> None:
     bench.add("copy, read and written", value=ceilings.copy / 1e12, unit="TB/s")
     for name, lengths, target in DECODE if not bench.smoke else (("small", [17, 40], None),):
         _decode(bench, name, lengths, target, ceilings.copy)
+    _shared(bench)
     for length in PREFILL if not bench.smoke else (20,):
         _prefill(bench, length)
 
@@ -39,7 +40,8 @@ def _decode(bench: Bench, name: str, lengths: Sequence[int], target: float | Non
     num_bytes = sum(lengths) * 2 * NUM_KV_HEADS * HEAD_DIM * 2
     num_copies = bench.num_copies(num_bytes)
     contenders = {
-        "octavo": lambda: _paged(bench, lengths, [1] * len(lengths)),
+        "octavo": lambda: _paged(bench, lengths, [1] * len(lengths), batch_invariant=False),
+        "octavo, batch-invariant": lambda: _paged(bench, lengths, [1] * len(lengths)),
         "torch SDPA, contiguous": lambda: _sdpa_decode(bench, lengths),
         "FlexAttention, contiguous": lambda: _flex_decode(bench, lengths),
         "FlashInfer": lambda: _flashinfer(bench, lengths),
@@ -50,7 +52,7 @@ def _decode(bench: Bench, name: str, lengths: Sequence[int], target: float | Non
             continue
         if contender == "FlexAttention, contiguous" and bench.smoke:
             continue  # it compiles, which is not what a smoke run is for
-        with bench.attempt(title, ours=contender == "octavo"):
+        with bench.attempt(title, ours=contender.startswith("octavo")):
             seconds = bench.seconds([make() for _ in range(num_copies)])
             figures = {"value": num_bytes / seconds / copy, "unit": "of copy", "us": seconds * 1e6}
             if target is not None and contender == "octavo":
@@ -58,10 +60,21 @@ def _decode(bench: Bench, name: str, lengths: Sequence[int], target: float | Non
             bench.add(title, **figures)
 
 
+def _shared(bench: Bench) -> None:
+    """Sequences that begin alike: read once, beside each by itself."""
+    num_seqs, num_blocks = bench.size(64, 2), bench.size(256, 1)
+    lengths = [num_blocks * BLOCK_SIZE + bench.size(256, 5)] * num_seqs
+    title = f"decode of {num_seqs} sequences that share {num_blocks * BLOCK_SIZE} tokens"
+    with bench.attempt(title):
+        alone = bench.seconds([_paged(bench, lengths, [1] * num_seqs, batch_invariant=False, shared=0)])
+        once = bench.seconds([_paged(bench, lengths, [1] * num_seqs, shared=num_blocks)])
+        bench.add(title, value=alone / once, unit="times paged_attention", us=once * 1e6)
+
+
 def _prefill(bench: Bench, length: int) -> None:
     flops = 4 * NUM_HEADS * HEAD_DIM * length * (length + 1) / 2
     contenders = {
-        "octavo": lambda: _paged(bench, [length], [length]),
+        "octavo": lambda: _paged(bench, [length], [length], batch_invariant=False),
         "torch SDPA": lambda: _sdpa_prefill(bench, length),
         "FlexAttention": lambda: _flex(bench, length),
     }
@@ -69,7 +82,7 @@ def _prefill(bench: Bench, length: int) -> None:
         if contender == "FlexAttention" and bench.smoke:
             continue  # it compiles, which is not what a smoke run is for
         title = f"prefill, causal, {length} tokens: {contender}"
-        with bench.attempt(title, ours=contender == "octavo"):
+        with bench.attempt(title, ours=contender.startswith("octavo")):
             seconds = bench.seconds([make()])
             figures = {"value": flops / seconds / 1e12, "unit": "TFLOP/s", "us": seconds * 1e6}
             if contender == "octavo" and length >= 8192:
@@ -81,21 +94,43 @@ def _normal(bench: Bench, *shape: int) -> Tensor:
     return torch.randn(shape, device=bench.device, dtype=torch.float32).to(torch.bfloat16)
 
 
-def _paged(bench: Bench, seq_lens: Sequence[int], query_lens: Sequence[int]) -> Call:
-    """Make a call of ours over blocks in a random order."""
+def _paged(
+    bench: Bench, seq_lens: Sequence[int], query_lens: Sequence[int], *, batch_invariant: bool = True, shared: int = 0
+) -> Call:
+    """Make a call of ours over blocks in a random order; a number of the first ones are the same for all sequences."""
     device = bench.device
     counts = [-(-length // BLOCK_SIZE) for length in seq_lens]
     order = torch.randperm(sum(counts), device=device, dtype=torch.int32) + 1
     table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=device)
     for row, part in enumerate(order.split(counts)):
         table[row, : len(part)] = part
+    table[:, :shared] = table[:1, :shared]
     cache = _normal(bench, sum(counts) + 1, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     q = _normal(bench, sum(query_lens), NUM_HEADS, HEAD_DIM)
     starts = torch.tensor([0, *query_lens], device=device).cumsum(0).to(torch.int32)
     lengths = torch.tensor(seq_lens, dtype=torch.int32, device=device)
-    out, longest = torch.empty_like(q), max(query_lens)
+    out, longest, num_seqs = torch.empty_like(q), max(query_lens), len(counts)
+    arguments = (q, cache[:, 0], cache[:, 1], starts, lengths, table)
+    if shared:
+        groups = ok.SharedPrefixes(
+            torch.tensor([0, num_seqs], dtype=torch.int32, device=device),
+            torch.tensor([shared * BLOCK_SIZE], dtype=torch.int32, device=device),
+            num_seqs,
+        )
+        size = ok.shared_prefix_workspace(
+            len(q), num_seqs, 1, table.shape[1], BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM,
+            max_query_len=longest, max_group_query_len=num_seqs,
+        )  # fmt: skip
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        return lambda: ok.shared_prefix_attention(
+            *arguments, groups, max_query_len=longest, scale=SCALE, out=out, workspace=workspace
+        )
+    size = ok.attention_workspace(
+        num_seqs, max(seq_lens), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, max_query_len=longest
+    )  # fmt: skip
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     return lambda: ok.paged_attention(
-        q, cache[:, 0], cache[:, 1], starts, lengths, table, max_query_len=longest, scale=SCALE, out=out
+        *arguments, max_query_len=longest, scale=SCALE, batch_invariant=batch_invariant, out=out, workspace=workspace
     )
 
 

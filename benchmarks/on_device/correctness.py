@@ -95,8 +95,10 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
         "paged_attention, window, soft cap, sinks",
         lambda m: _attention(m, [70, 1, 5], [100, 333, 5], window=50, soft_cap=20.0, sinks=m.normal(8).float()),
     )
+    yield "shared_prefix_attention", _shared
     yield "varlen_attention", _varlen
     yield "rope_kv_write", _rope
+    yield "rope_kv_write_quant", _rope_codes
     yield "copy_blocks", _copies
     yield "rms_norm", lambda m: ok.rms_norm(m.normal(65, 4096), m.normal(4096), 1e-5)
     yield (
@@ -114,6 +116,7 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
     yield "apply_token_bitmask", _bitmask
     yield "sample_tokens, greedy", lambda m: _sampled(m, 0.0)
     yield "sample_tokens, top_k and top_p", lambda m: _sampled(m, 0.8, top_k=20, top_p=0.9)
+    yield "apply_filters", _filtered
     for rows in (1, 17, 40, 130) if not smoke else (3,):
         yield f"weight_only_linear, 4 bits, {rows} rows", lambda m, rows=rows: _weight_only(m, rows, 4, 128)
     yield "weight_only_linear, 4 bits in groups of 32", lambda m: _weight_only(m, m.size(40, 3), 4, 32)
@@ -137,6 +140,20 @@ def _attention(make: Maker, query_lens: list[int], seq_lens: list[int], **option
     if make.wide:
         inputs = inputs.to(torch.float64)
     return ok.paged_attention(**inputs.arguments(), **options)
+
+
+def _shared(make: Maker) -> Tensor:
+    lengths = [100, 333, 64] if not make.smoke else [18, 20]
+    inputs = make_paged_inputs(
+        [1] * len(lengths), lengths, num_heads=8, num_kv_heads=2, head_dim=make.size(128, 16), dtype=torch.bfloat16,
+        device=make.device, seed=3,
+    )  # fmt: skip
+    if make.wide:
+        inputs = inputs.to(torch.float64)
+    inputs.block_table[:, 0] = inputs.block_table[0, 0]
+    starts, shared = (torch.tensor(n, dtype=torch.int32, device=make.device) for n in ([0, len(lengths)], [16]))
+    groups = ok.SharedPrefixes(starts, shared, len(lengths))
+    return ok.shared_prefix_attention(shared=groups, **inputs.arguments())
 
 
 def _varlen(make: Maker) -> Tensor:
@@ -168,6 +185,17 @@ def _rope(make: Maker) -> Tensor:
     return torch.cat([q.flatten(), k.flatten(), cache.flatten()])
 
 
+def _rope_codes(make: Maker) -> Tensor:
+    dim = make.size(128, 16)
+    q, k, v = (make.normal(20, heads, dim, seed=heads) for heads in (8, 2, 2))
+    cache = torch.zeros(4, 2, 2, 16, dim, dtype=torch.int8, device=make.device)
+    scales = torch.zeros(2, 4, 2, 16, device=make.device)
+    slots, positions = torch.arange(20, 40, device=make.device), torch.arange(20, device=make.device)
+    cos_sin = make.normal(64, dim, dtype=torch.float32).float()
+    ok.rope_kv_write_quant(q, k, v, positions, cos_sin, cache[:, 0], cache[:, 1], slots, scales[0], scales[1])
+    return cache
+
+
 def _copies(make: Maker) -> Tensor:
     cache = make.normal(6, 2, 2, 16, 16)
     ids = torch.tensor([1, 4, 2], device=make.device)
@@ -189,6 +217,13 @@ def _bitmask(make: Maker) -> Tensor:
     logits = make.normal(3, 1000, dtype=torch.float32).float()
     ok.apply_token_bitmask(logits, make.integers(-(1 << 31), 1 << 31, 3, 32, dtype=torch.int32))
     return logits
+
+
+def _filtered(make: Maker) -> Tensor:
+    rows = make.size(64, 3)
+    logits = make.normal(rows, make.size(128_256, 100), dtype=torch.float32).float()
+    heat, top_p = (torch.full((rows,), value, device=make.device) for value in (0.8, 0.9))
+    return ok.apply_filters(logits, heat, top_p=top_p).isfinite().to(torch.int32)
 
 
 def _sampled(make: Maker, temperature: float, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -243,6 +278,7 @@ def _adapters(make: Maker) -> Tensor:
 def _bits(bench: Bench) -> Iterator[tuple[str, bool]]:
     """Yield whether a row's bits are the same alone and in batches whose tiles are higher."""
     make = Maker(bench.device, False, bench.smoke)
+    yield "paged_attention, each sequence alone as among others", _attention_bits(make)
     in_features, out_features = make.size(4096, 256), make.size(2000, 40)
     codes = make.integers(0, 16, in_features, out_features)
     scales = (make.integers(1, 100, in_features // 128, out_features).float() / 50_000).half()
@@ -260,3 +296,22 @@ def _bits(bench: Bench) -> Iterator[tuple[str, bool]]:
     for rows in (16, 32, 64, 200) if not bench.smoke else (16,):
         together = ok.scaled_linear(fp8_x[:rows], fp8_weight, one, one)
         yield f"scaled_linear, FP8, 1 row as among {rows}", torch.equal(together[:1], alone)
+
+
+def _attention_bits(make: Maker) -> bool:
+    lengths = [1, 300, 1000, 5000, 17, 64] if not make.smoke else [17, 40]
+    inputs = make_paged_inputs(
+        [1] * len(lengths), lengths, num_heads=8, num_kv_heads=2, head_dim=make.size(128, 16), dtype=torch.bfloat16,
+        device=make.device, seed=5,
+    )  # fmt: skip
+    together = ok.paged_attention(**inputs.arguments())
+    one = torch.tensor([0, 1], dtype=torch.int32, device=make.device)
+    for row in range(len(lengths)):
+        part = slice(row, row + 1)
+        alone = ok.paged_attention(
+            inputs.q[part], inputs.k_cache, inputs.v_cache, one, inputs.seq_lens[part], inputs.block_table[part],
+            max_query_len=1, scale=inputs.scale,
+        )  # fmt: skip
+        if not torch.equal(alone, together[part]):
+            return False
+    return True
