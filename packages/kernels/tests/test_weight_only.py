@@ -83,21 +83,21 @@ def random_rows(num_tokens, in_features, dtype, device):
 
 
 CASES = {
-    "4 bits, groups of 128, zeros": (torch.bfloat16, 4, 384, 128, {"zeros": True}),
-    "4 bits, groups of 32, minimums": (torch.float16, 4, 160, 32, {"minimums": True}),
-    "4 bits, one group, fp32": (torch.float32, 4, 300, 300, {}),
-    "4 bits, one group, few inputs": (torch.bfloat16, 4, 33, 33, {}),
-    "8 bits, groups of 64, zeros": (torch.bfloat16, 8, 192, 64, {"zeros": True}),
-    "8 bits, groups of 32": (torch.float16, 8, 96, 32, {}),
+    "4 bits, groups of 128, zeros": (torch.bfloat16, 4, 384, 128, {"zeros": True}, (0, 1, 17, 65)),
+    "4 bits, groups of 32, minimums": (torch.float16, 4, 160, 32, {"minimums": True}, (17, 40)),
+    "4 bits, one group, fp32": (torch.float32, 4, 300, 300, {}, (1, 17)),
+    "4 bits, one group, few inputs": (torch.bfloat16, 4, 33, 33, {}, (1,)),
+    "8 bits, groups of 64, zeros": (torch.bfloat16, 8, 192, 64, {"zeros": True}, (1, 40)),
+    "8 bits, groups of 32": (torch.float16, 8, 96, 32, {}, (17,)),
 }
 
 
-@pytest.mark.parametrize(("dtype", "bits", "in_features", "group_size", "options"), CASES.values(), ids=CASES)
-def test_products_equal_those_of_the_values(device, spans, dtype, bits, in_features, group_size, options):
+@pytest.mark.parametrize(("dtype", "bits", "in_features", "group_size", "options", "counts"), CASES.values(), ids=CASES)
+def test_products_equal_those_of_the_values(device, spans, dtype, bits, in_features, group_size, options, counts):
     weight = make_weight(bits, in_features, 70, group_size, **options, device=device)
     bias = torch.linspace(-1, 1, 70, device=device)
     values = ok.int_weight_values(weight).double()
-    for num_tokens in (0, 1, 17, 65):
+    for num_tokens in counts:
         x = random_rows(num_tokens, in_features, dtype, device)
         wide = torch.full((num_tokens, 73), float("nan"), dtype=dtype, device=device)
         workspace = torch.full((ok.weight_only_workspace(num_tokens, weight),), 255, dtype=torch.uint8, device=device)
@@ -107,14 +107,14 @@ def test_products_equal_those_of_the_values(device, spans, dtype, bits, in_featu
         assert wide[:, 70:].isnan().all()
 
 
-@pytest.mark.parametrize("num_tokens", [16, 32, 65])
+@pytest.mark.parametrize("num_tokens", [16, 65])
 def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, spans, num_tokens):
     """Among the batches of one tile height, whether or not the spans are programs of their own."""
     weight = make_weight(4, 384, 70, 64, zeros=True, device=device)
     x = random_rows(num_tokens, 384, torch.bfloat16, device)
     together = ok.weight_only_linear(x, weight)
-    first = {16: 15, 32: 15, 65: 0}[num_tokens]
-    least = {16: 1, 32: 17, 65: 65}[num_tokens]
+    first = {16: 15, 65: 0}[num_tokens]
+    least = {16: 1, 65: 33}[num_tokens]
     part = ok.weight_only_linear(x[first : first + least], weight)
     assert torch.equal(part, together[first : first + least])
 

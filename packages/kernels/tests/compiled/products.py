@@ -81,7 +81,6 @@ KERNELS: dict[str, Any] = {
     "W4A16, 16 rows": _weight_only((16, 64, 4, 4), wgmma=False, targets=["sm_90", "gfx942"]),
     "W4A16, many rows": _weight_only((128, 64, 8, 3), dtype="fp16", wgmma=True),
     "W4A16 in groups of 32, many rows": _weight_only((64, 64, 8, 3), wgmma=True, **_GGUF),
-    "W4A32": _weight_only((16, 32, 4, 3), dtype="fp32", wgmma=False),
     "W8A16, 16 rows": _weight_only((16, 64, 4, 4), bits=8, wgmma=False),
     "sums of spans": {
         "kernel": "octavo_kernels.triton._tiles:_sum_spans",
@@ -96,10 +95,8 @@ KERNELS: dict[str, Any] = {
         "num_warps": 4,
         "targets": ["sm_90"],
     },
-    "FP8, 16 rows": _scaled((16, 64, 4, 4), "fp8e4nv", wgmma=False),
     "FP8 by blocks, many rows": _scaled((128, 64, 8, 4), "fp8e4nv", blocks=True, wgmma=True),
     "W8A8, many rows": _scaled((128, 128, 8, 3), "i8", wgmma=True),
-    "MoE gate and up, 16 rows": _grouped("moe:_gate_up", (16, 64, 4, 4), wgmma=False),
     "MoE gate and up, many rows": _grouped("moe:_gate_up", (128, 64, 8, 3), wgmma=True),
     "MoE down, many rows": _grouped("moe:_down", (128, 64, 8, 3), wgmma=True),
     "LoRA shrink": _grouped("lora:_shrink", (16, 16, 4, 3), wgmma=False),
