@@ -34,6 +34,7 @@ from octavo_kernels.int_weight import (
     int_weight_from_packed,
     int_weight_values,
 )
+from octavo_kernels.logprobs import token_logprobs
 from octavo_kernels.lora import lora_expand, lora_shrink, lora_spans
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
@@ -41,6 +42,7 @@ from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
+from octavo_kernels.penalties import apply_penalties
 from octavo_kernels.quantize import quantize_rows
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write, rope_kv_write_quant
@@ -48,6 +50,7 @@ from octavo_kernels.row_groups import RowGroups, group_rows, group_rows_workspac
 from octavo_kernels.sampling import sample_tokens
 from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
 from octavo_kernels.shared_attention import SharedPrefixes, shared_prefix_attention, shared_prefix_workspace
+from octavo_kernels.speculation import rejection_sample
 from octavo_kernels.threads import native_threads, num_native_threads
 from octavo_kernels.weight_only import weight_only_linear, weight_only_workspace
 
@@ -72,6 +75,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quant",
     "apply_filters",
+    "apply_penalties",
     "apply_token_bitmask",
     "attention_workspace",
     "available_backends",
@@ -112,6 +116,7 @@ __all__ = [
     "paged_attention",
     "philox",
     "quantize_rows",
+    "rejection_sample",
     "rms_norm",
     "rms_norm_quant",
     "rope_kv_write",
@@ -123,6 +128,7 @@ __all__ = [
     "shared_prefix_workspace",
     "silu_and_mul",
     "silu_and_mul_quant",
+    "token_logprobs",
     "unpack_weight",
     "varlen_attention",
     "weight_only_linear",

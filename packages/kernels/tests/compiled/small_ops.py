@@ -114,6 +114,35 @@ KERNELS = {
         "constants": {"ROWS": 1, "COLUMNS": 4096},
         "num_warps": 4,
     },
+    "apply_penalties": {
+        "kernel": "octavo_kernels.triton.penalties:_penalise",
+        "types": {
+            **dict.fromkeys(("logits_ptr", "repetition_ptr", "frequency_ptr", "presence_ptr"), "*fp32"),
+            **dict.fromkeys(("counts_ptr", "bitmask_ptr"), "*i32"),
+            **dict.fromkeys(("rows_ptr", "table_rows_ptr"), "*i64"),
+        },
+        "constants": {"BLOCK": 2048},
+        "num_warps": 4,
+    },
+    "token_logprobs": {
+        "kernel": "octavo_kernels.triton.logprobs:_logprobs",
+        "types": {
+            **dict.fromkeys(("logits_ptr", "logprobs_ptr", "top_logprobs_ptr"), "*fp32"),
+            **dict.fromkeys(("token_ids_ptr", "ranks_ptr", "top_ids_ptr"), "*i64"),
+        },
+        "constants": {"ROWS": 1, "COLUMNS": 4096},
+        "num_warps": 8,
+    },
+    "rejection_sample": {
+        "kernel": "octavo_kernels.triton.speculation:_judge",
+        "types": {
+            **dict.fromkeys(("target_ptr", "guess_ptr", "temperature_ptr"), "*fp32"),
+            **dict.fromkeys(("drafts_ptr", "token_ids_ptr", *_KEYS), "*i64"),
+            **dict.fromkeys(("starts_ptr", "num_accepted_ptr"), "*i32"),
+        },
+        "constants": {"ROWS": 1, "COLUMNS": 4096},
+        "num_warps": 8,
+    },
     "apply_token_bitmask": {
         "kernel": "octavo_kernels.triton.bitmask:_mask",
         "types": {"logits": "*fp32", "bitmask": "*i32", "rows": "*i64"},
