@@ -77,6 +77,30 @@ def test_copy_blocks_of_a_cache_that_lies_in_pieces(device, dtype):
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("pairs", [[], [(3, 0)], [(0, 1), (1, 2), (3, 0)], [(1, 3), (0, 2), (2, 1)]], ids=str)
+def test_swap_blocks_copies_to_another_cache(device, pairs):
+    gpu = torch.arange(4 * 3 * 2.0, device=device).view(4, 3, 2)
+    host = torch.full((5, 3, 2), -1.0)
+    ok.swap_blocks(gpu, host, pairs)
+    back = torch.zeros_like(gpu)
+    ok.swap_blocks(host, back, [(dst, src) for src, dst in pairs])
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for block_id in range(4):
+        kept = block_id in [src for src, _ in pairs]
+        assert torch.equal(back[block_id], gpu[block_id] if kept else torch.zeros_like(gpu[0]))
+    untouched = [block_id for block_id in range(5) if block_id not in [dst for _, dst in pairs]]
+    assert (host[untouched] == -1).all()
+
+
+def test_swap_blocks_refuses_misfits(device):
+    cache = torch.zeros(4, 3, device=device)
+    with pytest.raises(ok.OptionError, match="a block id is 5, expected a block of target, 0 to 4"):
+        ok.swap_blocks(cache, torch.zeros(5, 3), [(0, 5)])
+    with pytest.raises(ok.ShapeError, match=r"target has shape \[5, 2\], expected \[num_blocks, 3\]"):
+        ok.swap_blocks(cache, torch.zeros(5, 2), [])
+
+
 @pytest.mark.parametrize("layout", ["hnd", "nhd"])
 def test_gather_kv_returns_what_was_written(device, layout):
     lengths = [1, 15, 0, 16, 17]

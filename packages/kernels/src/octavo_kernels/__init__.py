@@ -12,7 +12,7 @@ from octavo_kernels.activation import (
 )
 from octavo_kernels.attention import paged_attention, varlen_attention
 from octavo_kernels.bitmask import apply_token_bitmask
-from octavo_kernels.cache_ops import copy_blocks, gather_kv, write_kv
+from octavo_kernels.cache_ops import copy_blocks, gather_kv, swap_blocks, write_kv
 from octavo_kernels.cpu.load import isa as cpu_isa
 from octavo_kernels.errors import (
     BackendFallbackWarning,
@@ -38,6 +38,7 @@ from octavo_kernels.logprobs import token_logprobs
 from octavo_kernels.lora import lora_expand, lora_shrink, lora_spans
 from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
 from octavo_kernels.merge import merge_states
+from octavo_kernels.mla import mla_decode
 from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
@@ -104,6 +105,7 @@ __all__ = [
     "lora_shrink",
     "lora_spans",
     "merge_states",
+    "mla_decode",
     "moe_workspace",
     "native_threads",
     "num_native_threads",
@@ -128,6 +130,7 @@ __all__ = [
     "shared_prefix_workspace",
     "silu_and_mul",
     "silu_and_mul_quant",
+    "swap_blocks",
     "token_logprobs",
     "unpack_weight",
     "varlen_attention",

@@ -50,6 +50,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "paged_attention": "attention",
         "varlen_attention": "attention",
         "shared_prefix_attention": "shared_attention",
+        "mla_decode": "mla",
         "write_kv": "cache_ops",
         "copy_blocks": "cache_ops",
         "gather_kv": "cache_ops",
@@ -94,6 +95,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
 _FOR_GPUS = frozenset(
     {
         "shared_prefix_attention",
+        "mla_decode",
         "rope_kv_write_quant",
         "rms_norm_quant",
         "add_rms_norm_quant",
@@ -123,6 +125,7 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "paged_attention",
                 "varlen_attention",
                 "shared_prefix_attention",
+                "mla_decode",
                 "write_kv",
                 "copy_blocks",
                 "gather_kv",

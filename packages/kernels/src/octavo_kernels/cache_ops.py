@@ -57,6 +57,41 @@ def copy_blocks(caches: Tensor | Sequence[Tensor], src: Tensor, dst: Tensor) -> 
         implementation(op, src.device)(tensors, src, dst)
 
 
+def swap_blocks(source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks from one cache to another that may lie elsewhere: between a GPU and the host's memory.
+
+    Plain copies by the device's copy engine, one for each run of pairs in which both ids rise by one. With pinned host
+    memory they are asynchronous, in the current stream: what was copied to the host is there once that stream has come
+    so far, and what is copied from it must stay as it is until then.
+
+    Args:
+        source: [num_blocks, ...], any device.
+        target: [num_blocks, ...], another tensor of source's dtype and block shape, any device; modified.
+        pairs: ids of a block in source and of its place in target; targets are distinct.
+
+    Raises:
+        ShapeError, DtypeError: the caches do not fit each other.
+        OptionError: a block id is outside its cache.
+
+    """
+    op = "swap_blocks"
+    if source.dim() == 0:
+        _check.rank(op, "source", source, ("num_blocks", "..."))
+    _check.shape(op, "target", target, ("num_blocks", *source.shape[1:]))
+    _check.dtype(op, "target", target, source.dtype)
+    for pair in pairs:
+        for name, block_id, cache in zip(("source", "target"), pair, (source, target), strict=True):
+            known = f"a block of {name}, 0 to {len(cache) - 1}"
+            _check.option(op, "a block id", block_id, 0 <= block_id < len(cache), known)
+    first = 0
+    for index, (src, dst) in enumerate(pairs):
+        if index + 1 < len(pairs) and pairs[index + 1] == (src + 1, dst + 1):
+            continue
+        start, length = pairs[first], index + 1 - first
+        target[start[1] : dst + 1].copy_(source[start[0] : start[0] + length], non_blocking=True)
+        first = index + 1
+
+
 def gather_kv(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cached keys and values of some sequences, side by side without padding.
 

@@ -58,6 +58,28 @@ KERNELS = {
         "num_warps": 1,
         **_HOPPER,
     },
+    "mla_decode": {
+        "kernel": "octavo_kernels.triton.mla:_attend",
+        "types": {
+            **dict.fromkeys(("q_ptr", "pe_ptr", "ckv_cache", "out_ptr"), "*bf16"),
+            **dict.fromkeys(("query_start_loc", "seq_lens", "block_table"), "*i32"),
+            "lse_ptr": "*fp32",
+            "factor": "fp32",
+        },
+        "constants": {
+            "LATENT": 512,
+            "ROPE": 64,
+            "BLOCK_SIZE": 16,
+            "BLOCK_H": 16,
+            "BLOCK_N": 32,
+            "BLOCK_L": 512,
+            "BLOCK_R": 64,
+            "WIDE_DOT": False,
+        },
+        "num_warps": 4,
+        "num_stages": 2,
+        **_HOPPER,
+    },
     "merge_states": {
         "kernel": "octavo_kernels.triton.merge:_merge",
         "types": {

@@ -59,13 +59,13 @@ def varlen_attention(
 def _fill(
     q: Tensor, k: Tensor, v: Tensor, rows: slice, options: AttentionOptions, out: Tensor, lse: Tensor | None
 ) -> None:
-    result, log_sum = _attend(widen(q[rows]), k.to(widen(q).dtype), v.to(widen(q).dtype), options)
+    result, log_sum = attend_sequence(widen(q[rows]), k.to(widen(q).dtype), v.to(widen(q).dtype), options)
     out[rows] = result.to(out.dtype)
     if lse is not None:
         lse[rows] = log_sum.to(lse.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Return out [query_len, num_heads, head_dim] and lse [query_len, num_heads] of one sequence."""
     query_len, num_heads, _ = q.shape
     key_len, num_kv_heads, _ = k.shape
