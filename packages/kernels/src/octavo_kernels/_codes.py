@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from octavo_kernels import _check
-from octavo_kernels.quantize import SCALE_GROUP
+
+SCALE_GROUP = 128
+"""Elements that share a scale where a row has several."""
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 

@@ -4,12 +4,8 @@ import torch
 from torch import Tensor
 
 from octavo_kernels import _check
+from octavo_kernels._codes import code_output
 from octavo_kernels._dispatch import implementation
-
-SCALE_GROUP = 128
-"""Inputs that share a scale where a row has several."""
-
-CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
 def quantize_rows(
@@ -44,19 +40,10 @@ def quantize_rows(
     _check.rank(op, "x", x, ("num_tokens", "in_features"))
     _check.floating(op, x=x)
     _check.last_dim_contiguous(op, x=x)
-    _check.option(op, "dtype", dtype, dtype in CODE_DTYPES, "torch.int8 or torch.float8_e4m3fn")
-    _check.option(op, "group_size", group_size, group_size in (None, SCALE_GROUP), f"{SCALE_GROUP} or None")
-    num_tokens, in_features = x.shape
-    shape = (num_tokens, 1 if group_size is None else -(-in_features // group_size))
-    if out is None:
-        out = torch.empty(x.shape, dtype=dtype, device=device)
-    if scales is None:
-        scales = torch.empty(shape, dtype=torch.float32, device=device)
-    _check.shape(op, "out", out, x.shape)
-    _check.dtype(op, "out", out, dtype)
-    _check.last_dim_contiguous(op, out=out)
-    _check.shape(op, "scales", scales, shape)
-    _check.dtype(op, "scales", scales, torch.float32)
+    output = code_output(
+        op, x.shape, device, dtype=dtype, group_size=group_size, fixed_scale=None, out=out, scales=scales
+    )
+    _check.last_dim_contiguous(op, out=output.codes)
     if x.numel():
-        implementation(op, device)(x, group_size, out, scales)
-    return out, scales
+        implementation(op, device)(x, output)
+    return output.codes, output.scales

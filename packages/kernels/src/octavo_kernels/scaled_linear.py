@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from octavo_kernels import _check
+from octavo_kernels._codes import LARGEST_CODE, SCALE_GROUP
 from octavo_kernels._dispatch import implementation
 from octavo_kernels._spans import spans_workspace
 from octavo_kernels._workspace import check_workspace
 from octavo_kernels.errors import ShapeError
-from octavo_kernels.quantize import CODE_DTYPES, SCALE_GROUP
 
 _LARGEST_INPUTS = 131_071  # times 128 * 128 is what int32 holds
 
@@ -57,7 +57,7 @@ def scaled_linear(
     )
     _check.rank(op, "x", x, ("num_tokens", "in_features"))
     num_tokens, in_features = x.shape
-    _check.dtype(op, "x", x, *CODE_DTYPES)
+    _check.dtype(op, "x", x, *LARGEST_CODE)
     _check.shape(op, "weight", weight, ("out_features", in_features))
     _check.dtype(op, "weight", weight, x.dtype)
     _check.last_dim_contiguous(op, x=x, weight=weight)

@@ -91,7 +91,7 @@ KERNELS: dict[str, Any] = {
     "quantize_rows to fp8": {
         "kernel": "octavo_kernels.triton.quantize:_quantize",
         "types": {"x_ptr": "*bf16", "out_ptr": "*fp8e4nv", "scales_ptr": "*fp32"},
-        "constants": {"LIMIT": 448.0, "WHOLE": False, "BLOCK": 4096},
+        "constants": {"LARGEST": 448.0, "BLOCK": 4096},
         "num_warps": 4,
         "targets": ["sm_90"],
     },

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from octavo_kernels.quantize import SCALE_GROUP
+from octavo_kernels._codes import SCALE_GROUP
 
 
 def scaled_linear(

@@ -56,7 +56,7 @@ def larger(a, b):
 @triton.jit
 def codes_of(x, inverse, DTYPE: tl.constexpr, LARGEST: tl.constexpr):
     """Return x * inverse in a dtype of codes; 0 where inverse is, whatever x."""
-    codes = tl.where(inverse == 0.0, 0.0, x * inverse)
+    codes = tl.where(inverse == 0.0, 0.0, x) * inverse
     codes = tl.where(codes == codes, tl.minimum(tl.maximum(codes, -LARGEST), LARGEST), codes)
     return ((codes + _TO_WHOLE) - _TO_WHOLE).to(tl.int8) if DTYPE == tl.int8 else stored(codes, DTYPE)
 

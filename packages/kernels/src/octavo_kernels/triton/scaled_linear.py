@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels._codes import SCALE_GROUP
 from octavo_kernels._spans import num_spans, splits_rows
 from octavo_kernels._workspace import take
-from octavo_kernels.quantize import SCALE_GROUP
 from octavo_kernels.triton._tiles import sum_spans, tile_of
 
 
