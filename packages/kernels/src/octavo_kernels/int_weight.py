@@ -84,9 +84,7 @@ class IntWeight:
             _check.shape(op, "minimums", self.minimums, shape)
         tensors = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "minimums": self.minimums}
         _check.same_device(op, **tensors)
-        for name, tensor in tensors.items():
-            if tensor is not None and not tensor.is_contiguous():
-                raise ShapeError(f"{op}: {name} is not contiguous, expected rows side by side; pass .contiguous()")
+        _check.contiguous(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def out_features(self) -> int:

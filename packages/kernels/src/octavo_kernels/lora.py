@@ -48,7 +48,7 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
         out = torch.empty(shape, dtype=torch.float32, device=device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, torch.float32)
-    _check.option(op, "out.is_contiguous()", out.is_contiguous(), out.is_contiguous(), "True")
+    _check.contiguous(op, out=out)
     if len(groups.groups):
         implementation(op, device)(x, a, groups, ranks, out)
     return out
@@ -81,7 +81,7 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     )
     _check.rank(op, "shrunk", shrunk, ("num_spans", "num_tokens", "max_rank"))
     _check.dtype(op, "shrunk", shrunk, torch.float32)
-    _check.option(op, "shrunk.is_contiguous()", shrunk.is_contiguous(), shrunk.is_contiguous(), "True")
+    _check.contiguous(op, shrunk=shrunk)
     _check.floating(op, b=b, out=out)
     _check.shape(op, "b", b, ("num_adapters", "out_features", shrunk.shape[2]))
     _check_adapters(op, "b", b, ranks)
@@ -105,6 +105,6 @@ def lora_span_inputs(in_features: int) -> int:
 
 
 def _check_adapters(op: str, name: str, weights: Tensor, ranks: Tensor) -> None:
-    _check.option(op, f"{name}.is_contiguous()", weights.is_contiguous(), weights.is_contiguous(), "True")
+    _check.contiguous(op, **{name: weights}, ranks=ranks)
     _check.shape(op, "ranks", ranks, (len(weights),))
     _check.dtype(op, "ranks", ranks, torch.int32)

@@ -61,13 +61,11 @@ def fused_moe(
     _check.floating(op, x=x)
     for name, weight in (("w13", w13), ("w2", w2)):
         _check.dtype(op, name, weight, x.dtype)
-        _check.option(op, f"{name}.is_contiguous()", weight.is_contiguous(), weight.is_contiguous(), "True")
     _check.shape(op, "topk_ids", topk_ids, (num_tokens, "top_k"))
     _check.dtype(op, "topk_ids", topk_ids, torch.int32)
     _check.shape(op, "topk_weights", topk_weights, topk_ids.shape)
     _check.dtype(op, "topk_weights", topk_weights, torch.float32)
-    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        _check.option(op, f"{name}.is_contiguous()", tensor.is_contiguous(), tensor.is_contiguous(), "True")
+    _check.contiguous(op, w13=w13, w2=w2, topk_ids=topk_ids, topk_weights=topk_weights)
     _check.option(op, "activation", activation, activation in ACTIVATIONS, " or ".join(map(repr, ACTIVATIONS)))
     out = torch.empty_like(x) if out is None else out
     _check.shape(op, "out", out, x.shape)

@@ -76,7 +76,7 @@ def group_rows(
     _check.shape(op, "out.groups", out.groups, (num_tiles,))
     for name, tensor in (("out.rows", out.rows), ("out.groups", out.groups)):
         _check.dtype(op, name, tensor, torch.int32)
-        _check.option(op, f"{name}.is_contiguous()", tensor.is_contiguous(), tensor.is_contiguous(), "True")
+        _check.contiguous(op, **{name: tensor})
     workspace = check_workspace(op, workspace, group_rows_workspace(len(ids), num_groups), ids.device)
     if num_tiles:
         implementation(op, ids.device)(ids, num_groups, out.rows, out.groups, workspace)
