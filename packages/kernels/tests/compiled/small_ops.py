@@ -38,8 +38,14 @@ def _rope(*, cache="*bf16", normed=False, interleaved=False, largest=0.0):
         **({} if normed else dict.fromkeys(("q_weight", "k_weight"))),
         **(dict.fromkeys(("k_scale", "v_scale")) if cache == "*bf16" else {}),
     }
-    sizes = {"HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 16, "BLOCK_D": 128, "BLOCK_HALF": 64}
-    flags = {"BLOCK_REST": 1, "INTERLEAVED": interleaved, "LARGEST": largest, "MEASURED": cache != "*bf16"}
+    sizes = {"HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "TOKENS": 1, "HEADS": 16, "BLOCK_D": 128}
+    flags = {
+        "BLOCK_HALF": 64,
+        "BLOCK_REST": 1,
+        "INTERLEAVED": interleaved,
+        "LARGEST": largest,
+        "MEASURED": cache != "*bf16",
+    }
     return {
         "kernel": "octavo_kernels.triton.rope:_rope_write",
         "types": {

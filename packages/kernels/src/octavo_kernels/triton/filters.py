@@ -2,7 +2,7 @@
 
 A program owns a row (many in the interpreter). To find the k-th largest logit, or where the likeliest tokens hold
 top_p, it narrows a range of values: a pass over the row tells how much lies above each of three values in it, and
-leaves a quarter. Values are compared as whole numbers in the order of floats, so a search ends after at most 16 passes,
+leaves a quarter. Values are compared as whole numbers in the order of floats, so a search ends after at most 17 passes,
 and with the very logit that a sort would find; ties stay together.
 """
 
@@ -68,11 +68,11 @@ def _search(
     low_count = tl.zeros_like(low) + vocab_size
     high_count = tl.zeros_like(low)
     searching = searching & (low_count > 1)
+    # What is wanted mostly lies a few units of temperature below the largest; every pivot is above -inf.
+    first_pivot = _ordered(tl.maximum(largest - 16.0 * heat, -3.0e38))
+    second_pivot = _ordered(tl.maximum(largest - 4.0 * heat, -3.0e38))
+    third_pivot = _ordered(tl.maximum(largest - heat, -3.0e38))
     while tl.max(searching.to(tl.int32), 0) > 0:
-        span = high.to(tl.int64) - low.to(tl.int64)
-        first_pivot = (low + tl.maximum(span // 4, 1)).to(tl.int32)
-        second_pivot = (low + tl.maximum(span // 2, 1)).to(tl.int32)
-        third_pivot = (low + tl.maximum(span // 4 * 3, 1)).to(tl.int32)
         first_count = tl.zeros_like(low)
         second_count = tl.zeros_like(low)
         third_count = tl.zeros_like(low)
@@ -119,7 +119,11 @@ def _search(
             first_count,
             tl.where(below_second, second_count, tl.where(below_third, third_count, high_count)),
         )
-        searching = searching & (high.to(tl.int64) - low.to(tl.int64) > 1) & (low_count - high_count > 1)
+        span = high.to(tl.int64) - low.to(tl.int64)
+        searching = searching & (span > 1) & (low_count - high_count > 1)
+        first_pivot = (low + tl.maximum(span // 4, 1)).to(tl.int32)
+        second_pivot = (low + tl.maximum(span // 2, 1)).to(tl.int32)
+        third_pivot = (low + tl.maximum(span // 4 * 3, 1)).to(tl.int32)
         if not MASS:
             searching = searching & (low_count.to(tl.float64) != goal)
     return low

@@ -1,7 +1,7 @@
 """Rotary embedding with an optional norm per head and the cache write in Triton, for caches in full or of 8 bits.
 
-A token has programs for its heads of q, HEADS at a time, and then for those of k and v. A head is taken in three parts:
-the first elements of the pairs that are rotated, their second elements, and the rest.
+A token (many in the interpreter) has programs for its heads of q, HEADS at a time, and then for those of k and v. A
+head is taken in three parts: the first elements of the pairs that are rotated, their second elements, and the rest.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo_kernels._codes import LARGEST_CODE
 from octavo_kernels.triton._codes import codes_of, inverse_of, larger, largest_magnitude, stored
-from octavo_kernels.triton._launch import check_dtypes, next_power_of_2
+from octavo_kernels.triton._launch import check_dtypes, next_power_of_2, rows_of_a_program
 
 _TILE = 2048  # elements of q that a program takes
 
@@ -88,12 +88,13 @@ def _launch(
     block_d = next_power_of_2(head_dim)
     heads = min(next_power_of_2(num_heads), max(1, _TILE // block_d))
     q_programs, kv_programs = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
-    _rope_write[(num_tokens * (q_programs + kv_programs),)](
+    tokens = rows_of_a_program(num_tokens, heads * block_d)
+    _rope_write[(triton.cdiv(num_tokens, tokens) * (q_programs + kv_programs),)](
         q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, q_norm_weight, k_norm_weight,
-        eps, num_heads, num_kv_heads, q_programs, q_programs + kv_programs,
+        eps, num_tokens, num_heads, num_kv_heads, q_programs, q_programs + kv_programs,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos_sin.stride(0),
         *k_cache.stride()[:3], *v_cache.stride()[:3], *_scale_strides(k_scale), *_scale_strides(v_scale),
-        HEAD_DIM=head_dim, HALF=half, BLOCK_SIZE=k_cache.shape[2], HEADS=heads, BLOCK_D=block_d,
+        HEAD_DIM=head_dim, HALF=half, BLOCK_SIZE=k_cache.shape[2], TOKENS=tokens, HEADS=heads, BLOCK_D=block_d,
         BLOCK_HALF=next_power_of_2(half), BLOCK_REST=next_power_of_2(head_dim - 2 * half), INTERLEAVED=interleaved,
         LARGEST=0.0 if k_scale is None else LARGEST_CODE[k_cache.dtype],
         MEASURED=k_scale is not None and k_scale.dim() == 3, num_warps=max(1, heads * block_d // 512),
@@ -150,10 +151,13 @@ def _store_parts(
 
 @triton.jit
 def _turn(
-    rows, live, cos_sin_row, weight_ptr, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    rows, live, cos_sin_rows, weight_ptr, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate heads in place; return them in three parts, as they are stored."""
+    """Norm and rotate heads in place; return them in three parts, as they are stored.
+
+    cos_sin_rows points to the row of all heads, or to one for each: [num_rows, 1].
+    """
     first, second, rest = _load_parts(rows, live, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED)
     if weight_ptr is not None:
         one = tl.arange(0, 1)
@@ -166,8 +170,8 @@ def _turn(
         second = second * inverse * by_second
         rest = rest * inverse * by_rest
     pairs = tl.arange(0, BLOCK_HALF)[None, :]
-    cos = tl.load(cos_sin_row + pairs, mask=pairs < HALF, other=0.0)
-    sin = tl.load(cos_sin_row + HALF + pairs, mask=pairs < HALF, other=0.0)
+    cos = tl.load(cos_sin_rows + pairs, mask=pairs < HALF, other=0.0)
+    sin = tl.load(cos_sin_rows + HALF + pairs, mask=pairs < HALF, other=0.0)
     dtype: tl.constexpr = rows.dtype.element_ty
     # Rounded to the tensor's dtype once; the cache gets the rounded values.
     new_first = stored(first * cos - second * sin, dtype)
@@ -202,54 +206,62 @@ def _inverse_scale(scales, largest, live, LARGEST: tl.constexpr, MEASURED: tl.co
 @triton.jit
 def _rope_write(
     q_ptr, k_ptr, v_ptr, positions, cos_sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, q_weight, k_weight, eps,
-    num_heads, num_kv_heads, q_programs, num_programs,
+    num_tokens, num_heads, num_kv_heads, q_programs, num_programs,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, cos_sin_stride,
     kc_stride_b, kc_stride_h, kc_stride_o, vc_stride_b, vc_stride_h, vc_stride_o,
     ks_stride_b, ks_stride_h, ks_stride_o, vs_stride_b, vs_stride_h, vs_stride_o,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr, LARGEST: tl.constexpr,
-    MEASURED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+    LARGEST: tl.constexpr, MEASURED: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) // num_programs).to(tl.int64)
     program = tl.program_id(0) % num_programs
-    cos_sin_row = cos_sin + tl.load(positions + token) * cos_sin_stride
+    row_heads = tl.arange(0, TOKENS * HEADS) % HEADS
+    if TOKENS > 1:
+        token = token * TOKENS + tl.arange(0, TOKENS * HEADS) // HEADS
+    inside = token + tl.zeros_like(row_heads) < num_tokens
+    token = tl.minimum(token, num_tokens - 1)
+    cos_sin_rows = cos_sin + tl.load(positions + token) * cos_sin_stride
+    if TOKENS > 1:
+        cos_sin_rows = cos_sin_rows[:, None]
     if program < q_programs:
-        q_heads = program * HEADS + tl.arange(0, HEADS)
+        q_heads = program * HEADS + row_heads
         _turn(
-            q_ptr + token * q_stride_t + q_heads * q_stride_h, q_heads < num_heads, cos_sin_row, q_weight, eps,
-            HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+            q_ptr + token * q_stride_t + q_heads * q_stride_h, inside & (q_heads < num_heads), cos_sin_rows, q_weight,
+            eps, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
     else:
-        heads = (program - q_programs) * HEADS + tl.arange(0, HEADS)
-        live = heads < num_kv_heads
+        heads = (program - q_programs) * HEADS + row_heads
+        live = inside & (heads < num_kv_heads)
         first, second, rest = _turn(
-            k_ptr + token * k_stride_t + heads * k_stride_h, live, cos_sin_row, k_weight, eps,
+            k_ptr + token * k_stride_t + heads * k_stride_h, live, cos_sin_rows, k_weight, eps,
             HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
         slot = tl.load(slot_mapping + token)
-        if slot >= 0:
-            block_id = slot // BLOCK_SIZE
-            offset = slot % BLOCK_SIZE
-            dims = tl.arange(0, BLOCK_D)[None, :]
-            mask = live[:, None] & (dims < HEAD_DIM)
-            v = tl.load(v_ptr + token * v_stride_t + heads[:, None] * v_stride_h + dims, mask=mask, other=0.0)
-            k_inverse = None
-            v_inverse = None
-            if k_scale is not None:
-                largest = largest_magnitude(v.to(tl.float32))
-                v_scales = v_scale + block_id * vs_stride_b + heads * vs_stride_h + offset * vs_stride_o
-                v_inverse = _inverse_scale(v_scales, largest, live, LARGEST, MEASURED)
-                largest = larger(
-                    larger(largest_magnitude(first.to(tl.float32)), largest_magnitude(second.to(tl.float32))),
-                    largest_magnitude(rest.to(tl.float32)),
-                )  # fmt: skip
-                k_scales = k_scale + block_id * ks_stride_b + heads * ks_stride_h + offset * ks_stride_o
-                k_inverse = _inverse_scale(k_scales, largest, live, LARGEST, MEASURED)
-            dtype: tl.constexpr = k_cache.dtype.element_ty
-            _store_parts(
-                k_cache + block_id * kc_stride_b + heads * kc_stride_h + offset * kc_stride_o, live,
-                _cached(first, k_inverse, dtype, LARGEST), _cached(second, k_inverse, dtype, LARGEST),
-                _cached(rest, k_inverse, dtype, LARGEST), HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+        live = live & (slot + tl.zeros_like(row_heads) >= 0)
+        block_id = tl.maximum(slot, 0) // BLOCK_SIZE
+        offset = tl.maximum(slot, 0) % BLOCK_SIZE
+        dims = tl.arange(0, BLOCK_D)[None, :]
+        mask = live[:, None] & (dims < HEAD_DIM)
+        v_rows = v_ptr + token * v_stride_t + heads * v_stride_h
+        v = tl.load(v_rows[:, None] + dims, mask=mask, other=0.0)
+        k_inverse = None
+        v_inverse = None
+        if k_scale is not None:
+            largest = largest_magnitude(v.to(tl.float32))
+            v_scales = v_scale + block_id * vs_stride_b + heads * vs_stride_h + offset * vs_stride_o
+            v_inverse = _inverse_scale(v_scales, largest, live, LARGEST, MEASURED)
+            largest = larger(
+                larger(largest_magnitude(first.to(tl.float32)), largest_magnitude(second.to(tl.float32))),
+                largest_magnitude(rest.to(tl.float32)),
             )  # fmt: skip
-            v_rows = v_cache + block_id * vc_stride_b + heads * vc_stride_h + offset * vc_stride_o
-            tl.store(v_rows[:, None] + dims, _cached(v, v_inverse, dtype, LARGEST), mask=mask)
+            k_scales = k_scale + block_id * ks_stride_b + heads * ks_stride_h + offset * ks_stride_o
+            k_inverse = _inverse_scale(k_scales, largest, live, LARGEST, MEASURED)
+        dtype: tl.constexpr = k_cache.dtype.element_ty
+        _store_parts(
+            k_cache + block_id * kc_stride_b + heads * kc_stride_h + offset * kc_stride_o, live,
+            _cached(first, k_inverse, dtype, LARGEST), _cached(second, k_inverse, dtype, LARGEST),
+            _cached(rest, k_inverse, dtype, LARGEST), HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+        )  # fmt: skip
+        cached_rows = v_cache + block_id * vc_stride_b + heads * vc_stride_h + offset * vc_stride_o
+        tl.store(cached_rows[:, None] + dims, _cached(v, v_inverse, dtype, LARGEST), mask=mask)
