@@ -6,8 +6,8 @@ import torch
 import octavo_kernels as ok
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 15, 16, 17, 300])
-@pytest.mark.parametrize("num_groups", [1, 5, 40])
+@pytest.mark.parametrize("num_rows", [0, 1, 17, 300])
+@pytest.mark.parametrize("num_groups", [1, 40])
 def test_rows_are_sorted_stably_into_tiles_of_one_group(device, oracle, num_rows, num_groups):
     generator = torch.Generator().manual_seed(num_rows)
     ids = torch.randint(-1, num_groups + 1, (num_rows,), generator=generator, dtype=torch.int32).to(device)

@@ -83,8 +83,8 @@ def random_rows(num_tokens, in_features, dtype, device):
 
 
 CASES = {
-    "4 bits, groups of 128, zeros": (torch.bfloat16, 4, 384, 128, {"zeros": True}, (0, 1, 17, 65)),
-    "4 bits, groups of 32, minimums": (torch.float16, 4, 160, 32, {"minimums": True}, (17, 40)),
+    "4 bits, groups of 128, zeros": (torch.bfloat16, 4, 384, 128, {"zeros": True}, (0, 17, 65)),
+    "4 bits, groups of 32, minimums": (torch.float16, 4, 160, 32, {"minimums": True}, (40,)),
     "4 bits, one group, fp32": (torch.float32, 4, 300, 300, {}, (1, 17)),
     "4 bits, one group, few inputs": (torch.bfloat16, 4, 33, 33, {}, (1,)),
     "8 bits, groups of 64, zeros": (torch.bfloat16, 8, 192, 64, {"zeros": True}, (1, 40)),
