@@ -96,6 +96,7 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
         lambda m: _attention(m, [70, 1, 5], [100, 333, 5], window=50, soft_cap=20.0, sinks=m.normal(8).float()),
     )
     yield "shared_prefix_attention", _shared
+    yield "mla_decode", _latent
     yield "varlen_attention", _varlen
     yield "rope_kv_write", _rope
     yield "rope_kv_write_quant", _rope_codes
@@ -117,6 +118,9 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
     yield "sample_tokens, greedy", lambda m: _sampled(m, 0.0)
     yield "sample_tokens, top_k and top_p", lambda m: _sampled(m, 0.8, top_k=20, top_p=0.9)
     yield "apply_filters", _filtered
+    yield "apply_penalties", _penalised
+    yield "token_logprobs", lambda m: ok.token_logprobs(*_logits(m), 3)[0]
+    yield "rejection_sample", _judged
     for rows in (1, 17, 40, 130) if not smoke else (3,):
         yield f"weight_only_linear, 4 bits, {rows} rows", lambda m, rows=rows: _weight_only(m, rows, 4, 128)
     yield "weight_only_linear, 4 bits in groups of 32", lambda m: _weight_only(m, m.size(40, 3), 4, 32)
@@ -154,6 +158,19 @@ def _shared(make: Maker) -> Tensor:
     starts, shared = (torch.tensor(n, dtype=torch.int32, device=make.device) for n in ([0, len(lengths)], [16]))
     groups = ok.SharedPrefixes(starts, shared, len(lengths))
     return ok.shared_prefix_attention(shared=groups, **inputs.arguments())
+
+
+def _latent(make: Maker) -> Tensor:
+    """One latent vector for all heads: the sizes of DeepSeek's decode."""
+    latent, rope, heads = make.size(512, 32), make.size(64, 16), make.size(32, 4)
+    lengths = [1, 17, 300] if not make.smoke else [3, 18]
+    num_blocks = -(-max(lengths) // 16)
+    table = torch.arange(len(lengths) * num_blocks, dtype=torch.int32, device=make.device).view(len(lengths), -1)
+    cache = make.normal(len(lengths) * num_blocks, 16, latent + rope)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=make.device)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=make.device)
+    q_nope, q_pe = make.normal(len(lengths), heads, latent), make.normal(len(lengths), heads, rope, seed=1)
+    return ok.mla_decode(q_nope, q_pe, cache, starts, seq_lens, table, scale=(latent + rope) ** -0.5)
 
 
 def _varlen(make: Maker) -> Tensor:
@@ -217,6 +234,37 @@ def _bitmask(make: Maker) -> Tensor:
     logits = make.normal(3, 1000, dtype=torch.float32).float()
     ok.apply_token_bitmask(logits, make.integers(-(1 << 31), 1 << 31, 3, 32, dtype=torch.int32))
     return logits
+
+
+def _logits(make: Maker) -> tuple[Tensor, Tensor]:
+    """Make logits, and a token per row."""
+    rows, vocab_size = make.size(64, 3), make.size(128_256, 100)
+    logits = make.normal(rows, vocab_size, dtype=torch.float32).float()
+    return logits, make.integers(0, vocab_size, rows)
+
+
+def _penalised(make: Maker) -> Tensor:
+    logits, _ = _logits(make)
+    counts = make.integers(0, 3, *logits.shape, dtype=torch.int32)
+    prompt = make.integers(-(1 << 31), 1 << 31, len(logits), -(-logits.shape[1] // 32), dtype=torch.int32)
+    factors = (torch.full((len(logits),), value, device=make.device) for value in (1.3, 0.2, 0.1))
+    return ok.apply_penalties(
+        logits, counts, prompt, **dict(zip(("repetition", "frequency", "presence"), factors, strict=True))
+    )
+
+
+def _judged(make: Maker) -> Tensor:
+    """Sequences of two drafts each, greedy, so that the last bits decide nothing."""
+    logits, drafts = _logits(make)
+    num_seqs = len(logits) // 3
+    logits, drafts = logits[: 3 * num_seqs], drafts[: 3 * num_seqs]
+    drafts[::3] = logits[::3].argmax(-1)
+    index = torch.arange(num_seqs, device=make.device)
+    starts = torch.arange(0, 3 * num_seqs + 1, 3, dtype=torch.int32, device=make.device)
+    return ok.rejection_sample(
+        logits, drafts, starts, torch.zeros(num_seqs, device=make.device), max_num_drafts=2, seeds=index,
+        sequence_index=index, positions=index,
+    )[0]  # fmt: skip
 
 
 def _filtered(make: Maker) -> Tensor:

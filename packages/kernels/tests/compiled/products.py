@@ -81,6 +81,7 @@ KERNELS: dict[str, Any] = {
     "W4A16, 16 rows": _weight_only((16, 64, 4, 4), wgmma=False, targets=["sm_90", "gfx942"]),
     "W4A16, many rows": _weight_only((128, 64, 8, 3), dtype="fp16", wgmma=True),
     "W4A16 in groups of 32, many rows": _weight_only((64, 64, 8, 3), wgmma=True, **_GGUF),
+    "W8A16, many rows": _weight_only((128, 64, 8, 3), bits=8, wgmma=True),
     "sums of spans": {
         "kernel": "octavo_kernels.triton._tiles:_sum_spans",
         "types": {"partial": "*fp32", "out": "*bf16"},
