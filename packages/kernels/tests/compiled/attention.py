@@ -80,6 +80,19 @@ KERNELS = {
         "num_stages": 2,
         **_HOPPER,
     },
+    "index of shared prefixes": {
+        "kernel": "octavo_kernels.triton.shared_attention:_index",
+        "types": dict.fromkeys(
+            (
+                *("query_start_loc", "seq_lens", "block_table", "group_start_loc", "lengths"),
+                *("group_queries", "suffix_lens", "prefix_table", "suffix_table"),
+            ),
+            "*i32",
+        ),
+        "constants": {"BLOCK_SIZE": 16, "BLOCK": 256},
+        "num_warps": 4,
+        **_HOPPER,
+    },
     "merge_states": {
         "kernel": "octavo_kernels.triton.merge:_merge",
         "types": {
