@@ -118,13 +118,14 @@ def test_the_noise_is_that_of_gumbel_noise(device):
     assert torch.equal(best, logits.amax(dim=-1))
 
 
-def test_equal_sums_of_score_and_noise_take_the_lowest_token_id(device):
+@pytest.mark.parametrize("other", [290, 4290])  # near the first, and behind what a kernel takes at once
+def test_equal_sums_of_score_and_noise_take_the_lowest_token_id(device, other):
     arguments = full(400, device=device)
-    noise = ok.gumbel_noise(arguments["seeds"], arguments["sequence_index"], arguments["positions"], 300)
-    logits = torch.full((400, 300), -INFINITY, device=device)
-    first, second = noise[:, 20], noise[:, 290]
-    logits[:, 20], logits[:, 290] = (second - first).clamp(max=0), (first - second).clamp(max=0)
-    equal = logits[:, 20] + first == logits[:, 290] + second
+    noise = ok.gumbel_noise(arguments["seeds"], arguments["sequence_index"], arguments["positions"], other + 10)
+    logits = torch.full((400, other + 10), -INFINITY, device=device)
+    first, second = noise[:, 20], noise[:, other]
+    logits[:, 20], logits[:, other] = (second - first).clamp(max=0), (first - second).clamp(max=0)
+    equal = logits[:, 20] + first == logits[:, other] + second
     assert equal.sum() > 100
     token_ids, _ = ok.sample_tokens(logits, **arguments)
     assert set(token_ids[equal].tolist()) == {20}
