@@ -87,10 +87,13 @@ def _sample(*, filtered):
     }
 
 
+# Each kernel is compiled for both targets in one of its variants.
+_HOPPER = {"targets": ["sm_90"]}
+
 KERNELS = {
-    "rms_norm": _norm(4096, num_warps=8, residual=None),
+    "rms_norm": _norm(4096, num_warps=8, residual=None) | _HOPPER,
     "add_rms_norm": _norm(8192, num_warps=16),
-    "rms_norm of the longest rows": _norm(32768, num_warps=16),
+    "rms_norm of the longest rows": _norm(32768, num_warps=16) | _HOPPER,
     "add_rms_norm_quant to fp8 per row": _norm(4096, num_warps=8, out="*fp8e4nv", largest=448.0),
     "add_rms_norm_quant to int8 per group": _norm(4096, num_warps=8, out="*i8", groups=32, largest=127.0),
     "silu_and_mul": _activation("_activate", "silu", block=1024, num_warps=4, GROUPS=1, FIXED=False),
@@ -101,10 +104,10 @@ KERNELS = {
         "_activate_row", "gelu_tanh", block=4096, num_warps=8, out="*i8", largest=127.0, gated=False
     ),
     "rope_kv_write": _rope(),
-    "rope_kv_write of neighbours with a norm": _rope(normed=True, interleaved=True),
+    "rope_kv_write of neighbours with a norm": _rope(normed=True, interleaved=True) | _HOPPER,
     "rope_kv_write_quant to fp8": _rope(cache="*fp8e4nv", normed=True, largest=448.0),
-    "rope_kv_write_quant to int8": _rope(cache="*i8", interleaved=True, largest=127.0),
-    "philox": _noise(gumbel=False),
+    "rope_kv_write_quant to int8": _rope(cache="*i8", interleaved=True, largest=127.0) | _HOPPER,
+    "philox": _noise(gumbel=False) | _HOPPER,
     "gumbel_noise": _noise(gumbel=True),
     "gumbel_noise_at": {
         "kernel": "octavo_kernels.triton.noise:_noise_at",
@@ -112,7 +115,7 @@ KERNELS = {
         "constants": {"BLOCK": 256},
         "num_warps": 4,
     },
-    "sample_tokens": _sample(filtered=False),
+    "sample_tokens": _sample(filtered=False) | _HOPPER,
     "sample_tokens with filters": _sample(filtered=True),
     "apply_filters": {
         "kernel": "octavo_kernels.triton.filters:_filter",
