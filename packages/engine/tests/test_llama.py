@@ -1,6 +1,7 @@
 """Llama on the paged runner against Transformers, on tiny random checkpoints in float32."""
 
 import itertools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "attention_and_mlp_bias": {"attention_bias": True, "mlp_bias": True},
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class RecordingLlama:
@@ -178,7 +180,7 @@ def test_block_ids_do_not_matter(recorder: RecordingLlama) -> None:
 def test_token_ids_do_not_depend_on_chunking(recorder: RecordingLlama) -> None:
     (prompt,) = prompts(23)
     answers = []
-    for chunk in (1, 5, 23):
+    for chunk in (4, 23) if INTERPRETED else (1, 5, 23):  # an interpreted step takes a third of a second
         driver = Driver(recorder.runner())
         driver.add(0, prompt)
         sizes = [min(chunk, 23 - start) for start in range(0, 23, chunk)]
