@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo_engine.api import EngineInfo, EngineStats
@@ -17,6 +17,7 @@ from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
 from octavo_engine.errors import EngineAsleep, EngineDead, EngineError, InvalidRequest, RequestFailed
+from octavo_engine.mailbox import Letter, Mailbox, post
 from octavo_engine.pins import Pin
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.standby import MemoryReport, SleepMode
@@ -34,32 +35,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Mailbox:
-    """Where a request's updates are put for its reader; filled on the reader's event loop only."""
-
-    loop: asyncio.AbstractEventLoop
-    updates: list[SequenceUpdate | EngineError] = field(default_factory=list)
-    _arrival: asyncio.Future[None] | None = None
-
-    def put(self, update: SequenceUpdate | EngineError) -> None:
-        self.updates.append(update)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
-    async def take(self) -> list[SequenceUpdate]:
-        if not self.updates:
-            self._arrival = self.loop.create_future()
-            await self._arrival
-        taken, self.updates = self.updates, []
-        updates = []
-        for update in taken:
-            if isinstance(update, EngineError):
-                raise update
-            updates.append(update)
-        return updates
 
 
 class AsyncEngine:
@@ -80,7 +55,7 @@ class AsyncEngine:
         self._engine = engine
         self._text = text
         self._info = info
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
         self._answers: set[Future[Any]] = set()  # asked for and not given
         self._waiting_for_idle: list[Future[None]] = []
@@ -253,12 +228,12 @@ class AsyncEngine:
             self._watchdog.close()
 
     @contextlib.asynccontextmanager
-    async def _submitted(self, request: Request) -> AsyncIterator[_Mailbox]:
+    async def _submitted(self, request: Request) -> AsyncIterator[Mailbox]:
         self.check_health()
         request_id = request.request_id
         if request_id in self._mailboxes:
             raise RequestFailed(f"request id {request_id!r} is in use; ids must be unique among running requests")
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = Mailbox(asyncio.get_running_loop())
         self._mailboxes[request_id] = mailbox
         try:
             self.check_health()  # again: a loop that ended before the mailbox stood there cannot have told it
@@ -268,12 +243,12 @@ class AsyncEngine:
             del self._mailboxes[request_id]
             self._abort(request_id, None)  # unknown to the engine if it has ended
 
-    def _add(self, request: Request, mailbox: _Mailbox) -> None:
+    def _add(self, request: Request, mailbox: Mailbox) -> None:
         """Queue a request, in the engine's thread; whoever reads its mailbox is told if it is refused."""
         try:
             self._engine.add(request)
         except EngineAsleep as error:
-            _post(mailbox.loop, [(mailbox, error)])
+            post(mailbox.loop, [(mailbox, error)])
 
     def _abort(self, request_id: str, index: int | None) -> None:
         self._command(lambda: self._engine.abort(request_id, index))
@@ -334,7 +309,7 @@ class AsyncEngine:
             self._dead = EngineDead(f"the engine stopped: {type(error).__name__}: {error}")
         self._dead = self._dead or EngineDead("the engine was closed")
         for mailbox in list(self._mailboxes.values()):
-            _post(mailbox.loop, [(mailbox, self._dead)])
+            post(mailbox.loop, [(mailbox, self._dead)])
         for answer in list(self._answers):
             if not answer.done():
                 answer.set_exception(self._dead)
@@ -369,18 +344,18 @@ class AsyncEngine:
         for request_id in self._engine.scheduler.request_ids:
             self._engine.abort(request_id)
             if (mailbox := self._mailboxes.get(request_id)) is not None:
-                _post(mailbox.loop, [(mailbox, error)])
+                post(mailbox.loop, [(mailbox, error)])
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         """Hand a step's updates over, in one call into each event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Letter]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
         for update in updates:
             mailbox = self._mailboxes.get(update.request_id)
             if mailbox is None or update.finish_reason is FinishReason.ABORT:
                 continue  # whoever aborted does not wait for an answer
             by_loop.setdefault(mailbox.loop, []).append((mailbox, update))
         for loop, letters in by_loop.items():
-            _post(loop, letters)
+            post(loop, letters)
 
 
 def _answer(answer: Future[T], question: Callable[[], T]) -> list[SequenceUpdate]:
@@ -391,16 +366,3 @@ def _answer(answer: Future[T], question: Callable[[], T]) -> list[SequenceUpdate
         except EngineError as error:
             answer.set_exception(error)
     return []
-
-
-_Letter = tuple[_Mailbox, SequenceUpdate | EngineError]
-
-
-def _post(loop: asyncio.AbstractEventLoop, letters: list[_Letter]) -> None:
-    with contextlib.suppress(RuntimeError):  # the readers' event loop has closed: nobody is left to tell
-        loop.call_soon_threadsafe(_put, letters)
-
-
-def _put(letters: list[_Letter]) -> None:
-    for mailbox, update in letters:
-        mailbox.put(update)
