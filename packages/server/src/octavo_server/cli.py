@@ -9,7 +9,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from pydantic import ValidationError
@@ -17,53 +17,16 @@ from rich.console import Console
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
-from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
+from octavo_server import options
 from octavo_server.config import DRAIN_SECONDS, ServerSettings
 from octavo_server.endpoint import Endpoint, tls_of
 from octavo_server.keys import read_keys
 from octavo_server.loading import engine_report, load_engine
-from octavo_server.logs import LOG_FORMATS, REQUESTS, set_up_logging
+from octavo_server.logs import REQUESTS, set_up_logging
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
 from octavo_server.store.store import Store, state_folder
 from octavo_server.terminal import Conversation, stream_chat, stream_completion
-
-_MODEL_HELP = "A GGUF file, a folder in Hugging Face layout, or a hub id. Default: the demo model."
-_DTYPE_HELP = "Of activations and of the exact KV cache: auto, float32, bfloat16 or float16."
-_MODE_HELP = "exact loses nothing; fast, on a CPU, rounds activations to 8 bits and keeps the KV cache in bfloat16."
-
-ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)]
-ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=False)]
-Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
-Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
-Device = Annotated[str, typer.Option(help="A torch device, or auto.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and output together, in tokens.")]
-Deterministic = Annotated[
-    bool | None,
-    typer.Option(
-        "--deterministic/--no-deterministic",
-        help="Answers do not depend on what else runs, bit for bit. Default: yes on a CPU; a GPU cannot.",
-        show_default=False,
-    ),
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
-KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")]
-KVCacheBytes = Annotated[int | None, typer.Option(help="Memory for the KV cache, in bytes.")]
-HostKVGib = Annotated[
-    float | None,
-    typer.Option(
-        help="Memory of the host for sequences that must wait, in GiB. Default: 0 on a CPU, up to 4 on a GPU."
-    ),
-]
-HostKVBytes = Annotated[int | None, typer.Option(help="Memory of the host for sequences that must wait, in bytes.")]
-_PREEMPTION_HELP = "Of sequences that lose their blocks: auto takes what costs less, else recompute or swap."
-Preemption = Annotated[str, typer.Option(help=_PREEMPTION_HELP)]
-MaxTokens = Annotated[int | None, typer.Option(help="The most tokens to generate. Default: what the context holds.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
-System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
 
 app = typer.Typer(
     name="octavo",
@@ -76,89 +39,53 @@ app = typer.Typer(
 
 @app.command()
 def serve(
-    model: ModelArgument = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name for requests to use; may be given several times.")
-    ] = None,
-    dtype: Dtype = "auto",
-    mode: Mode = "exact",
-    device: Device = "auto",
-    deterministic: Deterministic = None,
-    max_model_len: MaxModelLen = None,
-    block_size: Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")] = 16,
-    num_blocks: Annotated[int | None, typer.Option(help="Blocks in the KV cache.")] = None,
-    kv_cache_gib: KVCacheGib = None,
-    kv_cache_bytes: KVCacheBytes = None,
-    host_kv_gib: HostKVGib = None,
-    host_kv_bytes: HostKVBytes = None,
-    preemption_mode: Preemption = "auto",
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences that may run in one step.")] = 128,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Token budget of one step.")] = 1024,
-    no_prefix_cache: Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")] = False,
-    max_pinned_share: Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")] = 0.25,
-    max_num_timelines: Annotated[
-        int, typer.Option(help="Ended requests whose timelines are remembered; 0 notes nothing.")
-    ] = 512,
-    tool_parser: Annotated[
-        str, typer.Option(help=f"How the model writes tool calls: {', '.join(TOOL_PARSERS)}.")
-    ] = "auto",
-    reasoning_parser: Annotated[
-        str, typer.Option(help=f"How the model marks reasoning: {', '.join(REASONING_PARSERS)}.")
-    ] = "auto",
-    threads: Threads = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Key that requests must bring; may be given several times.", envvar="OCTAVO_API_KEY"),
-    ] = None,
-    api_keys_file: Annotated[
-        Path | None, typer.Option(help="TOML file of keys with names and limits: a table [keys.NAME] each.")
-    ] = None,
-    admin_api_key: Annotated[
-        str | None, typer.Option(help="Key that opens the admin routes.", envvar="OCTAVO_ADMIN_API_KEY")
-    ] = None,
-    allowed_origin: Annotated[
-        list[str] | None, typer.Option(help="Web origin that browsers may call from; may be given several times.")
-    ] = None,
-    max_num_requests: Annotated[int, typer.Option(help="Requests that may run or wait at once.")] = 1024,
-    max_body_bytes: Annotated[int, typer.Option(help="The largest request body, in bytes.")] = 8 << 20,
-    state_dir: Annotated[
-        str | None,
-        typer.Option(help="Folder of stored responses, files and batches. Default: one per port; :memory: keeps none."),
-    ] = None,
-    max_num_background: Annotated[
-        int, typer.Option(help="Lines of batches and background responses that run at once.")
-    ] = 16,
-    max_file_bytes: Annotated[int, typer.Option(help="The largest uploaded file, in bytes.")] = 512 << 20,
-    max_stored_bytes: Annotated[int, typer.Option(help="Stored files take no more than about this.")] = 16 << 30,
-    retention_days: Annotated[int, typer.Option(help="How long responses and ended batches are kept.")] = 30,
-    request_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that a request may take. Default: no limit.")
-    ] = None,
-    watchdog_timeout: Annotated[
-        float, typer.Option(help="Seconds that a step may take before /health is 503; 0 lets it take any time.", min=0)
-    ] = 120.0,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that requests have to end after SIGTERM.", min=0)
-    ] = DRAIN_SECONDS,
-    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate of the server, in PEM, for HTTPS.")] = None,
-    ssl_keyfile: Annotated[
-        Path | None, typer.Option(help="Private key of the certificate, if not in its file.")
-    ] = None,
-    ssl_ca_certs: Annotated[
-        Path | None, typer.Option(help="Roots; clients must then show a certificate of one of them.")
-    ] = None,
-    uds: Annotated[Path | None, typer.Option(help="Unix socket to listen on in place of a host and port.")] = None,
-    access_log: Annotated[
-        bool, typer.Option("--access-log/--no-access-log", help="A line in the log for each HTTP request.")
-    ] = True,
-    log_format: Annotated[str, typer.Option(help=f"How the log is written: {' or '.join(LOG_FORMATS)}.")] = "text",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
-    otlp_traces_endpoint: Annotated[
-        str | None, typer.Option(help="Collector for OpenTelemetry traces, such as http://localhost:4318/v1/traces.")
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    model: options.ModelArgument = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    served_model_name: options.ServedModelName = None,
+    dtype: options.Dtype = "auto",
+    mode: options.Mode = "exact",
+    device: options.Device = "auto",
+    deterministic: options.Deterministic = None,
+    max_model_len: options.MaxModelLen = None,
+    block_size: options.BlockSize = 16,
+    num_blocks: options.NumBlocks = None,
+    kv_cache_gib: options.KVCacheGib = None,
+    kv_cache_bytes: options.KVCacheBytes = None,
+    host_kv_gib: options.HostKVGib = None,
+    host_kv_bytes: options.HostKVBytes = None,
+    preemption_mode: options.Preemption = "auto",
+    max_num_seqs: options.MaxNumSeqs = 128,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 1024,
+    no_prefix_cache: options.NoPrefixCache = False,
+    max_pinned_share: options.MaxPinnedShare = 0.25,
+    max_num_timelines: options.MaxNumTimelines = 512,
+    tool_parser: options.ToolParser = "auto",
+    reasoning_parser: options.ReasoningParser = "auto",
+    threads: options.Threads = None,
+    api_key: options.ApiKey = None,
+    api_keys_file: options.ApiKeysFile = None,
+    admin_api_key: options.AdminApiKey = None,
+    allowed_origin: options.AllowedOrigin = None,
+    max_num_requests: options.MaxNumRequests = 1024,
+    max_body_bytes: options.MaxBodyBytes = 8 << 20,
+    state_dir: options.StateDir = None,
+    max_num_background: options.MaxNumBackground = 16,
+    max_file_bytes: options.MaxFileBytes = 512 << 20,
+    max_stored_bytes: options.MaxStoredBytes = 16 << 30,
+    retention_days: options.RetentionDays = 30,
+    request_timeout: options.RequestTimeout = None,
+    watchdog_timeout: options.WatchdogTimeout = 120.0,
+    drain_timeout: options.DrainTimeout = DRAIN_SECONDS,
+    ssl_certfile: options.SslCertfile = None,
+    ssl_keyfile: options.SslKeyfile = None,
+    ssl_ca_certs: options.SslCaCerts = None,
+    uds: options.Uds = None,
+    access_log: options.AccessLog = True,
+    log_format: options.LogFormat = "text",
+    log_prompts: options.LogPrompts = False,
+    otlp_traces_endpoint: options.OtlpTracesEndpoint = None,
+    log_level: options.LogLevel = "info",
 ) -> None:
     """Serve a model under OpenAI's HTTP interface."""
     console = Console(stderr=True)
@@ -253,30 +180,28 @@ def _serve(
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
-    model: ModelOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Go on from the prompt, without the model's chat template.")
-    ] = False,
-    system: System = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Say how fast the answer came, on standard error.")] = False,
-    dtype: Dtype = "auto",
-    mode: Mode = "exact",
-    device: Device = "auto",
-    deterministic: Deterministic = None,
-    max_model_len: MaxModelLen = None,
-    threads: Threads = None,
+    prompt: options.Prompt,
+    model: options.ModelOption = None,
+    raw: options.Raw = False,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    stats: options.Stats = False,
+    dtype: options.Dtype = "auto",
+    mode: options.Mode = "exact",
+    device: options.Device = "auto",
+    deterministic: options.Deterministic = None,
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
 ) -> None:
     """Answer one prompt in the terminal."""
     console = Console(stderr=True)
     with _clear_errors(console):
         set_up_logging("warning")
-        options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        sampling = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if raw and system is not None:
             raise InvalidConfig("--system goes with the chat template, --raw came too; leave one out")
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -293,11 +218,11 @@ def run(
         engine = load_engine(config, console)
         try:
             if raw:
-                answer = asyncio.run(stream_completion(engine, text, options, _write))
+                answer = asyncio.run(stream_completion(engine, text, sampling, _write))
             else:
                 messages = [{"role": "system", "content": system}] if system else []
                 messages.append({"role": "user", "content": text})
-                answer = asyncio.run(stream_chat(engine, messages, options, _write))
+                answer = asyncio.run(stream_chat(engine, messages, sampling, _write))
         finally:
             engine.close()
         _write("\n")
@@ -307,25 +232,25 @@ def run(
 
 @app.command()
 def chat(
-    model: ModelOption = None,
-    system: System = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
-    mode: Mode = "exact",
-    device: Device = "auto",
-    deterministic: Deterministic = None,
-    max_model_len: MaxModelLen = None,
-    threads: Threads = None,
+    model: options.ModelOption = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    mode: options.Mode = "exact",
+    device: options.Device = "auto",
+    deterministic: options.Deterministic = None,
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
 ) -> None:
     """Talk with a model in the terminal."""
     console = Console()
     with _clear_errors(Console(stderr=True)):
         set_up_logging("warning")
-        options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        sampling = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = EngineConfig(
             model=model,
             dtype=dtype,
@@ -339,7 +264,7 @@ def chat(
         engine = load_engine(config, console)
         try:
             console.print(engine_report(engine.info, engine.text.default_sampling))
-            Conversation(engine, console, options, system).run()
+            Conversation(engine, console, sampling, system).run()
         finally:
             engine.close()
 
@@ -377,9 +302,9 @@ def _bytes(option: str, gib: float | None, num_bytes: int | None) -> int | None:
     return num_bytes if gib is None else int(gib * 2**30)
 
 
-def _sampling(**options: Any) -> dict[str, Any]:
-    """Return the options that were given, checked before a model is loaded for them."""
-    given = {name: value for name, value in options.items() if value is not None}
+def _sampling(**wanted: Any) -> dict[str, Any]:
+    """Return the parameters that were given, checked before a model is loaded for them."""
+    given = {name: value for name, value in wanted.items() if value is not None}
     GenerationBody.model_validate(given)
     return given
 
