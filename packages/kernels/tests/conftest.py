@@ -1,6 +1,7 @@
 """Fixtures: the backend under test (OCTAVO_BACKEND), its device, and the oracle."""
 
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,6 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # Native code is for fp32; tests with other dtypes are served by torch, and test_native shows the warning.
         known = "ignore:.*torch serves it, not the native library:octavo_kernels.BackendFallbackWarning"
         config.addinivalue_line("filterwarnings", known)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Draw a test's inputs from its name and OCTAVO_TEST_SEED, so that a failure comes again when the test runs alone."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("OCTAVO_TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session")

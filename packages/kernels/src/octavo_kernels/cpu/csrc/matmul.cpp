@@ -9,7 +9,7 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
-constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a barrier
+constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a loop
 constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kNumSlices = 64;      // parts that an arg-max is cut into, whatever the number of threads
 

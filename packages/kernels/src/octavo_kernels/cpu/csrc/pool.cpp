@@ -30,7 +30,7 @@ namespace octavo {
 namespace {
 
 constexpr int kMaxThreads = 255;
-constexpr int kSpins = 2000;  // some 30 us: a barrier opens soon, unless a thread has lost its core to others
+constexpr int kSpins = 2000;  // some 30 us: a loop's last tasks end soon, unless a thread has lost its core to others
 
 // For so long a worker waits for the next job before it sleeps, since waking it takes 40 us and more. The next step of a
 // model mostly comes within that time, and whoever else wants the core meanwhile gets it.
@@ -93,14 +93,16 @@ void change(std::atomic<uint32_t>& word, std::atomic<int>& num_sleepers) {
 }
 
 struct Scratch {
-  void* memory = nullptr;
+  std::atomic<void*> memory{nullptr};  // a thread that comes late may read it while another makes it grow
   size_t num_bytes = 0;
 
   void grow(size_t wanted) {
     if (num_bytes >= wanted) return;
-    std::free(memory);
+    std::free(memory.load(std::memory_order_relaxed));
     num_bytes = (wanted + 4095) / 4096 * 4096;
-    if (posix_memalign(&memory, 4096, num_bytes) != 0) std::abort();
+    void* grown = nullptr;
+    if (posix_memalign(&grown, 4096, num_bytes) != 0) std::abort();
+    memory.store(grown, std::memory_order_relaxed);
   }
 };
 
@@ -117,15 +119,18 @@ class Pool {
     num_threads_ = num_threads < num_started_ + 1 ? num_threads : num_started_ + 1;
     job_ = job;
     argument_ = argument;
-    next_task_.store(0, std::memory_order_relaxed);
+    next_task_.store(uint64_t{1} << 32);
+    num_done_.store(0);
+    closed_.store(1);
     if (num_threads_ > 1) {
+      open_.store(kOpen);
       // The word says who takes part, so that a worker that is not needed reads nothing else of the job.
       epoch_.store((++num_jobs_ << 8) | static_cast<uint32_t>(num_threads_));
       if (num_idle_.load() > 0) wake_all(epoch_);
     }
     Team team(*this, 0);
     job(team, argument);
-    if (num_threads_ > 1) team.barrier();  // nobody reads the job any more
+    if (num_threads_ > 1) wait_until_left();
   }
 
   static void* work(void* start) {
@@ -136,10 +141,10 @@ class Pool {
     for (;;) {
       wait_for_change(pool.epoch_, seen, kIdleTime, pool.num_idle_);
       seen = pool.epoch_.load(std::memory_order_acquire);
-      if (own.index >= static_cast<int>(seen & 0xFF)) continue;
+      if (own.index >= static_cast<int>(seen & 0xFF) || !pool.enter()) continue;
       Team team(pool, own.index);
       pool.job_(team, pool.argument_);
-      team.barrier();
+      pool.leave();
     }
     return nullptr;
   }
@@ -147,11 +152,35 @@ class Pool {
  private:
   friend class Team;
 
+  static constexpr uint32_t kOpen = 1u << 31;
+
   struct Start {
     Pool* pool;
     int index;
     uint32_t epoch;
   };
+
+  // A worker takes part in a job only if it comes before the caller is through; the caller waits for those who did. One
+  // that comes late may enter a later job than the one that woke it, also a job for fewer threads: it helps there.
+  bool enter() {
+    uint32_t inside = open_.load(std::memory_order_acquire);
+    while ((inside & kOpen) != 0) {
+      if (open_.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+
+  void leave() {
+    if (open_.fetch_sub(1) == 1 && num_sleeping_.load() > 0) wake_all(open_);
+  }
+
+  void wait_until_left() {
+    uint32_t inside = open_.fetch_and(~kOpen) & ~kOpen;
+    while (inside != 0) {
+      wait_for_change(open_, inside, {}, num_sleeping_);
+      inside = open_.load(std::memory_order_acquire);
+    }
+  }
 
   bool start_worker() {
     auto* start = static_cast<Start*>(std::malloc(sizeof(Start)));
@@ -175,7 +204,7 @@ class Pool {
     num_started_ = 0;
     num_idle_.store(0);
     num_sleeping_.store(0);
-    num_arrived_.store(0);
+    open_.store(0);
   }
 
   std::mutex running_;
@@ -189,39 +218,53 @@ class Pool {
   uint32_t num_jobs_ = 0;
   alignas(64) std::atomic<uint32_t> epoch_{0};  // number of the job, and in the low 8 bits its threads
   std::atomic<int> num_idle_{0};                // workers asleep between jobs
-  alignas(64) std::atomic<int64_t> next_task_{0};
-  alignas(64) std::atomic<int> num_arrived_{0};
-  alignas(64) std::atomic<uint32_t> barrier_{0};  // counts barriers
-  std::atomic<int> num_sleeping_{0};              // threads asleep at the barrier
+  alignas(64) std::atomic<uint32_t> open_{0};        // kOpen while workers may take part, plus how many do
+  alignas(64) std::atomic<uint64_t> next_task_{0};   // number of the loop, and in the low 32 bits its next task
+  alignas(64) std::atomic<uint64_t> num_done_{0};    // tasks that were ended in this job
+  alignas(64) std::atomic<uint32_t> closed_{0};      // number of the loop whose tasks are not all done
+  std::atomic<int> num_sleeping_{0};                 // threads asleep until a loop or a job ends
 };
 
 int Team::num_threads() const { return pool_.num_threads_; }
 
-int64_t Team::claim() { return pool_.num_threads_ + pool_.next_task_.fetch_add(1, std::memory_order_relaxed); }
+void Team::begin_loop(int64_t num_tasks) {
+  next_ = uint64_t{++loop_} << 32;
+  num_tasks_ = static_cast<uint32_t>(num_tasks);
+  num_due_ += num_tasks_;
+}
 
-void Team::barrier() {
-  if (pool_.num_threads_ == 1) return;
-  const uint32_t round = pool_.barrier_.load(std::memory_order_relaxed);
-  if (pool_.num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool_.num_threads_) {
-    pool_.num_arrived_.store(0, std::memory_order_relaxed);
-    pool_.next_task_.store(0, std::memory_order_relaxed);
-    change(pool_.barrier_, pool_.num_sleeping_);
-  } else {
-    wait_for_change(pool_.barrier_, round, {}, pool_.num_sleeping_);
+int64_t Team::claim() {
+  // The first attempt is on a guess, that nobody has claimed since: to ask before would be another cache miss.
+  while (next_ >> 32 == loop_ && static_cast<uint32_t>(next_) < num_tasks_) {
+    if (pool_.next_task_.compare_exchange_strong(next_, next_ + 1, std::memory_order_acq_rel)) {
+      return static_cast<uint32_t>(next_++);
+    }
+  }
+  return -1;
+}
+
+void Team::end_loop(uint64_t num_done) {
+  if (num_done > 0 && pool_.num_done_.fetch_add(num_done, std::memory_order_acq_rel) + num_done == num_due_) {
+    pool_.next_task_.store((uint64_t{loop_} + 1) << 32, std::memory_order_release);
+    change(pool_.closed_, pool_.num_sleeping_);
+    return;
+  }
+  uint32_t open = pool_.closed_.load(std::memory_order_acquire);
+  while (open == loop_) {
+    wait_for_change(pool_.closed_, open, {}, pool_.num_sleeping_);
+    open = pool_.closed_.load(std::memory_order_acquire);
   }
 }
 
 void* Team::scratch(size_t num_bytes) {
   Scratch& own = pool_.scratch_[index_];
   own.grow(num_bytes);
-  return own.memory;
+  return own.memory.load(std::memory_order_relaxed);
 }
 
 void* Team::shared(size_t num_bytes) {
-  barrier();  // nobody uses what an earlier call returned
-  if (index_ == 0) pool_.shared_.grow(num_bytes);
-  barrier();
-  return pool_.shared_.memory;
+  parallel_for(1, [&](int64_t) { pool_.shared_.grow(num_bytes); });  // no earlier task uses the memory any more
+  return pool_.shared_.memory.load(std::memory_order_relaxed);
 }
 
 void run_on_pool(int num_threads, void (*job)(Team&, const void*), const void* argument) {

@@ -11,42 +11,51 @@ namespace octavo {
 class Pool;
 
 // One thread's view of a running job. All threads of a job run the same code; work is shared in parallel_for.
+//
+// No thread waits for another as such, only for tasks that were begun: one that has lost its core holds nobody up but for
+// the task that it lost it in. When it comes back it passes by the loops that others have ended meanwhile, at a time when
+// later ones overwrite what those read. So the code between loops may compute what tasks of the next loop need, in the
+// thread's own memory, and nothing else: if it came late, what it computes is wrong and no task is left that uses it.
 class Team {
  public:
   Team(Pool& pool, int index) : pool_(pool), index_(index) {}
 
-  int index() const { return index_; }
   int num_threads() const;
 
-  // Calls body(task) once for each task in 0 .. num_tasks - 1 on whichever thread is free, and returns on all threads
-  // when all tasks are done. Every thread must call it with the same number. Bodies of one loop run in any order.
+  // Calls body(task) once for each task in 0 .. num_tasks - 1 on whichever thread is free, and returns when all tasks are
+  // done. Every thread must call it with the same number. Bodies of one loop run in any order.
   template <class Body>
   void parallel_for(int64_t num_tasks, Body&& body) {
     if (num_threads() == 1) {
       for (int64_t task = 0; task < num_tasks; ++task) body(task);
       return;
     }
-    // A thread's first task is its own, which saves it from asking; the others go to whoever is free.
-    for (int64_t task = index_; task < num_tasks; task = claim()) body(task);
-    barrier();
+    if (num_tasks <= 0) return;
+    begin_loop(num_tasks);
+    uint64_t num_done = 0;
+    for (int64_t task = claim(); task >= 0; task = claim(), ++num_done) body(task);
+    end_loop(num_done);
   }
-
-  // Waits until all threads of the job are here. Between two barriers, one parallel_for at most.
-  void barrier();
 
   // Returns this thread's scratch memory of at least num_bytes, aligned to 64; what was in it may be lost.
   // Valid until the next call by the same thread.
   void* scratch(size_t num_bytes);
 
-  // Returns memory of at least num_bytes that all threads of the job see, aligned to 64; what was in it may be lost.
-  // Every thread must call it with the same number. It is a barrier, and valid until the next call.
+  // Returns memory of at least num_bytes that the tasks of all threads see, aligned to 64; what was in it may be lost.
+  // Every thread must call it with the same number. Valid until the next call.
   void* shared(size_t num_bytes);
 
  private:
-  int64_t claim();
+  void begin_loop(int64_t num_tasks);
+  int64_t claim();  // the next task of this loop, or -1 if none is left
+  void end_loop(uint64_t num_done);
 
   Pool& pool_;
   int index_;
+  uint32_t loop_ = 0;       // loops begun in this job; the same on all threads at the same place of the code
+  uint64_t next_ = 0;       // Pool::next_task_ when last seen
+  uint32_t num_tasks_ = 0;  // of the present loop
+  uint64_t num_due_ = 0;    // tasks of all loops so far
 };
 
 // Runs job(team, argument) on all threads of a pool; returns when all have finished. Calls do not overlap: a second
