@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
-    """Draw a test's inputs from its name and OCTAVO_TEST_SEED, so that a failure comes again when the test runs alone."""
+    """Draw inputs from the test's name and OCTAVO_TEST_SEED, so that a failure comes again when it runs alone."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("OCTAVO_TEST_SEED", "0")))
 
 

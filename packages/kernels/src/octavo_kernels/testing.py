@@ -71,8 +71,8 @@ def assert_codes(codes: Tensor, scales: Tensor, expected: Tensor) -> None:
     if num_groups > 1:
         steps = steps.repeat_interleave(128, dim=-1)[..., :size]
     values = codes.double() * steps
-    # Half a step of whole numbers; of e4m3 a sixteenth, or half of its least step; and what fp32 leaves open at a tie, or
-    # where a result near 0 is the difference of larger terms.
+    # Half a step of whole numbers; of e4m3 a sixteenth, or half of its least step; and what fp32 leaves open, at a tie
+    # or where a result near 0 is the difference of larger terms.
     spare = 1e-4 * expected.double().abs() + 1e-5 * steps + 1e-6
     coarse = steps / 2 if codes.dtype == torch.int8 else torch.maximum(expected.double().abs() / 16, steps * 2.0**-10)
     allowed = coarse + spare
