@@ -1,4 +1,5 @@
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -218,6 +219,17 @@ def test_silence_is_filled_with_comments():
 def test_json_refuses_what_is_no_json():
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json({"logprob": float("nan")})
+
+
+@pytest.mark.parametrize("text", ["", 'a "quoted"\\ \n\t\x00\x1f\x7f', "na\u00efve \u2028 \U0001f600 \ufffd"])
+def test_chunk_writer_writes_the_same_text_with_and_without_logprobs(text):
+    writer = ChunkWriter({"id": "x"}, None, dict)
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
+    for logprobs in (None, {}):
+        (read,) = json.loads(writer.chunk(choice | {"logprobs": logprobs}).removeprefix(b"data: "))["choices"]
+        assert read == choice | {"logprobs": logprobs}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        writer.chunk(choice | {"logprobs": {"token_logprobs": [float("nan")]}})
 
 
 def test_chunk_writer_writes_the_head_once_encoded():

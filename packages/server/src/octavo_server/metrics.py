@@ -21,6 +21,7 @@ from octavo_engine.timeline import WaitReason
 from octavo_engine.types import CompletionDelta, Request, RequestTimes
 from octavo_server.context import Answer
 from octavo_server.exchange import EngineWork, current_exchange
+from octavo_server.token_histogram import TokenHistogram
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 30)
 _DURATIONS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
@@ -50,9 +51,10 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _LATENCIES
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Between one token of a choice and the next.", _LATENCIES
+        self.inter_token_latency = TokenHistogram(
+            "octavo_inter_token_latency_seconds", "Between one token of a choice and the next.", _LATENCIES
         )
+        self.registry.register(self.inter_token_latency)
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds",
             "Mean time from one token of a finished request to the next.",
@@ -206,10 +208,10 @@ class RequestTrack:
         last = self._last_token.get(index)
         self._last_token[index] = now
         # Tokens that came together share the time since those before them; the first of a choice has none before it.
-        num_gaps = num_tokens if last is not None else num_tokens - 1
-        gap = 0.0 if last is None else (now - last) / num_tokens
-        for _ in range(num_gaps):
-            self._metrics.inter_token_latency.observe(gap)
+        if last is not None:
+            self._metrics.inter_token_latency.observe((now - last) / num_tokens, num_tokens)
+        else:
+            self._metrics.inter_token_latency.observe(0.0, num_tokens - 1)
 
     def _observe_times(self, times: RequestTimes) -> None:
         if times.scheduled is None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+import pydantic_core
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -58,7 +59,9 @@ class ChunkWriter:
         elif self._wants_usage:
             usage = b',"usage":null'
         beside = b"," + to_json(members)[1:-1] if members else b""
-        return self._head + to_json(choice) + b"]" + beside + usage + b"}\n\n"
+        # A choice's only floats are its log-probabilities: without them nothing can be NaN, and a quicker encoder does.
+        encoded = pydantic_core.to_json(choice) if choice.get("logprobs") is None else to_json(choice)
+        return self._head + encoded + b"]" + beside + usage + b"}\n\n"
 
     def end(self) -> bytes:
         """Return what stands after the last choice: the usage, if it was asked for, and the end mark."""
