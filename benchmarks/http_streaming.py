@@ -8,8 +8,8 @@
 engine's own time to the first token as `/metrics` has it. `pace`: 200 streams of a fake engine with 20 tokens a second
 each, a minute long; the longest gap between events of a stream. `steps`: the demo model decodes 32 sequences, in turn
 for nobody and for 32 streams; the time between steps that bring 32 tokens. The load comes from `streaming/reader.py`,
-bare sockets in another process, which in `steps` looks ten times a second, so that what it costs itself stays small; its
-CPU time is printed. A run keeps its part in OUT.json, and draws OUT.png when all parts are there.
+bare sockets in another process, which in `steps` looks ten times a second, so that what it costs itself stays small;
+its CPU time is printed. A run keeps its part in OUT.json, and draws OUT.png when all parts are there.
 """
 
 from __future__ import annotations
