@@ -28,9 +28,11 @@ if TYPE_CHECKING:
         ModelNotFound,
         PinLimitReached,
         PromptTooLong,
+        RankMismatch,
         RequestFailed,
         UnknownPin,
         UnsupportedModel,
+        WorkerLost,
     )
     from octavo_engine.llm import LLM
     from octavo_engine.pins import Pin
@@ -70,9 +72,11 @@ _EXPORTS = {
         "ModelNotFound",
         "PinLimitReached",
         "PromptTooLong",
+        "RankMismatch",
         "RequestFailed",
         "UnknownPin",
         "UnsupportedModel",
+        "WorkerLost",
     ),
     "llm": ("LLM",),
     "pins": ("Pin",),
@@ -123,6 +127,7 @@ __all__ = [
     "Pin",
     "PinLimitReached",
     "PromptTooLong",
+    "RankMismatch",
     "Request",
     "RequestFailed",
     "RequestOutput",
@@ -133,6 +138,7 @@ __all__ = [
     "UnknownPin",
     "UnsupportedModel",
     "WarmOutput",
+    "WorkerLost",
 ]
 
 

@@ -24,7 +24,8 @@ class EngineInfo:
     `kernel_backend` names the backend, and for CPUs what it runs on: an instruction set, or torch. `deterministic` says
     whether answers are the same, bit for bit, in every company; see EngineConfig. `host_kv_bytes` is what sequences
     that must wait have in the host's memory, and `host_kv_reason` why. `weights_digest` stands for the contents of the
-    model's files; it is another one after other weights were loaded.
+    model's files; it is another one after other weights were loaded. `tensor_parallel_size` counts the processes that
+    the model is split over; `kv_cache_bytes` and `host_kv_bytes` are those of all of them.
     """
 
     model_name: str
@@ -49,6 +50,7 @@ class EngineInfo:
     host_kv_bytes: int = 0
     host_kv_reason: str = ""
     weights_digest: str = ""
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ class EngineStats:
     """Gauges of the present and counters since the start, counted exactly by the engine.
 
     `mean_waste` is 1 - live unique tokens / (allocated blocks x block size), averaged over all steps so far.
-    `num_held_up` counts the times a step left somebody waiting, by `WaitReason`.
+    `num_held_up` counts the times a step left somebody waiting, by `WaitReason`. `num_lost_steps` counts steps in which
+    a process that held a part of the model was lost, after which everything was computed again.
     `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
     that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
     wanted backend.
@@ -74,6 +77,7 @@ class EngineStats:
     preemption: PreemptionStats = field(default_factory=PreemptionStats)
     finished: Mapping[str, int] = field(default_factory=dict)
     num_held_up: Mapping[str, int] = field(default_factory=dict)
+    num_lost_steps: int = 0
     fallbacks: Mapping[str, int] = field(default_factory=dict)
 
     @property

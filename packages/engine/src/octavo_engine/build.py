@@ -17,6 +17,8 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
+from octavo_engine.executor.base import Executor
+from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
@@ -71,6 +73,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     source = open_source(config.model)
     numerics = _resolve_numerics(config, source.config)
     device = numerics.device
+    if config.tensor_parallel_size > 1:
+        return _build_split(config, source, numerics, progress, started)
     quant = choose_method(
         device,
         numerics.dtype,
@@ -80,12 +84,60 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     make_model = partial(
         load_model, device=device, dtype=numerics.dtype, quant=quant, batch_invariant=numerics.deterministic
     )
+    return _assemble(config, source, numerics, _Place(make_model, KVStorage), progress, started)
+
+
+class _Place(NamedTuple):
+    """What makes a source's model and its KV cache where they are to be; `team` has the other parts of both."""
+
+    make_model: Callable[..., Model]
+    make_storage: Callable[..., KVStorage]
+    team: Team | None = None
+
+
+def _build_split(
+    config: EngineConfig, source: Source, numerics: _Numerics, progress: Progress | None, started: float
+) -> BuiltEngine:
+    """Build an engine whose model is split over this process and others, which end if that fails."""
+    from octavo_engine.parallel.leader import LeadingStorage
+    from octavo_engine.parallel.split import load_split, make_job, make_team
+
+    job = make_job(
+        source,
+        size=config.tensor_parallel_size,
+        device=numerics.device,
+        dtype=numerics.dtype,
+        kv_dtype=numerics.kv_dtype,
+        int8_activations=config.mode == "fast",
+        batch_invariant=numerics.deterministic,
+        num_threads=config.num_threads,
+        block_size=config.block_size,
+    )
+    team = make_team(job)
+    place = _Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team)
+    try:
+        return _assemble(config, source, numerics, place, progress, started)
+    except BaseException:
+        team.close()
+        raise
+
+
+def _assemble(
+    config: EngineConfig,
+    source: Source,
+    numerics: _Numerics,
+    place: _Place,
+    progress: Progress | None,
+    started: float,
+) -> BuiltEngine:
+    device, make_model = numerics.device, place.make_model
     # Hashing and packing release the interpreter lock; the tokenizer is built in what is left of it.
     with ThreadPoolExecutor(2, thread_name_prefix="octavo-open") as pool:
         digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
         model = make_model(source, progress=progress)
     specs = model.kv_cache_specs(numerics.kv_dtype)
-    plan = _plan(config, source.config, bytes_per_block=sum(s.bytes_per_block(config.block_size) for s in specs))
+    bytes_per_block = sum(s.bytes_per_block(config.block_size) for s in specs) * config.tensor_parallel_size
+    plan = _plan(config, source.config, bytes_per_block=bytes_per_block)
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
@@ -94,18 +146,31 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     parts = ModelParts(
         make_model,
         partial(
-            KVStorage, specs, plan.num_blocks, config.block_size, device=device, num_host_blocks=host_plan.num_blocks
+            place.make_storage,
+            specs,
+            plan.num_blocks,
+            config.block_size,
+            device=device,
+            num_host_blocks=host_plan.num_blocks,
         ),
         _runner_maker(config, plan, device, grammars),
         numerics.root,
     )
     digest.result()
     weights, storage = parts.weights(source, model), parts.make_storage()
-    host = LocalModel(weights, storage, config=source.config, tokenizer=tokenizer.result(), parts=parts, device=device)
+    host: LocalModel | None = None
+    executor: Executor
+    if place.team is None:
+        host = LocalModel(
+            weights, storage, config=source.config, tokenizer=tokenizer.result(), parts=parts, device=device
+        )
+        executor = host.executor
+    else:
+        executor = WorkersExecutor(parts.make_runner(model, storage), place.team)
     scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root)
     text = _text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, host_plan, model, started)
-    return BuiltEngine(Engine(scheduler, host.executor, host), text, info)
+    return BuiltEngine(Engine(scheduler, executor, host), text, info)
 
 
 def _runner_maker(
@@ -199,6 +264,7 @@ def _describe(
         host_kv_bytes=host.num_bytes,
         host_kv_reason=host.reason,
         weights_digest=source.digest.hex(),
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 

@@ -48,7 +48,10 @@ class EngineConfig:
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
         watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
-        num_threads: of the CPU kernels; None is torch's choice.
+        num_threads: of the CPU kernels; None is torch's choice. Each rank has as many, None shares torch's among them.
+        tensor_parallel_size: ranks that the model is split over, each with its part of the weights and the KV cache:
+            this process, and others of this machine that it starts. On GPUs each takes one. A model's heads must come
+            out even; what is refused says which sizes work.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -76,6 +79,7 @@ class EngineConfig:
     max_num_timelines: int = 512
     watchdog_timeout: float | None = 120.0
     num_threads: int | None = None
+    tensor_parallel_size: int = 1
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -114,6 +118,7 @@ class EngineConfig:
             "max_num_kept": 0,
             "max_num_timelines": 0,
             "num_threads": 1,
+            "tensor_parallel_size": 1,
         }
         for name, low in limits.items():
             value = getattr(self, name)

@@ -13,6 +13,7 @@ class SchedulerCounters:
     """What has happened since the start; only the scheduler writes it."""
 
     num_steps: int = 0
+    num_lost_steps: int = 0  # with the keys and values of all tokens
     num_preemptions: int = 0
     num_swaps: int = 0  # of the preemptions, those that kept the blocks on the host
     num_prompt_tokens: int = 0

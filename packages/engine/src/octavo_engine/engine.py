@@ -8,6 +8,7 @@ from typing import Any
 
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
+from octavo_engine.errors import WorkerLost
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
@@ -87,6 +88,9 @@ class Engine:
         batch, pending = self._in_flight.popleft()
         try:
             output = pending.result()
+        except WorkerLost as error:
+            _log.exception("step %d was lost, and all keys and values with it", batch.step_id)
+            return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

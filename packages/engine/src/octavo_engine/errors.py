@@ -12,6 +12,8 @@
         │   └── UnknownPin       no pin has this id
         ├── RequestFailed        the engine could not compute this request; the others go on
         ├── IncompatibleWeights  weights that were to replace others are of another model, or changed unasked
+        ├── RankMismatch         processes that are to run one model together have other files or versions
+        ├── WorkerLost           a process that holds a part of the model has ended, does not answer, or never joined
         ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
@@ -115,6 +117,14 @@ class EngineInUse(EngineError):
 
 class IncompatibleWeights(EngineError):
     """The files are sound, but not those of the model that is served: another shape, tokenizer or content."""
+
+
+class RankMismatch(EngineError):
+    """Processes that were to run one model together have different files, or different versions of the software."""
+
+
+class WorkerLost(EngineError):
+    """A process that holds a part of the model has ended, does not answer, or never joined; names it and the reason."""
 
 
 class EngineStuck(EngineError):

@@ -228,16 +228,29 @@ class Residents:
         """Compute again what depends on copies between tiers that a step which failed, or a later one, was to make."""
         self.swapper.distrust_copies()
         for sequence in [s for sequences in self.by_request.values() for s in sequences]:
-            if sequence.moved_by is None or sequence.moved_by < step_id:
-                continue
-            if sequence.row is None:
-                self.swapper.drop(sequence)
-                sequence.num_computed_tokens = 0
-                sequence.moved_by = None
-            elif sequence.beams is None:
-                self.recompute(sequence)
-            else:
-                sequence.beams.recompute()
+            if sequence.moved_by is not None and sequence.moved_by >= step_id:
+                self._begin_again(sequence)
+
+    def start_over(self) -> None:
+        """Compute everything again: the keys and values of all tokens are lost, on every tier; kept tokens stay."""
+        self.swapper.copies.clear()
+        self.swapper.distrust_copies()
+        for sequence in [s for sequences in self.by_request.values() for s in sequences]:
+            self._begin_again(sequence)
+        while self.kept.give_up_blocks():
+            pass
+        self.pins.reset()
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Compute a sequence again, and the beams of its group with it."""
+        if sequence.row is None:
+            self.swapper.drop(sequence)
+            sequence.num_computed_tokens = 0
+            sequence.moved_by = None
+        elif sequence.beams is None:
+            self.recompute(sequence)
+        else:
+            sequence.beams.recompute()
 
     def finish(
         self,

@@ -212,6 +212,17 @@ class Scheduler:
         self._residents.distrust_copies(batch.step_id)
         return updates
 
+    def start_over(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
+        """Take in that the oldest step in flight was lost, and with it the keys and values of all tokens.
+
+        Everything is computed again from its tokens, but for sequences of this step that meet this for the second time:
+        these end with an error, lest one that brings the model down does it for ever.
+        """
+        sequences = [row.sequence for row in self._take_back(batch)]
+        updates = self._end_all([s for s in sequences if s.num_losses > 1], FinishReason.ERROR, reason)
+        self._residents.start_over()
+        return updates
+
     # -- choosing a step -----------------------------------------------------------------------------------------
 
     def _schedule_running(self, step: StepBuilder) -> None:
@@ -317,6 +328,15 @@ class Scheduler:
         if self._timelines.steps:
             self._timelines.end_step(step_id)
         self._last_step = self._residents.last_step
+        return rows
+
+    def _take_back(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
+        """End a step that has no answer, whose sequences go on; return its rows."""
+        rows = self._end_step(batch)
+        self.counters.num_lost_steps += 1
+        for sequence, _, _, samples in rows:
+            sequence.num_placeholders -= samples
+            sequence.num_losses += 1
         return rows
 
     def _update_row(

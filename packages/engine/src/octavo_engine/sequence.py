@@ -47,6 +47,7 @@ class Sequence:
     num_forks_wanted: int = 0
     cached: CachedTokens = NOTHING_CACHED  # when it was first admitted
     num_preemptions: int = 0
+    num_losses: int = 0  # steps in which the keys and values of all tokens were lost
     epoch: int = 0  # rises at preemption, so that a late answer is not taken for the new computation
     sampler_state: float | None = None  # what the next draw depends on beside the tokens
     last_step_id: int | None = None  # the last step that it takes part in

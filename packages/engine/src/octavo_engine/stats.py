@@ -26,6 +26,7 @@ def collect_stats(scheduler: Scheduler) -> EngineStats:
         preemption=_preemption(scheduler),
         finished=dict(counters.finished),
         num_held_up=dict(counters.num_held_up),
+        num_lost_steps=counters.num_lost_steps,
         fallbacks=_kernel_fallbacks(),
     )
 

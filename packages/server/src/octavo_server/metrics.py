@@ -348,6 +348,7 @@ def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
 def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     cache = stats.cache
     yield "engine_steps", "Steps of the engine.", stats.num_steps
+    yield "lost_steps", "Steps in which a process with a part of the model was lost.", stats.num_lost_steps
     yield "num_preemptions", "Sequences that had to give up their blocks and wait.", stats.num_preemptions
     yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
     yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens

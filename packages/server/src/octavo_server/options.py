@@ -26,7 +26,7 @@ Deterministic = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels, in each process.")]
 KVCacheGib = Annotated[float | None, typer.Option(help="Memory for the KV cache, in GiB.")]
 KVCacheBytes = Annotated[int | None, typer.Option(help="Memory for the KV cache, in bytes.")]
 HostKVGib = Annotated[
@@ -52,6 +52,9 @@ Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every 
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)]
 ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name for requests to use; may be given several times.")
+]
+TensorParallelSize = Annotated[
+    int, typer.Option(help="Processes that the model is split over; on GPUs each takes one.", min=1)
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]

@@ -17,7 +17,7 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class Done:
     """A step that has run: its output, or what it raised."""
 
     outcome: ModelOutput | Exception
@@ -47,13 +47,13 @@ class InlineExecutor:
         """One: a step is over when submit returns."""
         return 1
 
-    def submit(self, batch: ScheduledBatch) -> _Done:
+    def submit(self, batch: ScheduledBatch) -> Done:
         """Run the step."""
         assert self._runner is not None, "submit without a runner"
         try:
-            return _Done(self._runner.execute(batch))
+            return Done(self._runner.execute(batch))
         except Exception as error:
-            return _Done(error)
+            return Done(error)
 
     def close(self) -> None:
         """Drop the runner and with it the model."""

@@ -66,7 +66,7 @@ class ModelRunner:
         self.storage = storage
         self.device = torch.device(device)
         self._max_model_len = max_model_len
-        kv_layers, num_groups = _kv_layers(model, storage)
+        kv_layers, num_groups = caches_of(model, storage)
         max_num_blocks = -(-max_model_len // storage.block_size)
         self._rows = Rows(
             max_num_seqs, max_num_tokens=max_model_len, max_num_blocks=max_num_blocks, num_groups=num_groups
@@ -282,8 +282,8 @@ def _rows_of(hidden: Tensor, rows: NDArray[np.int64]) -> Tensor:
     return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(hidden.device)]
 
 
-def _kv_layers(model: Model, storage: KVStorage) -> tuple[tuple[KVLayer, ...], int]:
-    """Collect the caches of all layers, and count the KV groups."""
+def caches_of(model: Model, storage: KVStorage) -> tuple[tuple[KVLayer, ...], int]:
+    """Return the caches of all of a model's layers, and how many KV groups they form."""
     dtype = storage.layer(0)[0].dtype
     groups = group_specs(model.kv_cache_specs(dtype))
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}

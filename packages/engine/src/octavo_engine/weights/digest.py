@@ -1,4 +1,4 @@
-"""content_digest: one hash for the contents of a model's files, the root of the prefix cache's keys."""
+"""content_digest, sample_digest: one hash for the contents of a model's files, of all their bytes or of some."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ _CHUNK_BYTES = 16 << 20
 _FULL_HASH_BYTES = 4 << 30
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
+_NUM_FEW = 16
+_FEW_BYTES = 64 << 10
 
 
 def content_digest(paths: Sequence[Path]) -> bytes:
@@ -35,15 +37,31 @@ def content_digest(paths: Sequence[Path]) -> bytes:
     return total.digest()
 
 
+def sample_digest(paths: Sequence[Path]) -> bytes:
+    """Return 32 bytes by which processes see whether they read the same model; files' names do not count.
+
+    Each file contributes its size and 16 evenly spaced samples of 64 KiB, the first and the last included: about 1 MiB
+    is read of a file, however large it is. Other weights, another model or a cut-off download change it; single bytes
+    that were written into the middle of a file may not.
+    """
+    total = blake2b(b"few", digest_size=_DIGEST_BYTES)
+    for path in paths:
+        size = path.stat().st_size
+        total.update(size.to_bytes(8, "little"))
+        for part in _hash_spans(path, _samples(size, _NUM_FEW, _FEW_BYTES)):
+            total.update(part)
+    return total.digest()
+
+
 def _chunks(size: int) -> list[tuple[int, int]]:
     return [(start, min(_CHUNK_BYTES, size - start)) for start in range(0, size, _CHUNK_BYTES)]
 
 
-def _samples(size: int) -> list[tuple[int, int]]:
-    if size <= _NUM_SAMPLES * _SAMPLE_BYTES:
+def _samples(size: int, count: int = _NUM_SAMPLES, num_bytes: int = _SAMPLE_BYTES) -> list[tuple[int, int]]:
+    if size <= count * num_bytes:
         return _chunks(size)
-    last = size - _SAMPLE_BYTES
-    return [(last * i // (_NUM_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_NUM_SAMPLES)]
+    last = size - num_bytes
+    return [(last * i // (count - 1), num_bytes) for i in range(count)]
 
 
 def _hash_spans(path: Path, spans: list[tuple[int, int]]) -> list[bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
+from octavo_engine.weights.cut import CutRule, read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -65,15 +66,36 @@ class SafetensorsFiles:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor with its name, file by file, in the type it is stored in."""
+        return self.read(read_whole)
+
+    def read(self, cut: CutRule) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the part of every tensor that a rule names, as `__iter__` does the whole.
+
+        Raises:
+            CorruptModelFile: a file cannot be read, or a tensor has another size than the rule was made for.
+        """
         from safetensors import SafetensorError, safe_open
 
         for path, names in self._names.items():
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in names:
-                        yield name, file.get_tensor(name)
+                        yield name, _read(file, name, cut, path)
             except SafetensorError as error:
                 raise CorruptModelFile(f"{path}: {error}; download the file again") from error
+
+
+def _read(file: Any, name: str, cut: CutRule, path: Path) -> torch.Tensor:
+    """Read the part of a tensor that a rule names, and nothing else of it, out of an open file."""
+    part = cut(name)
+    tensor: torch.Tensor
+    if part is None:
+        tensor = file.get_tensor(name)
+        return tensor
+    stored = file.get_slice(name)
+    part.check(name, tuple(stored.get_shape()), str(path))
+    tensor = stored[part.span] if part.axis == 0 else stored[:, part.span]
+    return tensor.contiguous()
 
 
 def _read_index(path: Path) -> dict[str, str]:

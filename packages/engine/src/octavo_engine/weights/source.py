@@ -13,12 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
 from octavo_engine.models.config import ModelConfig, token_ids
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.tokenizer import Tokenizer
+from octavo_engine.weights.cut import Cut, CutRule, read_whole
 from octavo_engine.weights.dequantize import dequantize
-from octavo_engine.weights.digest import content_digest
+from octavo_engine.weights.digest import content_digest, sample_digest
 from octavo_engine.weights.files import SafetensorsFiles, read_json
 from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
 from octavo_engine.weights.locate import locate_model
@@ -43,16 +46,24 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
         Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
         file's map: do not write to them. Tied weights come once.
 
+        Args:
+            cut: the parts that are wanted; nothing else is copied out of the file. Columns may be cut at multiples of
+                `column_block`.
+
         Raises:
             CorruptModelFile: if a tensor cannot be read or has an impossible shape.
             UnsupportedModel: if the file holds a tensor that the architecture does not know.
         """
+
+    def column_block(self, name: str) -> int:  # noqa: ARG002
+        """Return how many columns of a weight are stored as one, by its Hugging Face name; 1 if it is not quantised."""
+        return 1
 
     def tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer; built on first use, then the same object.
@@ -85,8 +96,18 @@ class Source(ABC):
 
     @property
     @abstractmethod
+    def files_read(self) -> list[Path]:
+        """The files that hold weights, configuration and tokenizer."""
+
+    @cached_property
     def digest(self) -> bytes:
         """32 bytes that stand for weights, configuration and tokenizer; see `content_digest` for what they promise."""
+        return content_digest(self.files_read)
+
+    @cached_property
+    def sample(self) -> bytes:
+        """32 bytes that stand for the same, made of a few of the files' bytes; see `sample_digest`."""
+        return sample_digest(self.files_read)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -152,35 +173,53 @@ class GGUFSource(Source):
                 raise UnsupportedModel(f"{self.path}: tensor {gguf_name!r} is none of the llama architecture's")
         return names
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         ordered = sorted(self._names, key=lambda name: self.file.tensors[name].offset)
         for gguf_name in ordered:
-            yield self._names[gguf_name], self._tensor(self.file.tensors[gguf_name])
+            name = self._names[gguf_name]
+            yield name, self._tensor(self.file.tensors[gguf_name], cut(name))
 
-    def _tensor(self, info: TensorInfo) -> torch.Tensor | StoredTensor:
+    def column_block(self, name: str) -> int:
+        sizes = (self.file.tensors[own].type.block_elements for own, hf in self._names.items() if hf == name)
+        return next(sizes, 1)
+
+    def _tensor(self, info: TensorInfo, cut: Cut | None = None) -> torch.Tensor | StoredTensor:
         import torch
 
+        rows, shape = self._part(info, cut), info.shape if cut is None else cut.of(info.shape)
         if info.type not in (TensorType.F32, TensorType.F16, TensorType.BF16):
-            return StoredTensor(self._rows(info), info.type, info.shape)
-        raw = torch.from_numpy(self._rows(info).reshape(-1))
+            return StoredTensor(rows, info.type, shape)
+        raw = torch.from_numpy(rows.reshape(-1))
         dtype = {TensorType.F32: torch.float32, TensorType.F16: torch.float16}.get(info.type, torch.bfloat16)
-        return raw.view(dtype).reshape(info.shape)
+        return raw.view(dtype).reshape(shape)
+
+    def _part(self, info: TensorInfo, cut: Cut | None) -> Any:
+        """Return the bytes of some rows or columns: [rows, bytes per row] uint8, contiguous."""
+        if cut is None:
+            return self._rows(info)
+        cut.check(info.name, info.shape, str(self.path))
+        if cut.axis == 0:
+            return self._rows(info, cut.span)
+        block, num_bytes = info.type.block_elements, info.type.block_bytes
+        assert cut.start % block == cut.stop % block == 0, f"{info.name}: columns are cut inside a block of {block}"
+        columns = slice(cut.start // block * num_bytes, cut.stop // block * num_bytes)
+        return np.ascontiguousarray(self._rows(info)[:, columns])
 
     def _values(self, info: TensorInfo) -> Any:
         return dequantize(self._rows(info), info.type, info.shape)
 
-    def _rows(self, info: TensorInfo) -> Any:
-        """Return a tensor's bytes with its rows in Hugging Face's order: [shape[0], bytes per row] uint8."""
+    def _rows(self, info: TensorInfo, span: slice = slice(None)) -> Any:
+        """Return a tensor's bytes with some or all rows in Hugging Face's order: [rows, bytes per row] uint8."""
         rows = self.file.raw(info.name).reshape(info.shape[0] if len(info.shape) > 1 else -1, self._row_bytes(info))
         num_heads = rotary_heads(info.name, self.config) if hf_name(info.name) else None
         if num_heads is None:
-            return rows
+            return rows[span]
         if len(rows) != num_heads * self.config.head_dim:
             raise CorruptModelFile(
                 f"{self.path}: tensor {info.name!r}: expected {num_heads * self.config.head_dim} rows "
                 f"({num_heads} heads of {self.config.head_dim}), found shape {list(info.shape)}"
             )
-        return rows[rotary_row_order(len(rows), num_heads)]
+        return rows[rotary_row_order(len(rows), num_heads)[span]]
 
     @staticmethod
     def _row_bytes(info: TensorInfo) -> int:
@@ -195,9 +234,9 @@ class GGUFSource(Source):
         template = self.file.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
-    @cached_property
-    def digest(self) -> bytes:
-        return content_digest([self.path])
+    @property
+    def files_read(self) -> list[Path]:
+        return [self.path]
 
 
 class FolderSource(Source):
@@ -217,8 +256,8 @@ class FolderSource(Source):
         self.files = SafetensorsFiles(path)
         self.num_weights = self.files.num_weights
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        return iter(self.files)
+    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+        return self.files.read(cut)
 
     def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
@@ -240,8 +279,8 @@ class FolderSource(Source):
             raise CorruptModelFile(f"{path}: chat_template: expected a string, found {type(template).__name__}")
         return template
 
-    @cached_property
-    def digest(self) -> bytes:
+    @property
+    def files_read(self) -> list[Path]:
         names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
         small = [self.path / name for name in names if (self.path / name).is_file()]
-        return content_digest([*small, *self.files.paths])
+        return [*small, *self.files.paths]

@@ -1,0 +1,93 @@
+"""Follower: what every rank but the first does: it joins, loads its part, and computes what rank 0 says."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
+from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.job import Job
+from octavo_engine.parallel.rendezvous import Rendezvous
+from octavo_engine.parallel.shard import Shard
+from octavo_engine.runner.model_input import KVLayer
+from octavo_engine.runner.model_runner import caches_of
+from octavo_kvcache.storage import KVStorage
+
+
+class Follower:
+    """A rank that keeps its part of a model and of the KV cache, and no requests: rank 0 has those.
+
+    Args:
+        shard: its part of the model.
+        channel: where rank 0 speaks.
+        job: how it computes.
+        device: where it computes.
+    """
+
+    def __init__(self, shard: Shard, channel: Channel, job: Job, device: torch.device) -> None:
+        self._shard = shard
+        self._channel = channel
+        self._job = job
+        self._device = device
+        self._hidden_size = shard.model.config.hidden_size
+        self._storage: KVStorage | None = None
+        self._kv_layers: tuple[KVLayer, ...] = ()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Do what rank 0 says until it says stop.
+
+        Raises:
+            WorkerLost: rank 0 or another rank has ended.
+        """
+        while (message := self._channel.receive()).command is not Command.STOP:
+            self._do(message)
+
+    def _do(self, message: Message) -> None:
+        match message.command:
+            case Command.ALLOCATE:
+                self._allocate(*message.numbers[:2])
+            case Command.COPY:
+                assert self._storage is not None, "rank 0 allocates first"
+                self._storage.apply(copies_of(message))
+            case Command.STEP:
+                self._shard.model(step_input(message, self._kv_layers, self._device))
+            case Command.LOGITS:
+                self._shard.logits(self._empty_hidden(message))
+            case Command.GREEDY:
+                self._shard.greedy(self._empty_hidden(message))
+
+    def _allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        specs = self._shard.model.kv_cache_specs(getattr(torch, self._job.kv_dtype))
+        self._storage = KVStorage(
+            specs, num_blocks, self._job.block_size, device=self._device, num_host_blocks=num_host_blocks
+        )
+        self._kv_layers, _ = caches_of(self._shard.model, self._storage)
+
+    def _empty_hidden(self, message: Message) -> torch.Tensor:
+        shape = (message.numbers[0], self._hidden_size)
+        return torch.empty(shape, dtype=getattr(torch, self._job.dtype), device=self._device)
+
+
+def follow(host: str, port: int, rank: int, *, join_seconds: float) -> None:
+    """Be a rank of the model that rank 0 at an address runs, until it says stop.
+
+    Raises:
+        WorkerLost: rank 0 does not answer within `join_seconds`, or a rank has ended; rank 0 is told.
+        EngineError: as in loading a model; rank 0 is told.
+    """
+    rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds)
+    try:
+        job = Job.decode(rendezvous.take("job"))
+        device = job.device_of(rank)
+        torch.set_num_threads(job.num_threads)
+        source = job.open()
+        rendezvous.leave(f"joined/{rank}", "")
+        group, orders = Group(rank, job.size), Group(rank, job.size)
+        rendezvous.connect(group, orders, device, job.step_seconds)
+        shard = Shard(source, group, job.loader(rank))
+        rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
+        Follower(shard, Channel(orders), job, device).run()
+    except Exception as error:
+        rendezvous.leave_failure(rank, error)
+        raise

@@ -1,0 +1,129 @@
+"""Group: the ranks that compute one model together, as one of them sees it: sums, gathers and broadcasts of tensors.
+
+It stands on torch.distributed's process groups themselves, not on the one default group of a process: a program may
+have a group of its own beside it, and several engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from octavo_engine.errors import WorkerLost
+
+_FOR_EVER = timedelta(days=3650)
+
+
+class Group:
+    """Collective operations of the ranks of a model; each must be called by all of them, in the same order.
+
+    It can be connected anew after a rank was lost: layers keep the group, not its connections.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many ranks there are.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._backend: Any = None
+
+    def connect(self, store: Store, device: torch.device, *, seconds: float, host: str | None) -> None:
+        """Connect all ranks, which call this at the same time.
+
+        Args:
+            store: where they find each other; one prefix for each group.
+            device: of the tensors: gloo moves those of a CPU, NCCL those of a GPU.
+            seconds: how long ranks wait for each other, here and in every operation.
+            host: the address of this rank's own network interface; None lets the backend choose.
+
+        Raises:
+            WorkerLost: a rank did not come.
+        """
+        wait = timedelta(seconds=seconds)
+        try:
+            self._backend = self._nccl(store, wait) if device.type == "cuda" else self._gloo(store, wait, host)
+        except RuntimeError as error:
+            raise WorkerLost(f"the ranks could not connect within {seconds:g} s: {error}") from error
+
+    def _nccl(self, store: Store, wait: timedelta) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = wait
+        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+
+    def _gloo(self, store: Store, wait: timedelta, host: str | None) -> Any:
+        gloo: Any = dist.ProcessGroupGloo  # its options have no annotations
+        options = gloo._Options()
+        options._devices = [gloo.create_default_device() if host is None else gloo.create_device(hostname=host)]
+        options._timeout = wait
+        options._threads = 1
+        return gloo(store, self.rank, self.size, options)
+
+    def disconnect(self) -> None:
+        """Drop the connections; others that wait for this rank fail."""
+        self._backend = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of all ranks' x, which has one shape everywhere, in new memory and in x's dtype.
+
+        On a CPU the addends come in the order of ranks, in fp32, whatever the shape is: gloo's own sum takes them in an
+        order that depends on where an element lies, so that a token would depend on the tokens beside it.
+
+        Raises:
+            WorkerLost: a rank has ended, or did not answer in time.
+        """
+        if x.device.type == "cuda":
+            total = x.clone()
+            self._wait(lambda: self._backend.allreduce([total]))
+            return total
+        parts = list(x.new_empty((self.size, *x.shape)).unbind())
+        own = x.contiguous()
+        self._wait(lambda: self._backend.allgather([parts], [own]))
+        added = parts[0].float()
+        for part in parts[1:]:
+            added += part
+        return added.to(x.dtype)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Return all ranks' x, which has one shape everywhere, at rank 0, and nothing elsewhere.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        parts = list(x.new_empty((self.size, *x.shape)).unbind()) if self.rank == 0 else []
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        own = x.contiguous()
+        self._wait(lambda: self._backend.gather([parts] if parts else [], [own], options))
+        return parts
+
+    def broadcast(self, x: Tensor, *, patient: bool = False) -> None:
+        """Overwrite x, contiguous, with that of rank 0.
+
+        Args:
+            x: of one shape everywhere.
+            patient: whether to wait for rank 0 as long as it takes.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        if patient:
+            options.timeout = _FOR_EVER
+        self._wait(lambda: self._backend.broadcast([x], options))
+
+    def _wait(self, start: Callable[[], Any]) -> None:
+        if self._backend is None:
+            raise WorkerLost("the ranks are not connected")
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise WorkerLost(f"a rank has ended or does not answer: {error}") from error

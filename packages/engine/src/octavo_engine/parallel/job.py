@@ -1,0 +1,91 @@
+"""Job: what rank 0 tells the others of a model before they load their parts, and what must be the same everywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from octavo_engine.errors import RankMismatch
+from octavo_engine.parallel.shard import LoadModel
+from octavo_engine.quant.choose import choose_method
+from octavo_engine.weights.load import load_model
+from octavo_engine.weights.source import Source, open_source
+
+_PACKAGES = ("octavo-engine", "octavo-kernels", "octavo-kvcache", "torch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model that several ranks run together.
+
+    `model` is the path of its files, `sample` stands for their contents, in hexadecimal, `versions` for the software.
+    `device` is cpu, or cuda, where a rank takes the GPU of its number. The rest is how it computes; see EngineConfig.
+    """
+
+    model: str
+    sample: str
+    versions: dict[str, str]
+    size: int
+    device: str
+    dtype: str
+    int8_activations: bool
+    batch_invariant: bool
+    num_threads: int
+    block_size: int
+    kv_dtype: str
+    step_seconds: float
+
+    def encode(self) -> str:
+        """Return the job as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> Job:
+        """Return the job that `encode` wrote."""
+        return cls(**json.loads(text))
+
+    def open(self) -> Source:
+        """Open the model, if it is the one that rank 0 has, and so is the software.
+
+        Raises:
+            RankMismatch: says what differs.
+            ModelNotFound, CorruptModelFile, UnsupportedModel: it cannot be read here.
+        """
+        own = installed_versions()
+        for name in sorted(self.versions.keys() | own.keys()):
+            if self.versions.get(name) != own.get(name):
+                raise RankMismatch(
+                    f"rank 0 has {name} {self.versions.get(name)}, this rank has {own.get(name)}; install the same "
+                    "versions everywhere"
+                )
+        source = open_source(self.model)
+        if source.sample.hex() != self.sample:
+            raise RankMismatch(f"{source.path}: rank 0 has other files under this name; copy the same ones everywhere")
+        return source
+
+    def device_of(self, rank: int) -> torch.device:
+        """Return where a rank computes."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, rank)
+
+    def loader(self, rank: int) -> LoadModel:
+        """Return what loads a rank's part."""
+        device, dtype = self.device_of(rank), getattr(torch, self.dtype)
+        quant = choose_method(
+            device, dtype, int8_activations=self.int8_activations, batch_invariant=self.batch_invariant
+        )
+        return partial(load_model, device=device, dtype=dtype, quant=quant, batch_invariant=self.batch_invariant)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the software that ranks must have in common, as far as it is installed as packages."""
+    found = {"torch": str(torch.__version__)}
+    for name in _PACKAGES[:-1]:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run out of a source tree
+            continue
+    return found

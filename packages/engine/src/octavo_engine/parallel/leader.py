@@ -1,0 +1,119 @@
+"""LeadingModel, LeadingStorage: the model and the KV cache of rank 0's runner, of which other ranks have parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.registry import model_class
+from octavo_engine.parallel.channel import Command, Message, copies_message, step_message
+from octavo_engine.parallel.shard import Shard
+from octavo_engine.parallel.team import Team
+from octavo_engine.quant.base import WeightSlot
+from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.runner.model_input import ModelInput
+from octavo_kernels import NotRecordable
+from octavo_kernels.recording import current
+from octavo_kvcache import BlockCopy, KVCacheSpec
+from octavo_kvcache.storage import KVStorage
+
+
+class LeadingModel:
+    """A `Model` that tells the other ranks of every step, and computes rank 0's part of it.
+
+    So the runner is the same as for a model in one piece: it has all rows, all logits, and draws every token once.
+
+    Args:
+        config: of the whole model.
+        shard: rank 0's part.
+        team: the other ranks.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard, team: Team) -> None:
+        self.config = config
+        options = LayerOptions(device=torch.device("meta"), quant=Unquantized())
+        self.num_parameters = model_class(config.architecture)(config, options).num_parameters
+        self._shard = shard
+        self._team = team
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states: [num_tokens, hidden_size].
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+            NotRecordable: a recording is open, which the ranks' sums would not be in.
+        """
+        if current() is not None:
+            raise NotRecordable("the model is split over several processes, which add up their parts in every layer")
+        with self._team.together(step_message(model_input)):
+            return self._shard.model(model_input)
+
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32; see `Model.logits`."""
+        with self._team.together(Message(Command.LOGITS, (len(hidden),))):
+            logits = self._shard.logits(hidden.contiguous(), out)
+        assert logits is not None
+        return logits
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""
+        with self._team.together(Message(Command.GREEDY, (len(hidden),))):
+            found = self._shard.greedy(hidden.contiguous())
+        assert found is not None
+        return found
+
+    def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
+        """Say what rank 0 keeps of each layer per token."""
+        return self._shard.model.kv_cache_specs(dtype)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        """Yield nothing: the weights are there."""
+        return iter(())
+
+    def is_redundant(self, name: str) -> bool:
+        """Return whether a tensor without a slot may be passed over."""
+        return self._shard.model.is_redundant(name)
+
+    def finish(self) -> None:
+        """Do nothing: the weights are finished."""
+
+
+class LeadingStorage(KVStorage):
+    """Rank 0's part of the KV cache; copies of blocks are made on all ranks.
+
+    Args:
+        specs: of rank 0's layers.
+        num_blocks: of every rank.
+        block_size: tokens per block.
+        team: the other ranks, which take memory too.
+        device: of rank 0.
+        num_host_blocks: of every rank.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[KVCacheSpec],
+        num_blocks: int,
+        block_size: int,
+        *,
+        team: Team,
+        device: torch.device | str = "cpu",
+        num_host_blocks: int = 0,
+    ) -> None:
+        super().__init__(specs, num_blocks, block_size, device=device, num_host_blocks=num_host_blocks)
+        self._team = team
+        team.allocate(num_blocks, num_host_blocks)
+
+    def apply(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks on all ranks; see `KVStorage.apply`.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        if copies:
+            with self._team.together(copies_message(copies)):
+                super().apply(copies)

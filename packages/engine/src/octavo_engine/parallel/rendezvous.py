@@ -1,0 +1,99 @@
+"""Rendezvous: where the ranks of a model find each other, and what they leave for each other to read before a step."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from octavo_engine import errors
+from octavo_engine.errors import EngineError, InvalidConfig, WorkerLost
+from octavo_engine.parallel.group import Group
+
+_CPU = torch.device("cpu")
+
+
+class Failure(NamedTuple):
+    """Why a rank has ended; `is_consequence` if because another one did."""
+
+    error: EngineError
+    is_consequence: bool
+
+
+class Rendezvous:
+    """A small store over TCP, which rank 0 serves, and the connections that are made by it.
+
+    Args:
+        host: of rank 0.
+        port: of rank 0; 0 takes a free one there.
+        serves: whether this is rank 0.
+        seconds: how long to wait for rank 0.
+
+    Raises:
+        InvalidConfig: the port is in use, or the address is not this machine's.
+        WorkerLost: rank 0 does not answer.
+    """
+
+    def __init__(self, host: str, port: int, *, serves: bool, seconds: float) -> None:
+        self._host = host
+        wait = timedelta(seconds=seconds)
+        try:
+            self._store = TCPStore(host, port, None, serves, wait_for_workers=False, timeout=wait)
+        except RuntimeError as error:
+            if serves:
+                raise InvalidConfig(f"ranks cannot meet at {host} port {port}: {error}; choose another port") from error
+            raise WorkerLost(f"rank 0 does not answer at {host} port {port} within {seconds:g} s: {error}") from error
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port for the other ranks."""
+        return self._host, self._store.port
+
+    def leave(self, name: str, text: str) -> None:
+        """Leave something under a name."""
+        self._store.set(name, text)
+
+    def take(self, name: str) -> str:
+        """Wait for what another rank leaves under a name.
+
+        Raises:
+            WorkerLost: it did not come in time, or rank 0 has ended.
+        """
+        try:
+            left = self._store.get(name).decode()
+        except RuntimeError as error:
+            raise WorkerLost(f"waited for {name!r} in vain: {error}") from error
+        return left
+
+    def has(self, name: str) -> bool:
+        """Return whether something was left under a name; at rank 0, where it does not wait."""
+        found: bool = self._store.check([name])
+        return found
+
+    def leave_failure(self, rank: int, error: Exception) -> None:
+        """Tell rank 0 why a rank ends."""
+        text = json.dumps({"kind": type(error).__name__, "message": str(error)})
+        self._store.set(f"failed/{rank}", text)
+
+    def failure(self, rank: int) -> Failure | None:
+        """Return why a rank has ended, if it could tell; an error of this package keeps its type."""
+        if not self.has(f"failed/{rank}"):
+            return None
+        told = json.loads(self.take(f"failed/{rank}"))
+        kind = getattr(errors, told["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, EngineError):
+            return Failure(kind(f"rank {rank}: {told['message']}"), kind is WorkerLost)
+        return Failure(WorkerLost(f"rank {rank} has ended: {told['kind']}: {told['message']}"), False)
+
+    def connect(self, group: Group, orders: Group, device: torch.device, seconds: float) -> None:
+        """Connect a rank with all others, which do so too: a group for tensors on a device, and one for orders.
+
+        Raises:
+            WorkerLost: one did not come.
+        """
+        host = self._host if self._host in ("127.0.0.1", "::1", "localhost") else None
+        for name, one, where in (("tensors", group, device), ("orders", orders, _CPU)):
+            one.connect(PrefixStore(name, self._store), where, seconds=seconds, host=host)

@@ -1,0 +1,93 @@
+"""make_job, make_team, load_split: from a model's files to a team of ranks, and to what they run together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from octavo_engine.errors import InvalidConfig
+from octavo_engine.parallel.job import Job, installed_versions
+from octavo_engine.parallel.launch import WorkerProcess
+from octavo_engine.parallel.leader import LeadingModel
+from octavo_engine.parallel.plan import check_size
+from octavo_engine.parallel.shard import Shard
+from octavo_engine.parallel.team import STEP_SECONDS, Team
+from octavo_engine.weights.source import Source
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""(weights loaded, weights in all)"""
+
+
+def make_job(
+    source: Source,
+    *,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    int8_activations: bool,
+    batch_invariant: bool,
+    num_threads: int | None,
+    block_size: int,
+) -> Job:
+    """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
+
+    Args:
+        source: the whole model's files.
+        size: ranks.
+        device: of rank 0.
+        dtype: of activations.
+        kv_dtype: of the KV cache.
+        int8_activations: see `choose_method`.
+        batch_invariant: see `LayerOptions`.
+        num_threads: of each rank; None shares torch's among them.
+        block_size: of the KV cache.
+
+    Raises:
+        InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
+        UnsupportedModel: the architecture cannot be split.
+    """
+    check_size(source.config, size, source.column_block, source.name)
+    if device.type == "cuda" and (device.index or torch.cuda.device_count() < size):
+        raise InvalidConfig(
+            f"tensor_parallel_size {size} needs the GPUs from 0 to {size - 1}, one for each rank; device is {device}, "
+            f"and torch sees {torch.cuda.device_count()} GPUs; use device cuda and a smaller size"
+        )
+    return Job(
+        model=str(source.path.absolute()),
+        sample=source.sample.hex(),
+        versions=installed_versions(),
+        size=size,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        int8_activations=int8_activations,
+        batch_invariant=batch_invariant,
+        num_threads=num_threads or max(1, torch.get_num_threads() // size),
+        block_size=block_size,
+        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        step_seconds=STEP_SECONDS,
+    )
+
+
+def make_team(job: Job) -> Team:
+    """Return the other ranks of a job as processes of this machine, not started."""
+    return Team(job, WorkerProcess)
+
+
+def load_split(source: Source, job: Job, team: Team, progress: Progress | None = None) -> LeadingModel:
+    """Start the other ranks, and load all parts of a model at the same time.
+
+    Raises:
+        WorkerLost, RankMismatch: a rank did not come, or is another one than was expected.
+        CorruptModelFile, UnsupportedModel: as in loading a model.
+    """
+    torch.set_num_threads(job.num_threads)
+    team.start()
+    shard = Shard(source, team.group, job.loader(0), progress)
+    _log.info("rank 0 has read %d bytes of weights", shard.num_bytes)
+    team.await_loaded()
+    return LeadingModel(source.config, shard, team)

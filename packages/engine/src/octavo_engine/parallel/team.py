@@ -1,0 +1,208 @@
+"""Team: the other ranks of a model as rank 0 has them: started, joined, loaded, told what to do, watched, ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+from octavo_engine.errors import EngineError, WorkerLost
+from octavo_engine.parallel.channel import Channel, Command, Message
+from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.job import Job
+from octavo_engine.parallel.launch import Launch, Worker
+from octavo_engine.parallel.rendezvous import Rendezvous
+
+JOIN_SECONDS = 60.0
+"""Within which a worker must have started, found rank 0 and looked at the files."""
+
+LOAD_SECONDS = 1800.0
+"""Within which it must have loaded its part."""
+
+STEP_SECONDS = 30.0
+"""That ranks wait for each other within a step."""
+
+_LOOK_SECONDS = 0.02
+_STOP_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 1.0  # for a process that has broken off to be seen ending
+
+_log = logging.getLogger(__name__)
+
+
+class Team:
+    """The ranks from 1 on. One thread at a time uses it.
+
+    Args:
+        job: what they run.
+        launch: starts one.
+        host: where they meet rank 0.
+        port: of it; 0 takes a free one.
+        join_seconds: within which a rank must have joined.
+
+    Attributes:
+        group: connects all ranks, for tensors on their devices.
+        num_restarts: how often lost ranks were replaced.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        launch: Launch,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        join_seconds: float = JOIN_SECONDS,
+    ) -> None:
+        self._job = job
+        self._launch = launch
+        self._address = host, port
+        self._join_seconds = join_seconds
+        self._orders = Group(0, job.size)
+        self._channel = Channel(self._orders)
+        self._rendezvous: Rendezvous | None = None
+        self._workers: dict[int, Worker] = {}
+        self._memory: Message | None = None
+        self._lost: WorkerLost | None = None
+        self.group = Group(0, job.size)
+        self.num_restarts = 0
+
+    def start(self) -> None:
+        """Start all ranks and connect with them; they begin to load their parts.
+
+        Raises:
+            WorkerLost: a rank did not join in time, or has ended.
+            RankMismatch: it has other files or versions.
+            InvalidConfig: the port is in use.
+        """
+        host, port = self._address
+        self._rendezvous = Rendezvous(host, port, serves=True, seconds=self._join_seconds)
+        self._rendezvous.leave("job", self._job.encode())
+        for rank in range(1, self._job.size):
+            self._workers[rank] = self._launch(*self._rendezvous.address, rank)
+        self._await("joined", self._join_seconds)
+        self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
+        self._lost = None
+
+    def await_loaded(self) -> None:
+        """Wait until all ranks have loaded their parts.
+
+        Raises:
+            WorkerLost: one has ended, or takes too long.
+            EngineError: what kept it from loading.
+        """
+        self._await("loaded", LOAD_SECONDS)
+        assert self._rendezvous is not None
+        for rank in self._workers:
+            _log.info("rank %d has read %s bytes of weights", rank, self._rendezvous.take(f"loaded/{rank}"))
+
+    def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
+        """Let all ranks take memory for their part of the KV cache, and again whenever they are replaced."""
+        self._memory = Message(Command.ALLOCATE, (num_blocks, num_host_blocks))
+        with self.together(self._memory):
+            pass
+
+    @contextmanager
+    def together(self, message: Message) -> Generator[None]:
+        """Tell all ranks to do something, and do rank 0's part of it inside.
+
+        An error inside leaves the ranks at different places, so that all are replaced before they work again.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
+        """
+        try:
+            self._channel.send(message)
+            yield
+        except Exception as error:
+            self._lost = self._reason(error)
+            raise self._lost from error
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the ranks must be replaced before the next step."""
+        return self._lost is not None
+
+    def restart(self) -> None:
+        """Replace all ranks; what they had of the KV cache is gone.
+
+        Raises:
+            WorkerLost: they cannot be replaced.
+        """
+        started = time.monotonic()
+        self._end(0)
+        self.start()
+        self.await_loaded()
+        if self._memory is not None:
+            with self.together(self._memory):
+                pass
+        self.num_restarts += 1
+        _log.warning("the workers were started again in %.1f s", time.monotonic() - started)
+
+    def close(self) -> None:
+        """End all ranks, and wait for it."""
+        if self._lost is None and self._workers:
+            try:
+                self._channel.send(Message(Command.STOP))
+            except WorkerLost as error:
+                _log.warning("while the workers were ended: %s", error)
+        self._end(_STOP_SECONDS)
+
+    def _end(self, seconds: float) -> None:
+        """End all ranks after some seconds in which they may do so by themselves."""
+        until = time.monotonic() + seconds
+        for worker in self._workers.values():
+            worker.stop(max(0.0, until - time.monotonic()))
+        self._workers.clear()
+        for group in (self.group, self._orders):
+            group.disconnect()
+        self._rendezvous = None
+
+    def _await(self, what: str, seconds: float) -> None:
+        """Wait until every rank has left a word.
+
+        Raises:
+            WorkerLost: one has ended, or takes longer.
+            EngineError: why it has ended.
+        """
+        assert self._rendezvous is not None
+        until = time.monotonic() + seconds
+        missing = list(self._workers)
+        while missing:
+            missing = [rank for rank in missing if not self._rendezvous.has(f"{what}/{rank}")]
+            self._look(missing)
+            if missing and time.monotonic() > until:
+                raise WorkerLost(f"rank {missing[0]} has not {what} within {seconds:g} s; its log says more")
+            time.sleep(_LOOK_SECONDS if missing else 0)
+
+    def _look(self, ranks: Iterable[int]) -> None:
+        """Raise why one of some ranks has ended, if one has."""
+        error = self._culprit(ranks)
+        if error is not None:
+            raise error
+
+    def _culprit(self, ranks: Iterable[int]) -> EngineError | None:
+        """Return why one of some ranks has ended by itself; None if none has."""
+        assert self._rendezvous is not None
+        for rank in ranks:
+            ended = self._workers[rank].ended()  # first: what a rank says of its end comes before the end
+            failure = self._rendezvous.failure(rank)
+            if failure is not None and not failure.is_consequence:
+                return failure.error
+            if failure is None and ended is not None:
+                return WorkerLost(f"rank {rank} {ended}")
+        return None
+
+    def _reason(self, error: Exception) -> WorkerLost:
+        """Return what is known of why the ranks do not work together any more."""
+        if not isinstance(error, WorkerLost):
+            return WorkerLost(f"rank 0 failed in the middle of a step: {type(error).__name__}: {error}")
+        if self._rendezvous is None:
+            return error
+        until = time.monotonic() + _LAST_WORDS_SECONDS
+        while (culprit := self._culprit(self._workers)) is None and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+        if culprit is not None:
+            return WorkerLost(str(culprit))
+        silent = [rank for rank in self._workers if self._rendezvous.failure(rank) is None]
+        return WorkerLost(f"rank {silent[0]} does not answer: {error}") if silent else error
