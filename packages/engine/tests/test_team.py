@@ -19,8 +19,8 @@ pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]
 
 import torch
 
-from octavo_engine import LLM, InvalidConfig, RankMismatch, RequestFailed, SamplingParams, WorkerLost
-from octavo_engine.parallel import split, team
+from octavo_engine import LLM, InvalidConfig, ModelNotFound, RankMismatch, RequestFailed, SamplingParams, WorkerLost
+from octavo_engine.parallel import split
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import WorkerProcess
 from octavo_engine.parallel.team import Team
@@ -110,7 +110,7 @@ def test_other_files_are_refused(job: Job, path: Path) -> None:
 
 def test_files_that_a_rank_does_not_have_are_named(job: Job, path: Path) -> None:
     path.unlink()
-    with pytest.raises(team.EngineError, match=r"rank 1: .*tiny\.gguf: no such file"):
+    with pytest.raises(ModelNotFound, match=r"rank 1: .*tiny\.gguf: no such file"):
         start(job)
 
 
@@ -197,6 +197,27 @@ def test_a_killed_worker_is_replaced_and_costs_no_request(split_llm: LLM, caplog
     split_llm.close()
     assert not is_running(first)
     assert not is_running(second)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_named_and_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "STEP_SECONDS", 5.0)
+    with tiny_llm(path) as llm:
+        expected = tokens_of(llm)
+        os.kill(worker_of(llm).pid, signal.SIGSTOP)
+        started = time.monotonic()
+        assert tokens_of(llm) == expected
+        assert 5 <= time.monotonic() - started < 30
+        assert llm.stats().num_lost_steps == 1
+
+
+def test_an_engine_whose_ranks_cannot_be_replaced_stops(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
+    with tiny_llm(path) as llm:
+        team = llm._engine._executor._team
+        team._launch, team._join_seconds, team._lost = NoRank, 0.2, WorkerLost("rank 1 is gone")
+        with pytest.raises(WorkerLost, match=r"rank 1 has not joined within 0\.2 s"):
+            tokens_of(llm)
 
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:

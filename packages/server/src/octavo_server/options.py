@@ -54,7 +54,7 @@ ServedModelName = Annotated[
     list[str] | None, typer.Option(help="Name for requests to use; may be given several times.")
 ]
 TensorParallelSize = Annotated[
-    int, typer.Option(help="Processes that the model is split over; on GPUs each takes one.", min=1)
+    int, typer.Option(help="Processes that the model is split over; on GPUs each takes one.")
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]

@@ -81,6 +81,8 @@ def follow(host: str, port: int, rank: int, *, join_seconds: float) -> None:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank)
         torch.set_num_threads(job.num_threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         source = job.open()
         rendezvous.leave(f"joined/{rank}", "")
         group, orders = Group(rank, job.size), Group(rank, job.size)

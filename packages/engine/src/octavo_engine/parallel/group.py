@@ -70,6 +70,11 @@ class Group:
         """Drop the connections; others that wait for this rank fail."""
         self._backend = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the ranks have met, and rank 0 has not let go of them."""
+        return self._backend is not None
+
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' x, which has one shape everywhere, in new memory and in x's dtype.
 

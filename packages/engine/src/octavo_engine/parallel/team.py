@@ -137,16 +137,18 @@ class Team:
             with self.together(self._memory):
                 pass
         self.num_restarts += 1
-        _log.warning("the workers were started again in %.1f s", time.monotonic() - started)
+        _log.warning("the ranks were replaced in %.1f s", time.monotonic() - started)
 
     def close(self) -> None:
         """End all ranks, and wait for it."""
-        if self._lost is None and self._workers:
+        seconds = 0.0
+        if self._lost is None and self._orders.is_connected:
             try:
                 self._channel.send(Message(Command.STOP))
+                seconds = _STOP_SECONDS
             except WorkerLost as error:
-                _log.warning("while the workers were ended: %s", error)
-        self._end(_STOP_SECONDS)
+                _log.warning("while the ranks were ended: %s", error)
+        self._end(seconds)
 
     def _end(self, seconds: float) -> None:
         """End all ranks after some seconds in which they may do so by themselves."""
