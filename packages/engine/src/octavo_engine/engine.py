@@ -89,7 +89,7 @@ class Engine:
         try:
             output = pending.result()
         except WorkerLost as error:
-            _log.exception("step %d was lost, and all keys and values with it", batch.step_id)
+            _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
             return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)

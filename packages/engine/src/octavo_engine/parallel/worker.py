@@ -9,8 +9,6 @@ import sys
 import threading
 from collections.abc import Sequence
 
-JOIN_SECONDS = 60.0
-
 _log = logging.getLogger(__name__)
 
 
@@ -22,6 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=_end_with_parent, name="octavo-parent", daemon=True).start()
     from octavo_engine.errors import EngineError
     from octavo_engine.parallel.follower import follow
+    from octavo_engine.parallel.team import JOIN_SECONDS
 
     try:
         follow(host, port, rank, join_seconds=JOIN_SECONDS)
