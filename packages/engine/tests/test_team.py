@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,10 +22,13 @@ import torch
 
 from octavo_engine import LLM, InvalidConfig, ModelNotFound, RankMismatch, RequestFailed, SamplingParams, WorkerLost
 from octavo_engine.parallel import split
+from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import WorkerProcess
+from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.team import Team
 from octavo_engine.parallel.thread_rank import ThreadRank
+from octavo_engine.parallel.torchrun import TorchrunRank
 from octavo_engine.weights.source import GGUFSource
 
 MakeGGUF = Callable[..., Path]
@@ -147,8 +151,8 @@ def split_llm(path: Path) -> Iterator[LLM]:
         yield llm
 
 
-def tiny_llm(path: Path) -> LLM:
-    return LLM(str(path), tensor_parallel_size=2, num_blocks=33, max_num_seqs=2, num_threads=1, show_progress=False)
+def tiny_llm(path: Path, size: int = 2) -> LLM:
+    return LLM(str(path), tensor_parallel_size=size, num_blocks=33, max_num_seqs=2, num_threads=1, show_progress=False)
 
 
 def tokens_of(llm: LLM) -> list[list[int]]:
@@ -197,6 +201,36 @@ def test_a_killed_worker_is_replaced_and_costs_no_request(split_llm: LLM, caplog
     split_llm.close()
     assert not is_running(first)
     assert not is_running(second)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def test_ranks_that_torchrun_has_started_meet_in_its_store(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tiny_llm(path, size=1) as whole:
+        expected = tokens_of(whole)
+    store = Rendezvous("127.0.0.1", 0, serves=True, seconds=10)  # torchrun's own
+    host, port = store.address
+    store.leave("octavo/0/joined/1", "")  # by an attempt before
+    environ = {**TORCHRUN, "MASTER_ADDR": host, "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "1"}
+    other = TorchrunRank.of({**environ, "RANK": "1"})
+    assert other is not None
+    arguments = {"join_seconds": 10, "local_rank": other.local_rank, "prefix": other.prefix}
+    rank = threading.Thread(target=follow, args=(other.host, other.port, other.rank), kwargs=arguments)
+    rank.start()
+    for name, value in {**environ, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with tiny_llm(path) as llm:
+        assert tokens_of(llm) == expected
+        llm._engine._executor._team._lost = WorkerLost("rank 1 is gone")
+        with pytest.raises(WorkerLost, match="rank 1 is gone; torchrun starts all ranks again"):
+            tokens_of(llm)
+        llm._engine._executor._team._lost = None
+    rank.join(10)
+    assert not rank.is_alive()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InvalidConfig, match="torchrun has started 3 processes, tensor_parallel_size is 2"):
+        tiny_llm(path)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class EngineConfig:
         watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
         num_threads: of the CPU kernels; None is torch's choice. Each rank has as many, None shares torch's among them.
         tensor_parallel_size: ranks that the model is split over, each with its part of the weights and the KV cache:
-            this process, and others of this machine that it starts. On GPUs each takes one. A model's heads must come
+            this process, and others that it, or torchrun, starts. On GPUs each takes one. A model's heads must come
             out even; what is refused says which sizes work.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.

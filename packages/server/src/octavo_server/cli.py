@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
+from octavo_engine.parallel.torchrun import TorchrunRank
 from octavo_server import options
 from octavo_server.config import DRAIN_SECONDS, ServerSettings
 from octavo_server.endpoint import Endpoint, tls_of
@@ -136,8 +139,35 @@ def serve(
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
         )
+        if _follows(config):
+            return
         folder = state_folder(state_dir, uds.name if uds else str(port) if port else None)
         _serve(config, settings, folder, console, endpoint, drain_timeout)
+
+
+def _follows(config: EngineConfig) -> bool:
+    """Be a rank that computes for another, if torchrun has started this process as one; return True at its end."""
+    started = TorchrunRank.of(os.environ)
+    if started is None:
+        return False
+    started.check_size(config.tensor_parallel_size)
+    if started.rank == 0:
+        return False
+    from octavo_engine.parallel.follower import follow
+    from octavo_engine.parallel.team import JOIN_SECONDS
+
+    # torchrun sends signals to all ranks at once: this one ends when rank 0 has let its requests end, or is gone.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    follow(
+        started.host,
+        started.port,
+        started.rank,
+        join_seconds=JOIN_SECONDS,
+        local_rank=started.local_rank,
+        prefix=started.prefix,
+    )
+    return True
 
 
 def _serve(

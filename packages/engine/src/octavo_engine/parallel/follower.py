@@ -69,17 +69,27 @@ class Follower:
         return torch.empty(shape, dtype=getattr(torch, self._job.dtype), device=self._device)
 
 
-def follow(host: str, port: int, rank: int, *, join_seconds: float) -> None:
-    """Be a rank of the model that rank 0 at an address runs, until it says stop.
+def follow(
+    host: str, port: int, rank: int, *, join_seconds: float, local_rank: int | None = None, prefix: str = ""
+) -> None:
+    """Be a rank of the model that rank 0 runs, until it says stop.
+
+    Args:
+        host: of the store where the ranks meet.
+        port: of it.
+        rank: to be.
+        join_seconds: how long to wait for rank 0.
+        local_rank: the number of this machine's GPU to take; None is that of the rank.
+        prefix: see `Rendezvous`.
 
     Raises:
         WorkerLost: rank 0 does not answer within `join_seconds`, or a rank has ended; rank 0 is told.
         EngineError: as in loading a model; rank 0 is told.
     """
-    rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds)
+    rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
     try:
         job = Job.decode(rendezvous.take("job"))
-        device = job.device_of(rank)
+        device = job.device_of(rank if local_rank is None else local_rank)
         torch.set_num_threads(job.num_threads)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -87,7 +97,7 @@ def follow(host: str, port: int, rank: int, *, join_seconds: float) -> None:
         rendezvous.leave(f"joined/{rank}", "")
         group, orders = Group(rank, job.size), Group(rank, job.size)
         rendezvous.connect(group, orders, device, job.step_seconds)
-        shard = Shard(source, group, job.loader(rank))
+        shard = Shard(source, group, job.loader(device))
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
         Follower(shard, Channel(orders), job, device).run()
     except Exception as error:

@@ -23,7 +23,7 @@ class Job:
     """A model that several ranks run together.
 
     `model` is the path of its files, `sample` stands for their contents, in hexadecimal, `versions` for the software.
-    `device` is cpu, or cuda, where a rank takes the GPU of its number. The rest is how it computes; see EngineConfig.
+    `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. The rest is how it computes.
     """
 
     model: str
@@ -67,13 +67,13 @@ class Job:
             raise RankMismatch(f"{source.path}: rank 0 has other files under this name; copy the same ones everywhere")
         return source
 
-    def device_of(self, rank: int) -> torch.device:
-        """Return where a rank computes."""
-        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, rank)
+    def device_of(self, index: int) -> torch.device:
+        """Return where a rank computes that has so many others of its machine before it."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, index)
 
-    def loader(self, rank: int) -> LoadModel:
-        """Return what loads a rank's part."""
-        device, dtype = self.device_of(rank), getattr(torch, self.dtype)
+    def loader(self, device: torch.device) -> LoadModel:
+        """Return what loads a rank's part onto a device."""
+        dtype = getattr(torch, self.dtype)
         quant = choose_method(
             device, dtype, int8_activations=self.int8_activations, batch_invariant=self.batch_invariant
         )

@@ -31,6 +31,26 @@ Launch = Callable[[str, int, int], Worker]
 """Starts a rank that meets rank 0: (host, port, rank)."""
 
 
+class StartedRank:
+    """A rank that somebody else has started, and watches, on whatever machine.
+
+    Args:
+        host: where rank 0 is met.
+        port: of it.
+        rank: that was started.
+    """
+
+    def __init__(self, host: str, port: int, rank: int) -> None:
+        """Start nothing."""
+
+    def ended(self) -> str | None:
+        """Return None: others know."""
+        return None
+
+    def stop(self, seconds: float) -> None:
+        """End nothing: the rank ends by itself when rank 0 says stop, or is gone."""
+
+
 class WorkerProcess:
     """A rank in a process of its own.
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from octavo_engine import errors
 from octavo_engine.errors import EngineError, InvalidConfig, WorkerLost
@@ -24,33 +24,36 @@ class Failure(NamedTuple):
 
 
 class Rendezvous:
-    """A small store over TCP, which rank 0 serves, and the connections that are made by it.
+    """A small store over TCP, which rank 0 or torchrun serves, and the connections that are made by it.
 
     Args:
-        host: of rank 0.
-        port: of rank 0; 0 takes a free one there.
-        serves: whether this is rank 0.
+        host: of the store.
+        port: of the store; 0 takes a free one, where it is served.
+        serves: whether to serve it.
         seconds: how long to wait for rank 0.
+        prefix: of all names in a store that serves others too.
 
     Raises:
         InvalidConfig: the port is in use, or the address is not this machine's.
         WorkerLost: rank 0 does not answer.
     """
 
-    def __init__(self, host: str, port: int, *, serves: bool, seconds: float) -> None:
+    def __init__(self, host: str, port: int, *, serves: bool, seconds: float, prefix: str = "") -> None:
         self._host = host
         wait = timedelta(seconds=seconds)
         try:
-            self._store = TCPStore(host, port, None, serves, wait_for_workers=False, timeout=wait)
+            served = TCPStore(host, port, None, serves, wait_for_workers=False, timeout=wait)
         except RuntimeError as error:
             if serves:
                 raise InvalidConfig(f"ranks cannot meet at {host} port {port}: {error}; choose another port") from error
-            raise WorkerLost(f"rank 0 does not answer at {host} port {port} within {seconds:g} s: {error}") from error
+            raise WorkerLost(f"nobody answers at {host} port {port} within {seconds:g} s: {error}") from error
+        self._port = served.port
+        self._store: Store = PrefixStore(prefix, served) if prefix else served
 
     @property
     def address(self) -> tuple[str, int]:
         """Host and port for the other ranks."""
-        return self._host, self._store.port
+        return self._host, self._port
 
     def leave(self, name: str, text: str) -> None:
         """Leave something under a name."""
@@ -69,14 +72,15 @@ class Rendezvous:
         return left
 
     def has(self, name: str) -> bool:
-        """Return whether something was left under a name; at rank 0, where it does not wait."""
+        """Return whether something was left under a name."""
         found: bool = self._store.check([name])
         return found
 
     def leave_failure(self, rank: int, error: Exception) -> None:
-        """Tell rank 0 why a rank ends."""
+        """Tell rank 0 why a rank ends; it has been told when this returns."""
         text = json.dumps({"kind": type(error).__name__, "message": str(error)})
         self._store.set(f"failed/{rank}", text)
+        self.has(f"failed/{rank}")  # the store answers in order, and what is set has no answer
 
     def failure(self, rank: int) -> Failure | None:
         """Return why a rank has ended, if it could tell; an error of this package keeps its type."""

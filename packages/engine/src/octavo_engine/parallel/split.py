@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from octavo_engine.parallel.leader import LeadingModel
 from octavo_engine.parallel.plan import check_size
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.parallel.team import STEP_SECONDS, Team
+from octavo_engine.parallel.torchrun import TorchrunRank
 from octavo_engine.weights.source import Source
 
 _log = logging.getLogger(__name__)
@@ -52,10 +54,11 @@ def make_job(
         UnsupportedModel: the architecture cannot be split.
     """
     check_size(source.config, size, source.column_block, source.name)
-    if device.type == "cuda" and (device.index or torch.cuda.device_count() < size):
+    num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else size
+    if device.type == "cuda" and (device.index or torch.cuda.device_count() < num_here):
         raise InvalidConfig(
-            f"tensor_parallel_size {size} needs the GPUs from 0 to {size - 1}, one for each rank; device is {device}, "
-            f"and torch sees {torch.cuda.device_count()} GPUs; use device cuda and a smaller size"
+            f"tensor_parallel_size {size} needs the GPUs from 0 to {num_here - 1}, one for each rank; device is "
+            f"{device}, and torch sees {torch.cuda.device_count()} GPUs; use device cuda and a smaller size"
         )
     return Job(
         model=str(source.path.absolute()),
@@ -74,8 +77,20 @@ def make_job(
 
 
 def make_team(job: Job) -> Team:
-    """Return the other ranks of a job as processes of this machine, not started."""
-    return Team(job, WorkerProcess)
+    """Return the other ranks of a job: processes of this machine, not started, or those that torchrun has started.
+
+    Raises:
+        InvalidConfig: torchrun has started another number of processes, or this is not the first of them.
+    """
+    started = TorchrunRank.of(os.environ)
+    if started is None:
+        return Team(job, WorkerProcess)
+    started.check_size(job.size)
+    if started.rank:
+        raise InvalidConfig(
+            f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
+        )
+    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix)
 
 
 def load_split(source: Source, job: Job, team: Team, progress: Progress | None = None) -> LeadingModel:
@@ -87,7 +102,7 @@ def load_split(source: Source, job: Job, team: Team, progress: Progress | None =
     """
     torch.set_num_threads(job.num_threads)
     team.start()
-    shard = Shard(source, team.group, job.loader(0), progress)
+    shard = Shard(source, team.group, job.loader(job.device_of(0)), progress)
     _log.info("rank 0 has read %d bytes of weights", shard.num_bytes)
     team.await_loaded()
     return LeadingModel(source.config, shard, team)

@@ -11,7 +11,7 @@ from octavo_engine.errors import EngineError, WorkerLost
 from octavo_engine.parallel.channel import Channel, Command, Message
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.job import Job
-from octavo_engine.parallel.launch import Launch, Worker
+from octavo_engine.parallel.launch import Launch, StartedRank, Worker
 from octavo_engine.parallel.rendezvous import Rendezvous
 
 JOIN_SECONDS = 60.0
@@ -35,9 +35,10 @@ class Team:
 
     Args:
         job: what they run.
-        launch: starts one.
-        host: where they meet rank 0.
+        launch: starts one; None if torchrun starts them all, rank 0 too.
+        host: of the store where they meet, which rank 0 serves if it starts them.
         port: of it; 0 takes a free one.
+        prefix: see `Rendezvous`.
         join_seconds: within which a rank must have joined.
 
     Attributes:
@@ -48,15 +49,17 @@ class Team:
     def __init__(
         self,
         job: Job,
-        launch: Launch,
+        launch: Launch | None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        prefix: str = "",
         join_seconds: float = JOIN_SECONDS,
     ) -> None:
         self._job = job
         self._launch = launch
         self._address = host, port
+        self._prefix = prefix
         self._join_seconds = join_seconds
         self._orders = Group(0, job.size)
         self._channel = Channel(self._orders)
@@ -76,10 +79,12 @@ class Team:
             InvalidConfig: the port is in use.
         """
         host, port = self._address
-        self._rendezvous = Rendezvous(host, port, serves=True, seconds=self._join_seconds)
+        serves = self._launch is not None
+        self._rendezvous = Rendezvous(host, port, serves=serves, seconds=self._join_seconds, prefix=self._prefix)
         self._rendezvous.leave("job", self._job.encode())
+        launch = self._launch or StartedRank
         for rank in range(1, self._job.size):
-            self._workers[rank] = self._launch(*self._rendezvous.address, rank)
+            self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
         self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
         self._lost = None
@@ -127,8 +132,10 @@ class Team:
         """Replace all ranks; what they had of the KV cache is gone.
 
         Raises:
-            WorkerLost: they cannot be replaced.
+            WorkerLost: they cannot be replaced, or it is for torchrun to do that.
         """
+        if self._launch is None:
+            raise WorkerLost(f"{self._lost}; torchrun starts all ranks again, as often as its --max-restarts says")
         started = time.monotonic()
         self._end(0)
         self.start()

@@ -1,0 +1,55 @@
+"""TorchrunRank: which rank of a model this process is, if torchrun has started it and the others, on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from octavo_engine.errors import InvalidConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TorchrunRank:
+    """What torchrun says of a process, in its environment.
+
+    `host` and `port` are those of torchrun's own store, where the ranks meet; `attempt` counts how often torchrun has
+    started all of them, since the store outlives them.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    host: str
+    port: int
+    attempt: int
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> TorchrunRank | None:
+        """Return what an environment says; None if torchrun has not made it."""
+        if "TORCHELASTIC_RUN_ID" not in environ:
+            return None
+        return cls(
+            rank=int(environ["RANK"]),
+            size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ["LOCAL_RANK"]),
+            host=environ["MASTER_ADDR"],
+            port=int(environ["MASTER_PORT"]),
+            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+
+    @property
+    def prefix(self) -> str:
+        """What the ranks of this attempt leave in the store begins with."""
+        return f"octavo/{self.attempt}"
+
+    def check_size(self, tensor_parallel_size: int) -> None:
+        """Refuse another number of ranks than torchrun has started.
+
+        Raises:
+            InvalidConfig: says both.
+        """
+        if tensor_parallel_size != self.size:
+            raise InvalidConfig(
+                f"torchrun has started {self.size} processes, tensor_parallel_size is {tensor_parallel_size}; give "
+                "both the same number"
+            )
