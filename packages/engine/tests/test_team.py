@@ -99,6 +99,12 @@ def test_a_port_in_use_is_refused(job: Job) -> None:
             start(job, port=port, join_seconds=2)
 
 
+def test_a_torch_that_knows_no_ranks_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(InvalidConfig, match="tensor_parallel_size 2 needs torch.distributed"):
+        tiny_llm(path)
+
+
 def test_other_versions_are_refused(job: Job) -> None:
     with pytest.raises(RankMismatch, match=r"rank 1: rank 0 has torch 1\.0, this rank has .*same versions"):
         start(replace(job, versions={**job.versions, "torch": "1.0"}))
@@ -211,7 +217,7 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(path: Path, monkeypat
         expected = tokens_of(whole)
     store = Rendezvous("127.0.0.1", 0, serves=True, seconds=10)  # torchrun's own
     host, port = store.address
-    store.leave("octavo/0/joined/1", "")  # by an attempt before
+    store.leave("octavo/0/failed/1", '{"kind": "MemoryError", "message": "no room"}')  # by an attempt before
     environ = {**TORCHRUN, "MASTER_ADDR": host, "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "1"}
     other = TorchrunRank.of({**environ, "RANK": "1"})
     assert other is not None

@@ -114,6 +114,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(octavo, arguments, message):
     assert result.stdout == ""
 
 
+def test_a_rank_that_torchrun_has_started_follows_the_first(octavo, monkeypatch):
+    follower = pytest.importorskip("octavo_engine.parallel.follower", reason="ranks need octavo-server[local]")
+    followed, ignored = [], []
+    monkeypatch.setattr(follower, "follow", lambda *rank, **options: followed.append((rank, options["prefix"])))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    for name, value in {**environ, "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    result = octavo("serve", "--tensor-parallel-size", "3", "--port", "0")
+    assert (result.exit_code, followed) == (2, [])
+    assert "torchrun has started 2 processes, tensor_parallel_size is 3; give both the same number" in result.stderr
+    assert octavo("serve", "--tensor-parallel-size", "2", "--port", "0").exit_code == 0
+    assert followed == [(("first", 29500, 1), "octavo/3")]
+    assert ignored == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)]
+    assert octavo.configs == []
+
+
 def test_a_wrong_option_is_found_before_the_model_is_loaded(octavo):
     assert octavo("run", "hi", "--temperature", "9").exit_code == 2
     assert octavo("serve", "--block-size", "7", "--port", "0").exit_code == 2

@@ -99,6 +99,11 @@ def _build_split(
     config: EngineConfig, source: Source, numerics: _Numerics, progress: Progress | None, started: float
 ) -> BuiltEngine:
     """Build an engine whose model is split over this process and others, which end if that fails."""
+    if not torch.distributed.is_available():
+        raise InvalidConfig(
+            f"tensor_parallel_size {config.tensor_parallel_size} needs torch.distributed, which this build of torch "
+            "does not have; install another one, or use 1"
+        )
     from octavo_engine.parallel.leader import LeadingStorage
     from octavo_engine.parallel.split import load_split, make_job, make_team
 

@@ -20,17 +20,18 @@ class SummedLinear(Linear):
         group: the ranks.
     """
 
-    __slots__ = ("_group",)
+    __slots__ = ("_group", "_part")
 
     def __init__(self, part: Linear, group: Group) -> None:
         self.shards = part.shards
         self.parameters = part.parameters
         self._quant = part._quant
+        self._part = part
         self._group = group
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product of all columns, from this rank's part of x, [num_tokens, rows of all shards]."""
-        return self._group.sum(super().__call__(x))
+        return self._group.sum(self._part(x))
 
 
 class PartialEmbedding(Embedding):
@@ -42,13 +43,14 @@ class PartialEmbedding(Embedding):
         group: the ranks.
     """
 
-    __slots__ = ("_first_token_id", "_group")
+    __slots__ = ("_first_token_id", "_group", "_part")
 
     def __init__(self, part: Embedding, first_token_id: int, group: Group) -> None:
         self.vocab_size = part.vocab_size
         self.hidden_size = part.hidden_size
         self.parameters = part.parameters
         self._quant = part._quant
+        self._part = part
         self._first_token_id = first_token_id
         self._group = group
 
@@ -56,7 +58,7 @@ class PartialEmbedding(Embedding):
         """Return the rows of token_ids [num_tokens] int64, whichever rank has them: [num_tokens, hidden_size]."""
         own_ids = token_ids - self._first_token_id
         is_own = (own_ids >= 0) & (own_ids < self.vocab_size)
-        rows = super().__call__(torch.where(is_own, own_ids, 0))
+        rows = self._part(torch.where(is_own, own_ids, 0))
         return self._group.sum(torch.where(is_own[:, None], rows, 0))
 
 
