@@ -101,7 +101,7 @@ def test_a_port_in_use_is_refused(job: Job) -> None:
 
 def test_a_torch_that_knows_no_ranks_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    with pytest.raises(InvalidConfig, match="tensor_parallel_size 2 needs torch.distributed"):
+    with pytest.raises(InvalidConfig, match=r"tensor_parallel_size 2 needs torch\.distributed"):
         tiny_llm(path)
 
 
