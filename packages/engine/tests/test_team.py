@@ -133,7 +133,6 @@ def test_a_process_that_cannot_start_is_reported_with_its_exit_code(job: Job, mo
 def test_a_step_that_fails_on_rank_0_replaces_the_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait in the middle of a step then, so that they cannot take part in the next one."""
     monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
-    monkeypatch.setattr(split, "STEP_SECONDS", 1.0)
     with tiny_llm(path) as llm:
         expected = tokens_of(llm)
         attention = llm._engine._executor._runner.model._shard.model.layers[0].attention
