@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,36 @@ class SafetensorsFiles:
                 raise CorruptModelFile(
                     f"{self.folder / file_name}: expected tensor {name!r} as {_INDEX} says, found none"
                 )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, file by file, in the order of their data."""
+        return [name for names in self._names.values() for name in names]
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that a tensor is in."""
+        return next(path for path, names in self._names.items() if name in names)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Open the files as they are needed: a function that reads one tensor, in the type it is stored in."""
+        from safetensors import SafetensorError, safe_open
+
+        paths = {name: path for path, names in self._names.items() for name in names}
+        opened: dict[Path, Any] = {}
+        with ExitStack() as stack:
+
+            def read(name: str) -> torch.Tensor:
+                path = paths[name]
+                try:
+                    if path not in opened:
+                        opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                    tensor: torch.Tensor = opened[path].get_tensor(name)
+                except SafetensorError as error:
+                    raise CorruptModelFile(f"{path}: {error}; download the file again") from error
+                return tensor
+
+            yield read
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor with its name, file by file, in the type it is stored in."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedModel
@@ -28,6 +29,13 @@ from octavo_engine.weights.stored import StoredTensor
 if TYPE_CHECKING:
     import torch
 
+    from octavo_engine.quant.schemes.base import Scheme
+    from octavo_engine.weights.quantized import QuantizedTensor
+    from octavo_engine.weights.quantized_files import QuantizedFiles
+
+_SCHEME_FILES = MappingProxyType({"quantize_config.json": "gptq"})
+"""Where a checkpoint says how it is quantised if config.json does not, and by which method it then is."""
+
 
 class Source(ABC):
     """What every kind of model source gives.
@@ -43,7 +51,7 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
         Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
@@ -215,10 +223,32 @@ class FolderSource(Source):
         advised = token_ids(self.generation_config.get("eos_token_id"), f"{generation_path}: eos_token_id")
         self.config = replace(config, eos_token_ids=tuple(dict.fromkeys((*advised, *config.eos_token_ids))))
         self.files = SafetensorsFiles(path)
-        self.num_weights = self.files.num_weights
+        self.scheme = self._read_scheme(config_path)
+        self.num_weights = self.files.num_weights if self.scheme is None else self._quantized(self.scheme).num_weights
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        return iter(self.files)
+    def _read_scheme(self, config_path: Path) -> Scheme | None:
+        """Return how the linears are stored: by config.json, else by the file that some quantisers write beside it."""
+        found = read_json(config_path).get("quantization_config")
+        where = f"{config_path}: quantization_config"
+        for name, method in _SCHEME_FILES.items():
+            path = self.path / name
+            if found is None and path.is_file():
+                found, where = {"quant_method": method, **read_json(path)}, str(path)
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise CorruptModelFile(f"{where}: expected an object, found {found!r}")
+        from octavo_engine.quant.schemes.choose import choose_scheme  # needs torch
+
+        return choose_scheme(found, where)
+
+    def _quantized(self, scheme: Scheme) -> QuantizedFiles:
+        from octavo_engine.weights.quantized_files import QuantizedFiles
+
+        return QuantizedFiles(self.files, scheme)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+        return iter(self.files if self.scheme is None else self._quantized(self.scheme))
 
     def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

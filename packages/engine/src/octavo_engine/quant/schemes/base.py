@@ -1,0 +1,98 @@
+"""Scheme: how a checkpoint's quantised linears are stored; StoredLinear: the tensors that a file has of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo_engine.errors import CorruptModelFile
+from octavo_engine.weights.quantized import QuantizedTensor
+
+
+class Scheme(Protocol):
+    """A format of quantised checkpoints, read from its configuration.
+
+    `parts` are the last parts of the names of tensors that a quantised linear may have, such as `qweight`; a linear is
+    quantised if it has one of them other than `weight`. `ignored` are the last parts of the names of tensors that say
+    nothing of weights, such as scales of activations.
+    """
+
+    parts: Collection[str]
+    ignored: Collection[str]
+
+    def read(self, linear: StoredLinear) -> QuantizedTensor:
+        """Return a linear's weight.
+
+        Raises:
+            CorruptModelFile: if a tensor is missing, or of another shape or dtype than it must have; names it.
+            UnsupportedModel: if the format is one that we cannot run.
+        """
+        ...
+
+
+class StoredLinear:
+    """The tensors of one quantised linear by the last part of their names.
+
+    Args:
+        name: of the module, such as `model.layers.0.mlp.up_proj`.
+        names: the full name of each part that the checkpoint has.
+        read: reads a tensor by its full name.
+        path_of: says which file a tensor is in.
+    """
+
+    def __init__(
+        self, name: str, names: Mapping[str, str], read: Callable[[str], Tensor], path_of: Callable[[str], object]
+    ) -> None:
+        self.name = name
+        self._names = names
+        self._read = read
+        self._path_of = path_of
+
+    def __contains__(self, part: str) -> bool:
+        """Return whether the checkpoint has a part."""
+        return part in self._names
+
+    def matrix(self, part: str, *dtypes: torch.dtype) -> Tensor:
+        """Return a tensor with two dimensions, neither of them empty."""
+        tensor = self.tensor(part, *dtypes)
+        if tensor.dim() != 2 or not tensor.numel():
+            self.corrupt(part, "a shape [rows, columns]", list(tensor.shape))
+        return tensor
+
+    def tensor(self, part: str, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a tensor, contiguous, of one of these dtypes and of this shape, if any are given."""
+        if part not in self._names:
+            names = ", ".join(sorted(self._names.values()))
+            raise CorruptModelFile(
+                f"{self._path_of(next(iter(self._names.values())))}: expected tensor '{self.name}.{part}' "
+                f"beside {names}, found none"
+            )
+        tensor = self._read(self._names[part])
+        if dtypes and tensor.dtype not in dtypes:
+            self.corrupt(part, "dtype " + " or ".join(map(str, dtypes)), tensor.dtype)
+        if shape is not None and tuple(tensor.shape) != shape:
+            self.corrupt(part, f"shape {list(shape)}", list(tensor.shape))
+        return tensor.contiguous()
+
+    def scales(self, part: str, *dtypes: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a tensor of finite numbers, of a floating dtype unless some are given."""
+        tensor = self.tensor(part, *(dtypes or _FLOATING), shape=shape)
+        if not bool(tensor.float().isfinite().all()):
+            self.corrupt(part, "finite numbers", "NaN or infinity")
+        return tensor
+
+    def corrupt(self, part: str, expected: str, found: object) -> NoReturn:
+        """Raise CorruptModelFile for a part."""
+        name = self._names[part]
+        raise CorruptModelFile(f"{self._path_of(name)}: tensor {name!r}: expected {expected}, found {found}")
+
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def divided(size: int, group_size: int | None) -> int:
+    """Return how many groups so many inputs make; None is one group of all."""
+    return 1 if group_size is None else -(-size // group_size)
