@@ -96,3 +96,17 @@ _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 def divided(size: int, group_size: int | None) -> int:
     """Return how many groups so many inputs make; None is one group of all."""
     return 1 if group_size is None else -(-size // group_size)
+
+
+def groups_of_inputs(
+    linear: StoredLinear, part: str, in_features: int, group_size: int | None, num_groups: int
+) -> Tensor | None:
+    """Return the group of every input out of a part that need not be there; None where they stand in their order."""
+    if part not in linear or group_size is None:
+        return None
+    groups = linear.tensor(part, torch.int32, torch.int64, shape=(in_features,)).long()
+    if torch.equal(groups, torch.arange(in_features) // group_size):
+        return None
+    if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
+        linear.corrupt(part, f"groups from 0 to {num_groups - 1}", [int(groups.min()), int(groups.max())])
+    return groups

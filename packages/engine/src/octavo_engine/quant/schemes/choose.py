@@ -8,10 +8,13 @@ from typing import Any
 
 from octavo_engine.quant.schemes.awq import AWQ
 from octavo_engine.quant.schemes.base import Scheme
+from octavo_engine.quant.schemes.compressed import CompressedTensors
 from octavo_engine.quant.schemes.gptq import GPTQ
 from octavo_engine.quant.schemes.settings import Settings
 
-_SCHEMES: Mapping[str, Callable[[Settings], Scheme]] = MappingProxyType({"awq": AWQ, "gptq": GPTQ})
+_SCHEMES: Mapping[str, Callable[[Settings], Scheme]] = MappingProxyType(
+    {"awq": AWQ, "compressed-tensors": CompressedTensors, "gptq": GPTQ}
+)
 
 
 def choose_scheme(values: Mapping[str, Any], where: str) -> Scheme:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.errors import UnsupportedModel
-from octavo_engine.quant.schemes.base import Scheme, StoredLinear, divided
+from octavo_engine.quant.schemes.base import Scheme, StoredLinear, divided, groups_of_inputs
 from octavo_engine.quant.schemes.rules import compiled
 from octavo_engine.quant.schemes.settings import Settings
 from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words
@@ -125,7 +125,7 @@ class GPTQ(Scheme):
             scales=scales,
             zeros=self._zeros(linear, bits, num_groups, out_features),
             zero_point=0,
-            groups=_groups(linear, in_features, group_size, num_groups),
+            groups=groups_of_inputs(linear, "g_idx", in_features, group_size, num_groups),
             words=words,
         )
 
@@ -156,15 +156,3 @@ def _layout(settings: Settings, default: _Layout | None = None) -> _Layout:
     if default is not None and settings.get("group_size") is None:
         return _Layout(bits, default.group_size)
     return _Layout(bits, settings.group_size("group_size"))
-
-
-def _groups(linear: StoredLinear, in_features: int, group_size: int | None, num_groups: int) -> Tensor | None:
-    """Return the group of every input, None where they stand in the order of their groups."""
-    if "g_idx" not in linear or group_size is None:
-        return None
-    groups = linear.tensor("g_idx", torch.int32, torch.int64, shape=(in_features,)).long()
-    if torch.equal(groups, torch.arange(in_features) // group_size):
-        return None
-    if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
-        linear.corrupt("g_idx", f"groups from 0 to {num_groups - 1}", [int(groups.min()), int(groups.max())])
-    return groups
