@@ -98,6 +98,13 @@ def test_the_file_that_older_quantisers_write_is_read(make_quantised: MakeQuanti
     made.check_values()
 
 
+def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: MakeQuantised) -> None:
+    settings = {"quant_method": "intel/auto-round", "packing_format": "auto_round:auto_awq", "bits": 4}
+    make_quantised(Packer(gemm), settings | {"group_size": 32, "sym": False}).check_values()
+    with pytest.raises(UnsupportedModel, match=r"packing_format 'auto_round:llm_compressor' is not supported"):
+        FolderSource(make_quantised(Packer(gemm), settings | {"packing_format": "auto_round:llm_compressor"}).folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

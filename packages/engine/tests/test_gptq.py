@@ -131,6 +131,21 @@ def test_the_file_that_older_quantisers_write_is_read(make_quantised: MakeQuanti
     made.check_values()
 
 
+def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: MakeQuantised) -> None:
+    packers = {"up": Packer(8), "rest": Packer(4)}
+
+    def quantise(name: str, weight: Tensor) -> Packed | None:
+        return None if "0.mlp.down_proj" in name else packers["up" if "up_proj" in name else "rest"](name, weight)
+
+    own = {f"model.layers.{layer}.mlp.up_proj": {"bits": 8} for layer in range(2)}
+    own["model.layers.0.mlp.down_proj"] = {"bits": 16}
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+    made = make_quantised(quantise, settings | {"sym": True, "iters": 200, "extra_config": own})
+    assert len(made.linears) == 13
+    made.check_values()
+    made.check_tokens()
+
+
 def open_with(make_quantised: MakeQuantised, **settings: Any) -> None:
     """Open a checkpoint whose settings are changed after packing, and read all of it."""
     packer = Packer()

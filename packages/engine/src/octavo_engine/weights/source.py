@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from octavo_engine.weights.quantized import QuantizedTensor
     from octavo_engine.weights.quantized_files import QuantizedFiles
 
-_SCHEME_FILES = MappingProxyType({"quantize_config.json": "gptq", "quant_config.json": "awq"})
+_SCHEME_FILES = MappingProxyType(
+    {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+)
 """Where a checkpoint says how it is quantised if config.json does not, and by which method it then is."""
 
 

@@ -84,12 +84,20 @@ class StoredLinear:
             self.corrupt(part, "finite numbers", "NaN or infinity")
         return tensor
 
+    def powers(self, part: str, shape: tuple[int, int]) -> Tensor:
+        """Return a tensor of bytes that stand for 2**(byte - 127), without those that stand for NaN."""
+        exponents = self.tensor(part, torch.uint8, shape=shape)
+        if int(exponents.max()) == _NAN_POWER:
+            self.corrupt(part, "finite scales", f"{_NAN_POWER}, which stands for NaN")
+        return exponents
+
     def corrupt(self, part: str, expected: str, found: object) -> NoReturn:
         """Raise CorruptModelFile for a part."""
         name = self._names[part]
         raise CorruptModelFile(f"{self._path_of(name)}: tensor {name!r}: expected {expected}, found {found}")
 
 
+_NAN_POWER = 255
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -6,14 +6,29 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from octavo_engine.quant.schemes.auto_round import auto_round
 from octavo_engine.quant.schemes.awq import AWQ
 from octavo_engine.quant.schemes.base import Scheme
+from octavo_engine.quant.schemes.bitsandbytes import BitsAndBytes
 from octavo_engine.quant.schemes.compressed import CompressedTensors
+from octavo_engine.quant.schemes.fp8 import FP8
 from octavo_engine.quant.schemes.gptq import GPTQ
+from octavo_engine.quant.schemes.modelopt import ModelOpt
 from octavo_engine.quant.schemes.settings import Settings
 
 _SCHEMES: Mapping[str, Callable[[Settings], Scheme]] = MappingProxyType(
-    {"awq": AWQ, "compressed-tensors": CompressedTensors, "gptq": GPTQ}
+    {
+        "auto-round": auto_round,
+        "awq": AWQ,
+        "bitsandbytes": BitsAndBytes,
+        "compressed-tensors": CompressedTensors,
+        "fbgemm_fp8": FP8,
+        "fp8": FP8,
+        "gptq": GPTQ,
+        "intel/auto-round": auto_round,
+        "modelopt": ModelOpt,
+        "modelopt_fp4": ModelOpt,
+    }
 )
 
 

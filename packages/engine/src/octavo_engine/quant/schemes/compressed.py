@@ -192,17 +192,10 @@ def _arguments(weights: Settings, chosen: str) -> _Arguments:
     symmetric = weights.flag("symmetric", default=True)
     if is_float and not symmetric:
         weights.unsupported("symmetric", False, "of floats, true is")
-    return _Arguments(
-        chosen, is_float, bits, strategy, group_size, symmetric, _block(weights) if strategy == "block" else None
-    )
-
-
-def _block(weights: Settings) -> tuple[int, int]:
-    match weights.get("block_structure"):
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-        case found:
-            return weights.corrupt("block_structure", "[rows, columns]", found)
+    block = weights.shape("block_structure")
+    if (strategy == "block") != (block is not None):
+        weights.corrupt("block_structure", f"[rows, columns] for blocks alone, as the strategy is {strategy!r}", block)
+    return _Arguments(chosen, is_float, bits, strategy, group_size, symmetric, block)
 
 
 def _packed(linear: StoredLinear, arguments: _Arguments) -> QuantizedTensor:
@@ -255,13 +248,10 @@ def _floats(linear: StoredLinear, codes: Tensor, arguments: _Arguments) -> Quant
     rows, columns = codes.shape
     if arguments.format == "mxfp8-quantized":
         blocks = (rows, divided(columns, arguments.group_size))
-        scales = _microscales(linear, blocks)
+        scales = linear.powers("weight_scale", blocks)
         return ScaledFloats((rows, columns), codes, scales, (1, arguments.group_size or columns))
-    block = {
-        "tensor": (rows, columns),
-        "channel": (1, columns),
-        "block": arguments.block or (0, 0),
-    }.get(arguments.strategy, (1, arguments.group_size or columns))
+    by_strategy = {"tensor": (rows, columns), "channel": (1, columns), "block": arguments.block}
+    block = by_strategy.get(arguments.strategy) or (1, arguments.group_size or columns)
     blocks = divided(rows, block[0]), divided(columns, block[1])
     scales = linear.scales("weight_scale")
     if scales.numel() != blocks[0] * blocks[1]:
@@ -275,16 +265,9 @@ def _float4(linear: StoredLinear, arguments: _Arguments) -> QuantizedTensor:
     blocks = (rows, divided(columns, arguments.group_size))
     group_size = arguments.group_size or columns
     if arguments.format == "mxfp4-pack-quantized":
-        return Float4((rows, columns), group_size, codes, _microscales(linear, blocks))
+        return Float4((rows, columns), group_size, codes, linear.powers("weight_scale", blocks))
     scales = linear.scales("weight_scale", torch.float8_e4m3fn, shape=blocks)
     divisor = linear.scales("weight_global_scale", torch.float32)
     if divisor.numel() != 1 or float(divisor) == 0:
         linear.corrupt("weight_global_scale", "one number other than 0", divisor.tolist())
     return Float4((rows, columns), group_size, codes, scales, divisor=divisor.reshape(()))
-
-
-def _microscales(linear: StoredLinear, blocks: tuple[int, int]) -> Tensor:
-    scales = linear.tensor("weight_scale", torch.uint8, shape=blocks)
-    if int(scales.max()) == 255:
-        linear.corrupt("weight_scale", "finite scales", "255, which stands for NaN")
-    return scales

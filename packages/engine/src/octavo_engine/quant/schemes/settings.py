@@ -66,6 +66,16 @@ class Settings:
             self.corrupt(keys[0], "a number of inputs, or -1 for all", value)
         return value
 
+    def shape(self, key: str) -> tuple[int, int] | None:
+        """Return the rows and columns of a block, None where there is no such key."""
+        match self.get(key):
+            case None:
+                return None
+            case [int(rows), int(columns)] if 0 < rows < _MAX_SIZE and 0 < columns < _MAX_SIZE:
+                return rows, columns
+            case found:
+                return self.corrupt(key, "[rows, columns]", found)
+
     def section(self, key: str) -> Settings | None:
         """Return an object within this one, None where there is none."""
         value = self.get(key)
