@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import resource
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -267,6 +269,91 @@ class QuantisedLlama:
             with torch.inference_mode():
                 expected = self.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
             assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()
+
+    def check_mutations(self, num_mutations: int = 12) -> None:
+        """Load copies whose settings, headers or bytes are damaged: they load, or end in a typed error."""
+        from octavo_engine.errors import EngineError
+        from octavo_engine.weights.load import load_model
+        from octavo_engine.weights.source import FolderSource
+
+        seed = int.from_bytes(os.urandom(4))
+        print(f"seed {seed}")
+        chance = random.Random(seed)
+        config, weights = self.folder / "config.json", self.folder / "model.safetensors"
+        intact = config.read_bytes(), weights.read_bytes()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        messages = []
+        for number in range(num_mutations):
+            settings, stored = intact
+            if number % 3 == 0:
+                values = json.loads(settings)
+                _change_somewhere(values["quantization_config"], chance)
+                settings = json.dumps(values).encode()
+            elif number % 3 == 1:
+                stored = _with_other_header(stored, chance)
+            else:
+                changed = bytearray(stored)
+                for _ in range(8):
+                    changed[chance.randrange(len(changed))] = chance.randrange(256)
+                stored = bytes(changed)
+            config.write_bytes(settings)
+            weights.write_bytes(stored)
+            try:
+                load_model(FolderSource(self.folder))
+            except EngineError as error:
+                messages.append(str(error))
+        assert messages
+        assert all(self.folder.name in message for message in messages), messages
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+_HOSTILE: tuple[Any, ...] = (
+    None,
+    -1,
+    0,
+    1,
+    3,
+    1 << 40,
+    1 << 70,
+    0.5,
+    1e308,
+    "",
+    "x",
+    "F8_E4M3",
+    "F32",
+    "U8",
+    True,
+    [],
+    {},
+)
+
+
+def _change_somewhere(values: dict[str, Any], chance: random.Random) -> None:
+    """Put something else in the place of a value, however deep it lies, or of its key."""
+    inner = [value for value in values.values() if isinstance(value, dict) and value]
+    if inner and chance.random() < 0.7:
+        return _change_somewhere(chance.choice(inner), chance)
+    key = chance.choice(list(values))
+    match chance.randrange(4):
+        case 0:
+            values[chance.choice(("", "weight", key + "x"))] = values.pop(key)
+        case 1 if isinstance(values[key], list) and values[key]:
+            values[key][chance.randrange(len(values[key]))] = chance.choice(_HOSTILE)
+        case _:
+            values[key] = chance.choice(_HOSTILE)
+    return None
+
+
+def _with_other_header(stored: bytes, chance: random.Random) -> bytes:
+    length = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + length])
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    quantised = {name: entry for name, entry in tensors.items() if "proj" in name}
+    _change_somewhere(chance.choice((quantised, *quantised.values())), chance)
+    if chance.random() < 0.3:
+        tensors.pop(chance.choice(list(quantised)))
+    text = json.dumps({**tensors, **quantised}).encode()
+    return len(text).to_bytes(8, "little") + text + stored[8 + length :]
 
 
 @pytest.fixture

@@ -88,13 +88,20 @@ PACKERS = {
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
-def test_values_are_those_of_the_layout_and_tokens_those_of_transformers(
-    packer: Packer, make_quantised: MakeQuantised
-) -> None:
+def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuantised) -> None:
     made = make_quantised(packer, packer.settings)
     assert len(made.linears) == 14
     made.check_values()
-    made.check_tokens()
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, asymmetric, desc_act", "3 bits, desc_act"])
+def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantised) -> None:
+    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
+
+
+@pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
+def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
+    make_quantised(packer, packer.settings).check_mutations()
 
 
 def test_groups_that_do_not_divide_the_inputs_leave_a_smaller_last_one(make_quantised: MakeQuantised) -> None:

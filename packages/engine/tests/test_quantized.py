@@ -1,6 +1,7 @@
 """Matrices of quantised checkpoints: fused shards of any formats, their biases, tables, and the memory they take."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import Shard
+from octavo_engine.quant.blocks import as_blocks
 from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.products import IntegerProduct
 from octavo_engine.quant.quantized import Quantized
 from octavo_engine.quant.schemes.gptq import GPTQTensor
 from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.quantized import QuantizedTensor
 
 METHODS = {"packed": Quantized(Packed()), "torch": Quantized(Unquantized())}
@@ -64,6 +68,7 @@ SHARDS = {
     "several layouts": lambda: [integers(40, 96), integers(33, 96, bits=8, group_size=96), integers(7, 96, bits=2)],
     "orders of inputs": lambda: [integers(8, 96, shuffled=True), integers(9, 96, bits=3, shuffled=True)],
     "groups of three": lambda: [integers(8, 96, group_size=3, zeros=False)],
+    "some native": lambda: [integers(8, 96, zeros=False), integers(7, 96), integers(9, 96, bits=8, zeros=False)],
     "some dense": lambda: [torch.randn(5, 96), integers(8, 96), torch.randn(9, 96).bfloat16(), torch.randn(4, 96)],
     "all dense": lambda: [torch.randn(5, 96), torch.randn(9, 96).bfloat16()],
 }
@@ -80,7 +85,7 @@ def test_shards_of_any_formats_write_their_columns(make: Any, method: Quantized,
     expected = torch.cat([x.double() @ values(tensor).double().T for tensor in tensors], dim=-1)
     if biases is not None:
         expected += torch.cat(list(biases))
-    torch.testing.assert_close(linear(x), expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear(x), expected.float(), rtol=1e-4, atol=1e-4)
     assert torch.equal(linear(x[3:4]), linear(x)[3:4])
 
 
@@ -105,7 +110,7 @@ def test_a_table_is_read_and_multiplied(quantised: bool, method: Quantized) -> N
     head.finish()
     assert torch.equal(embedding(torch.tensor([49, 0])), values(table)[[49, 0]])
     x = torch.randn(3, 64)
-    torch.testing.assert_close(head(x), x @ values(table).T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(x), x @ values(table).T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -121,6 +126,15 @@ def test_the_arg_max_of_a_quantised_head_is_that_of_its_products(method: Quantiz
     assert torch.equal(best, head(x).amax(dim=-1))
 
 
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_product_by_integers_is_that_of_the_values(bits: int, shuffled: bool) -> None:
+    weight = integers(40, 96, bits=bits, shuffled=shuffled)
+    x, bias = torch.randn(7, 96), torch.randn(40)
+    product = IntegerProduct(weight, torch.device("cpu"))
+    torch.testing.assert_close(product(x, bias), x @ weight.values().T + bias, rtol=1e-4, atol=1e-4)
+
+
 PACKED = {
     "4 bits": (integers(256, 512, group_size=128, zeros=False), 256 * 512 // 2 + 2 * 256 * 4),
     "4 bits with zeros": (integers(256, 512, group_size=128), 256 * 512 // 2 + 2 * 256 * 4 + 256 * 4 // 2),
@@ -130,7 +144,46 @@ PACKED = {
 
 
 @pytest.mark.parametrize(("tensor", "packed_bytes"), PACKED.values(), ids=PACKED)
-def test_memory_is_that_of_the_packed_weight(tensor: QuantizedTensor, packed_bytes: int) -> None:
-    linear = fused([tensor], None, LayerOptions(quant=METHODS["packed"]))
+def test_memory_is_that_of_the_packed_weight(tensor: GPTQTensor, packed_bytes: int) -> None:
+    linear = fused([tensor], None, LayerOptions(quant=METHODS["torch"]))
     assert packed_bytes <= linear.parameters.num_bytes <= 1.05 * packed_bytes
     assert not linear.parameters.stored
+    if tensor.bits != 3:
+        assert packed_bytes <= IntegerProduct(tensor, torch.device("cpu")).num_bytes <= 1.05 * packed_bytes
+
+
+HELD_BY_BLOCKS = {
+    "4 bits": (lambda: integers(40, 96, zeros=False), TensorType.Q4_0),
+    "8 bits": (lambda: integers(40, 96, bits=8, zeros=False), TensorType.Q8_0),
+    "groups of 64": (lambda: integers(33, 128, group_size=64, zeros=False), TensorType.Q4_0),
+    "one group": (lambda: integers(33, 96, group_size=96, zeros=False), TensorType.Q4_0),
+    "zeros that are all 8": (lambda: with_zeros(8), TensorType.Q4_0),
+    "zeros that are not": (lambda: with_zeros(7), None),
+    "3 bits": (lambda: integers(32, 96, bits=3, zeros=False), None),
+    "groups of 16": (lambda: integers(32, 96, group_size=16, zeros=False), None),
+    "groups in another order": (lambda: integers(32, 96, zeros=False, shuffled=True), None),
+    "inputs that fill no block": (lambda: integers(32, 72, group_size=72, zeros=False), None),
+    "scales that fp16 has not": (
+        lambda: replace(integers(32, 96, zeros=False), scales=torch.full((3, 32), 1e-9)),
+        None,
+    ),
+}
+
+
+def with_zeros(zero: int) -> GPTQTensor:
+    weight = integers(32, 96)
+    assert weight.zeros is not None
+    zeros = torch.full_like(weight.zeros, 8)
+    zeros[1, 2] = zero
+    return replace(weight, zeros=zeros)
+
+
+@pytest.mark.parametrize(("make", "kind"), HELD_BY_BLOCKS.values(), ids=HELD_BY_BLOCKS)
+def test_what_blocks_hold_exactly_is_multiplied_natively(make: Any, kind: TensorType | None) -> None:
+    weight = make()
+    blocks = as_blocks(weight)
+    assert (blocks and blocks.type) == kind
+    if blocks is not None:
+        assert torch.equal(blocks.values(), weight.values())
+        assert fused([weight, weight], None, LayerOptions(quant=METHODS["packed"])).parameters.dense is not None
+        assert fused([weight, weight], None, LayerOptions(quant=METHODS["torch"])).parameters.dense is None

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from octavo_engine.quant.onednn import linear
 from octavo_engine.weights.grouped_integers import GroupedIntegers
@@ -16,7 +15,6 @@ from octavo_kernels import IntWeight, int_weight_from_codes, weight_only_linear
 _CHUNK_VALUES = 1 << 24  # weights expanded at once: 64 MiB of fp32
 _KERNEL_BITS = (4, 8)
 _LEAST_GROUP = 16
-_ROW_MULTIPLE = 16
 
 
 class Product(Protocol):
@@ -30,11 +28,14 @@ class Product(Protocol):
 
 
 def make_product(weight: QuantizedTensor, device: torch.device, *, batch_invariant: bool) -> Product:
-    """Return a weight's product on a device: by integers where the kernels take its groups, else by expanding it."""
-    if isinstance(weight, GroupedIntegers) and weight.bits in _KERNEL_BITS:
+    """Return a weight's product on a device: on a GPU by integers if the kernels take its groups, else by expanding it.
+
+    On a CPU no kernel serves `weight_only_linear`, and its reference expands the weight too, to fp64.
+    """
+    if device.type != "cpu" and isinstance(weight, GroupedIntegers) and weight.bits in _KERNEL_BITS:
         size, whole = weight.group_size, weight.group_size >= weight.shape[1]
         if weight.has_even_groups() and (whole or (size >= _LEAST_GROUP and size & (size - 1) == 0)):
-            return IntegerProduct(weight, device, batch_invariant=batch_invariant)
+            return IntegerProduct(weight, device)
     return ExpandingProduct(weight, device, batch_invariant=batch_invariant)
 
 
@@ -44,24 +45,17 @@ class IntegerProduct:
     Args:
         weight: as the checkpoint has it; its groups are even.
         device: where products are made.
-        batch_invariant: whether, on a CPU, a row's product may not depend on the rows beside it.
     """
 
-    def __init__(self, weight: GroupedIntegers, device: torch.device, *, batch_invariant: bool) -> None:
+    def __init__(self, weight: GroupedIntegers, device: torch.device) -> None:
         order = None if weight.groups is None else weight.groups.argsort(stable=True)
         self._order = None if order is None else order.to(device)
         self._weight = _int_weight(weight, order, device)
-        self._row_multiple = _ROW_MULTIPLE if batch_invariant and device.type == "cpu" else 1
         self.num_bytes = self._weight.num_bytes + (0 if order is None else order.numel() * order.element_size())
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply codes; on a CPU rows are filled up, since torch's last bits depend on how many there are."""
-        if self._order is not None:
-            x = x[:, self._order]
-        num_rows = len(x)
-        missing = -num_rows % self._row_multiple
-        filled = F.pad(x, (0, 0, 0, missing)) if missing else x
-        return weight_only_linear(filled, self._weight, bias)[:num_rows]
+        """Multiply codes, by inputs in the order of their groups."""
+        return weight_only_linear(x if self._order is None else x[:, self._order], self._weight, bias)
 
 
 class ExpandingProduct:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
+from octavo_engine.quant.blocks import as_blocks
+from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.products import Product, make_product
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
@@ -69,6 +71,8 @@ class DenseProduct:
 class Quantized(QuantMethod[QuantizedParameters]):
     """What serves for the linears of a quantised checkpoint; matrices that it has no codes of are another method's.
 
+    Shards whose values GGUF's blocks hold exactly become such, if the other method multiplies these natively.
+
     Args:
         dense: that method.
         batch_invariant: whether, on a CPU, a row's product may not depend on the rows beside it.
@@ -101,7 +105,7 @@ class Quantized(QuantMethod[QuantizedParameters]):
             return parameters
         if parameters.dense is not None:  # a table, which may be multiplied by too
             return replace(parameters, dense=self._dense.finish(parameters.dense))
-        in_order = [parameters.stored[start] for start in sorted(parameters.stored)]
+        in_order = [self._native(parameters.stored[start]) for start in sorted(parameters.stored)]
         if not any(isinstance(tensor, QuantizedTensor) for tensor in in_order):
             dense = self._dense.finish(self._fill(parameters, in_order, with_bias=True))
             return self._finished(parameters, dense=dense)
@@ -143,6 +147,12 @@ class Quantized(QuantMethod[QuantizedParameters]):
             return self._dense.argmax(parameters.dense, x)
         best, ids = self.apply(parameters, x).float().max(dim=-1)
         return ids, best
+
+    def _native(self, tensor: _Weight) -> _Weight:
+        """Return a shard in a form that the other method multiplies natively, if there is one that means the same."""
+        if not isinstance(tensor, QuantizedTensor) or not isinstance(self._dense, Packed):
+            return tensor
+        return as_blocks(tensor) or tensor
 
     def _finished(self, parameters: QuantizedParameters, **changed: Any) -> QuantizedParameters:
         return replace(parameters, stored={}, biases={}, **changed)
