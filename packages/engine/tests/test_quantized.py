@@ -15,7 +15,7 @@ from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import Shard
-from octavo_engine.quant.blocks import as_blocks
+from octavo_engine.quant.blocks import BlockProduct, as_blocks
 from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.products import IntegerProduct
 from octavo_engine.quant.quantized import Quantized
@@ -126,6 +126,29 @@ def test_the_arg_max_of_a_quantised_head_is_that_of_its_products(method: Quantiz
     assert torch.equal(best, head(x).amax(dim=-1))
 
 
+BLOCKS = {
+    "zeros": lambda: integers(40, 96),
+    "zeros, 8 bits": lambda: integers(40, 96, bits=8),
+    "zeros, one group": lambda: integers(40, 96, group_size=96),
+    "shuffled": lambda: integers(40, 128, group_size=64, zeros=False, shuffled=True),
+    "shuffled, zeros": lambda: integers(40, 96, bits=8, shuffled=True),
+}
+
+
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_zeros_and_orders_of_inputs_are_multiplied_natively(make: Any) -> None:
+    weight = make()
+    linear = fused([weight], None, LayerOptions(quant=METHODS["packed"]))
+    (part,) = linear.parameters.parts
+    assert isinstance(part.product, BlockProduct)
+    x = torch.randn(70, weight.shape[1])
+    product = linear(x)
+    expected = x.double() @ weight.values().double().T
+    torch.testing.assert_close(product, expected.float(), rtol=1e-5, atol=1e-4)
+    for rows in (1, 2, 13, 33):
+        assert torch.equal(linear(x[20 : 20 + rows]), product[20 : 20 + rows])
+
+
 @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_product_by_integers_is_that_of_the_values(bits: int, shuffled: bool) -> None:
@@ -148,6 +171,9 @@ def test_memory_is_that_of_the_packed_weight(tensor: GPTQTensor, packed_bytes: i
     linear = fused([tensor], None, LayerOptions(quant=METHODS["torch"]))
     assert packed_bytes <= linear.parameters.num_bytes <= 1.05 * packed_bytes
     assert not linear.parameters.stored
+    native = fused([tensor], None, LayerOptions(quant=METHODS["packed"])).parameters
+    num_bytes = native.num_bytes or sum(part.weight.num_bytes for part in native.dense.parts)
+    assert packed_bytes <= num_bytes <= (1.15 if tensor.bits == 4 else 1.12) * packed_bytes
     if tensor.bits != 3:
         assert packed_bytes <= IntegerProduct(tensor, torch.device("cpu")).num_bytes <= 1.05 * packed_bytes
 

@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo_engine.quant.blocks import BlockProduct, has_block_product
 from octavo_engine.quant.onednn import linear
+from octavo_engine.quant.packed import Packed
 from octavo_engine.weights.grouped_integers import GroupedIntegers
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_kernels import IntWeight, int_weight_from_codes, weight_only_linear
@@ -27,11 +29,16 @@ class Product(Protocol):
         ...
 
 
-def make_product(weight: QuantizedTensor, device: torch.device, *, batch_invariant: bool) -> Product:
-    """Return a weight's product on a device: on a GPU by integers if the kernels take its groups, else by expanding it.
+def make_product(
+    weight: QuantizedTensor, device: torch.device, *, batch_invariant: bool, packed: Packed | None
+) -> Product:
+    """Return a weight's product on a device: by codes if kernels take its groups, else by expanding it.
 
-    On a CPU no kernel serves `weight_only_linear`, and its reference expands the weight too, to fp64.
+    On a GPU these are those of `weight_only_linear`, whose reference on a CPU would expand the weight too, to fp64; on
+    a CPU native products by blocks, where `packed` is how dense matrices are held.
     """
+    if packed is not None and isinstance(weight, GroupedIntegers) and has_block_product(weight):
+        return BlockProduct(weight, int8_activations=packed.int8_activations)
     if device.type != "cpu" and isinstance(weight, GroupedIntegers) and weight.bits in _KERNEL_BITS:
         size, whole = weight.group_size, weight.group_size >= weight.shape[1]
         if weight.has_even_groups() and (whole or (size >= _LEAST_GROUP and size & (size - 1) == 0)):

@@ -159,7 +159,8 @@ class Quantized(QuantMethod[QuantizedParameters]):
 
     def _quantized(self, parameters: QuantizedParameters, tensors: list[Any]) -> Iterator[tuple[Product, int]]:
         for tensor in tensors:
-            product = make_product(tensor, parameters.device, batch_invariant=self._batch_invariant)
+            packed = self._dense if isinstance(self._dense, Packed) else None
+            product = make_product(tensor, parameters.device, batch_invariant=self._batch_invariant, packed=packed)
             yield product, tensor.shape[0]
 
     def _dense_part(self, parameters: QuantizedParameters, tensors: list[Any]) -> tuple[DenseProduct, int]:
