@@ -361,12 +361,15 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
     """Write a tiny random Llama of which a function quantises the linears.
 
     `quantise(name, weight)` gets a linear's name and weight, and returns the tensors that are stored, by the last part
-    of their names, and the values that they mean; None leaves it as it is. `settings` is the quantization_config.
+    of their names, and the values that they mean; None leaves it as it is. `settings` is the quantization_config,
+    `metadata` goes into the file's header.
     """
     transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
 
     def make(
-        quantise: Callable[[str, Any], tuple[dict[str, Any], Any] | None], settings: object, **sizes: Any
+        quantise: Callable[[str, Any], tuple[dict[str, Any], Any] | None],
+        settings: object,
+        metadata: Mapping[str, str] | None = None,
     ) -> QuantisedLlama:
         import torch
         from safetensors.torch import save_file
@@ -374,7 +377,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
         torch.manual_seed(11)
         defaults = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        config = transformers.LlamaConfig(**defaults, tie_word_embeddings=False, **sizes)
+        config = transformers.LlamaConfig(**defaults, tie_word_embeddings=False)
         model = transformers.LlamaForCausalLM(config).eval()
         model.generation_config.eos_token_id = None  # it draws all tokens that are asked for, of any id
         stored, linears = {}, {}
@@ -388,7 +391,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
             parts, linears[module] = made
             stored |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
             weight.copy_(linears[module])
-        save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+        save_file(stored, tmp_path / "model.safetensors", {"format": "pt", **(metadata or {})})
         described = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
         if settings is not None:
             described["quantization_config"] = settings

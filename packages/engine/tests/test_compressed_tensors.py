@@ -228,6 +228,7 @@ def changed(packer: Packer, key: str, value: Any) -> dict[str, Any]:
         ("transform_config", {"config_groups": {}}, r"transform_config .* is not supported; weights without"),
         ("quantization_status", "frozen", r"quantization_status 'frozen' is not supported; these are: compressed"),
         ("config_groups", {"g": {"targets": ["re:["]}}, r"no target is 'model.layers.0"),
+        ("config_groups", {"g": {"targets": ["Embedding"], "weights": {}, "format": "int-quantized"}}, r"no target is"),
         ("config_groups", {"g": {"targets": ["re:["], "weights": {}}}, r"targets: expected a regular expression"),
         ("config_groups", {"g": {"targets": 3, "weights": {}}}, r"targets: expected a list of strings, found 3"),
         ("num_bits", 9, r"weights: num_bits 9 is not supported; these are: 2, 3, 4"),

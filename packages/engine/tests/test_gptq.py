@@ -134,8 +134,10 @@ def test_the_file_that_older_quantisers_write_is_read(make_quantised: MakeQuanti
     packer = Packer(8, 16)
     made = make_quantised(packer, None)
     settings = {key: value for key, value in packer.settings.items() if key != "quant_method"}
+    digest = FolderSource(made.folder).digest
     (made.folder / "quantize_config.json").write_text(json.dumps(settings))
     made.check_values()
+    assert FolderSource(made.folder).digest != digest
 
 
 def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: MakeQuantised) -> None:

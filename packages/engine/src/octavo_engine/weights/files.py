@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
 
@@ -22,7 +22,8 @@ class SafetensorsFiles:
     """The safetensors files of a folder.
 
     With an index, the files it names are read and every tensor must lie where it says; else `model.safetensors`; else
-    every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them.
+    every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them,
+    `metadata` what else the files say, by key.
 
     Raises:
         ModelNotFound: if the folder has no safetensors file.
@@ -34,7 +35,9 @@ class SafetensorsFiles:
         index = folder / _INDEX
         self._indexed = _read_index(index) if index.is_file() else None
         self.paths = tuple(self._find_paths())
-        self._names = {path: _read_names(path) for path in self.paths}
+        headers = {path: _read_header(path) for path in self.paths}
+        self._names = {path: header.names for path, header in headers.items()}
+        self.metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
         self.num_weights = sum(map(len, self._names.values()))
         self._check_names()
 
@@ -118,8 +121,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_names(path: Path) -> list[str]:
-    """Read the names of a file's tensors from its header, in the order of their data; check the file's length."""
+class _Header(NamedTuple):
+    """What a file says: the names of its tensors, in the order of their data, and its metadata."""
+
+    names: list[str]
+    metadata: dict[str, Any]
+
+
+def _read_header(path: Path) -> _Header:
+    """Read a file's header; check the file's length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
@@ -127,12 +137,12 @@ def _read_names(path: Path) -> list[str]:
         if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
             raise CorruptModelFile(f"{path}: expected a header of {length} bytes, found a file of {size} bytes")
         header = _parse_object(file.read(length), path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     spans = {name: _span(name, entry, path) for name, entry in header.items()}
     end = _LENGTH_BYTES + length + max((stop for _, stop in spans.values()), default=0)
     if end != size:
         raise CorruptModelFile(f"{path}: expected {end} bytes, found {size}; download the file again")
-    return sorted(spans, key=spans.__getitem__)
+    return _Header(sorted(spans, key=spans.__getitem__), metadata if isinstance(metadata, dict) else {})
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class QuantizedFiles:
             for name in self._others:
                 yield name, read(name)
             for name, parts in self._linears.items():
-                linear = StoredLinear(name, parts, read, self._files.path_of)
+                linear = StoredLinear(name, parts, read, self._files.path_of, self._files.metadata)
                 yield f"{name}.weight", self._scheme.read(linear)
 
 

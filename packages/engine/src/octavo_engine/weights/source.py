@@ -274,6 +274,6 @@ class FolderSource(Source):
 
     @cached_property
     def digest(self) -> bytes:
-        names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", *_SCHEME_FILES)
         small = [self.path / name for name in names if (self.path / name).is_file()]
         return content_digest([*small, *self.files.paths])

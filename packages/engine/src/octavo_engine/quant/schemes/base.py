@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
-from typing import NoReturn, Protocol
+from types import MappingProxyType
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -41,19 +43,43 @@ class StoredLinear:
         names: the full name of each part that the checkpoint has.
         read: reads a tensor by its full name.
         path_of: says which file a tensor is in.
+        metadata: what else the files say, by key.
     """
 
     def __init__(
-        self, name: str, names: Mapping[str, str], read: Callable[[str], Tensor], path_of: Callable[[str], object]
+        self,
+        name: str,
+        names: Mapping[str, str],
+        read: Callable[[str], Tensor],
+        path_of: Callable[[str], object],
+        metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self._names = names
         self._read = read
         self._path_of = path_of
+        self._metadata = metadata
 
     def __contains__(self, part: str) -> bool:
         """Return whether the checkpoint has a part."""
         return part in self._names
+
+    @property
+    def path(self) -> object:
+        """The file that its first part is in."""
+        return self._path_of(next(iter(self._names.values())))
+
+    def described(self, part: str) -> Mapping[str, Any]:
+        """Return the object that the files' metadata has, as JSON, of a part by its full name."""
+        key = f"{self.name}.{part}"
+        text = self._metadata.get(key)
+        try:
+            found = json.loads(text) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise CorruptModelFile(f"{self.path}: metadata of {key!r}: expected a JSON object, found {text!r}")
+        return found
 
     def matrix(self, part: str, *dtypes: torch.dtype) -> Tensor:
         """Return a tensor with two dimensions, neither of them empty."""
@@ -66,10 +92,7 @@ class StoredLinear:
         """Return a tensor, contiguous, of one of these dtypes and of this shape, if any are given."""
         if part not in self._names:
             names = ", ".join(sorted(self._names.values()))
-            raise CorruptModelFile(
-                f"{self._path_of(next(iter(self._names.values())))}: expected tensor '{self.name}.{part}' "
-                f"beside {names}, found none"
-            )
+            raise CorruptModelFile(f"{self.path}: expected tensor '{self.name}.{part}' beside {names}, found none")
         tensor = self._read(self._names[part])
         if dtypes and tensor.dtype not in dtypes:
             self.corrupt(part, "dtype " + " or ".join(map(str, dtypes)), tensor.dtype)

@@ -15,6 +15,7 @@ from octavo_engine.quant.schemes.fp8 import FP8
 from octavo_engine.quant.schemes.gptq import GPTQ
 from octavo_engine.quant.schemes.modelopt import ModelOpt
 from octavo_engine.quant.schemes.settings import Settings
+from octavo_engine.quant.schemes.torchao import TorchAO
 
 _SCHEMES: Mapping[str, Callable[[Settings], Scheme]] = MappingProxyType(
     {
@@ -28,6 +29,7 @@ _SCHEMES: Mapping[str, Callable[[Settings], Scheme]] = MappingProxyType(
         "intel/auto-round": auto_round,
         "modelopt": ModelOpt,
         "modelopt_fp4": ModelOpt,
+        "torchao": TorchAO,
     }
 )
 
