@@ -1,8 +1,12 @@
-"""Fixtures of the engine's tests: late answers, the demo model, and a writer of small GGUF files."""
+"""Fixtures of the engine's tests: late answers, the demo model, and writers of small GGUF files and checkpoints."""
 
+import json
 import os
+import random
+import resource
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +228,185 @@ def make_gguf(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@dataclass(frozen=True)
+class QuantisedLlama:
+    """A folder with a tiny random Llama whose linears are quantised, and what they mean.
+
+    `linears` has by the linear's name its values in fp32 as the test that packed it states them; `model` is
+    Transformers' model with these values.
+    """
+
+    folder: Path
+    linears: dict[str, Any]
+    model: Any
+
+    def check_values(self) -> None:
+        """Hold every linear that is read against its values, bit for bit."""
+        from octavo_engine.weights.source import FolderSource
+
+        source = FolderSource(self.folder)
+        weights = dict(source.weights())
+        assert len(weights) == source.num_weights
+        for name, values in self.linears.items():
+            read = weights[f"{name}.weight"].values()
+            assert tuple(read.shape) == weights[f"{name}.weight"].shape == tuple(values.shape)
+            assert read.dtype == values.dtype
+            assert (read == values).all(), name
+
+    def check_tokens(self) -> None:
+        """Hold greedy tokens of `LLM` against Transformers'."""
+        import torch
+
+        from octavo_engine import LLM, SamplingParams
+
+        prompts = [[3, 14, 15, 92, 65], [35, 89, 79], [1] * 20]
+        llm = LLM(str(self.folder), show_progress=False, num_blocks=32)
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            with torch.inference_mode():
+                expected = self.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+            assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()
+
+    def check_mutations(self, num_mutations: int = 12) -> None:
+        """Load copies whose settings, headers or bytes are damaged: they load, or end in a typed error."""
+        from octavo_engine.errors import EngineError
+        from octavo_engine.weights.load import load_model
+        from octavo_engine.weights.source import FolderSource
+
+        seed = int.from_bytes(os.urandom(4))
+        print(f"seed {seed}")
+        chance = random.Random(seed)
+        config, weights = self.folder / "config.json", self.folder / "model.safetensors"
+        intact = config.read_bytes(), weights.read_bytes()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        messages = []
+        for number in range(num_mutations):
+            settings, stored = intact
+            if number % 3 == 0:
+                values = json.loads(settings)
+                _change_somewhere(values["quantization_config"], chance)
+                settings = json.dumps(values).encode()
+            elif number % 3 == 1:
+                stored = _with_other_header(stored, chance)
+            else:
+                changed = bytearray(stored)
+                for _ in range(8):
+                    changed[chance.randrange(len(changed))] = chance.randrange(256)
+                stored = bytes(changed)
+            config.write_bytes(settings)
+            weights.write_bytes(stored)
+            try:
+                load_model(FolderSource(self.folder))
+            except EngineError as error:
+                messages.append(str(error))
+        assert messages
+        assert all(self.folder.name in message for message in messages), messages
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+_HOSTILE: tuple[Any, ...] = (
+    None,
+    -1,
+    0,
+    1,
+    3,
+    1 << 40,
+    1 << 70,
+    0.5,
+    1e308,
+    "",
+    "x",
+    "F8_E4M3",
+    "F32",
+    "U8",
+    True,
+    [],
+    {},
+)
+
+
+def _change_somewhere(values: dict[str, Any], chance: random.Random) -> None:
+    """Put something else in the place of a value, however deep it lies, or of its key."""
+    inner = [value for value in values.values() if isinstance(value, dict) and value]
+    if inner and chance.random() < 0.7:
+        return _change_somewhere(chance.choice(inner), chance)
+    key = chance.choice(list(values))
+    match chance.randrange(4):
+        case 0:
+            values[chance.choice(("", "weight", key + "x"))] = values.pop(key)
+        case 1 if isinstance(values[key], list) and values[key]:
+            values[key][chance.randrange(len(values[key]))] = chance.choice(_HOSTILE)
+        case _:
+            values[key] = chance.choice(_HOSTILE)
+    return None
+
+
+def _with_other_header(stored: bytes, chance: random.Random) -> bytes:
+    length = int.from_bytes(stored[:8], "little")
+    header = json.loads(stored[8 : 8 + length])
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    quantised = {name: entry for name, entry in tensors.items() if "proj" in name}
+    _change_somewhere(chance.choice((quantised, *quantised.values())), chance)
+    if chance.random() < 0.3:
+        tensors.pop(chance.choice(list(quantised)))
+    text = json.dumps({**tensors, **quantised}).encode()
+    return len(text).to_bytes(8, "little") + text + stored[8 + length :]
+
+
+@pytest.fixture
+def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
+    """Write a tiny random Llama of which a function quantises the linears.
+
+    `quantise(name, weight)` gets a linear's name and weight, and returns the tensors that are stored, by the last part
+    of their names, and the values that they mean; None leaves it as it is. `settings` is the quantization_config,
+    `metadata` goes into the file's header.
+    """
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+
+    def make(
+        quantise: Callable[[str, Any], tuple[dict[str, Any], Any] | None],
+        settings: object,
+        metadata: Mapping[str, str] | None = None,
+    ) -> QuantisedLlama:
+        import torch
+        from safetensors.torch import save_file
+
+        torch.manual_seed(11)
+        defaults = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        config = transformers.LlamaConfig(**defaults, tie_word_embeddings=False)
+        model = transformers.LlamaForCausalLM(config).eval()
+        model.generation_config.eos_token_id = None  # it draws all tokens that are asked for, of any id
+        stored, linears = {}, {}
+        for name, weight in model.state_dict().items():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            module = name.removesuffix(".weight")
+            made = quantise(module, weight) if "_proj.weight" in name or name == "lm_head.weight" else None
+            if made is None:
+                stored[name] = weight.clone()
+                continue
+            parts, linears[module] = made
+            stored |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            weight.copy_(linears[module])
+        save_file(stored, tmp_path / "model.safetensors", {"format": "pt", **(metadata or {})})
+        described = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+        if settings is not None:
+            described["quantization_config"] = settings
+        (tmp_path / "config.json").write_text(json.dumps(described))
+        _write_byte_tokenizer(tmp_path / "tokenizer.json", config.vocab_size)
+        return QuantisedLlama(tmp_path, linears, model)
+
+    return make
+
+
+def _write_byte_tokenizer(path: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:vocab_size]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path))

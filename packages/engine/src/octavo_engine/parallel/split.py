@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from octavo_engine.errors import InvalidConfig
+from octavo_engine.errors import InvalidConfig, UnsupportedModel
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
 from octavo_engine.parallel.leader import LeadingModel
@@ -51,8 +51,13 @@ def make_job(
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
-        UnsupportedModel: the architecture cannot be split.
+        UnsupportedModel: the architecture cannot be split, or the checkpoint's form of quantisation.
     """
+    if not source.is_divisible:
+        raise UnsupportedModel(
+            f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
+            f"Hugging Face's form; serve it with tensor_parallel_size 1, or take a GGUF file"
+        )
     check_size(source.config, size, source.column_block, source.name)
     num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else size
     if device.type == "cuda" and (device.index or torch.cuda.device_count() < num_here):

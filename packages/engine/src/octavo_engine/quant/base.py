@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
 
 
@@ -30,14 +31,14 @@ class WeightSlot:
 
     name: str
     shape: tuple[int, ...]
-    fill: Callable[[Tensor | StoredTensor], None]
+    fill: Callable[[Tensor | StoredTensor | QuantizedTensor], None]
 
     @classmethod
     def into(cls, name: str, target: Tensor) -> WeightSlot:
         """Make a slot that copies the values into a parameter, converted to its dtype."""
 
-        def copy(tensor: Tensor | StoredTensor) -> None:
-            target.copy_(tensor.values() if isinstance(tensor, StoredTensor) else tensor)
+        def copy(tensor: Tensor | StoredTensor | QuantizedTensor) -> None:
+            target.copy_(tensor if isinstance(tensor, Tensor) else tensor.values())
 
         return cls(name, tuple(target.shape), copy)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
 from octavo_engine.weights.cut import CutRule, read_whole
@@ -22,7 +23,8 @@ class SafetensorsFiles:
     """The safetensors files of a folder.
 
     With an index, the files it names are read and every tensor must lie where it says; else `model.safetensors`; else
-    every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them.
+    every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them,
+    `metadata` what else the files say, by key.
 
     Raises:
         ModelNotFound: if the folder has no safetensors file.
@@ -34,7 +36,9 @@ class SafetensorsFiles:
         index = folder / _INDEX
         self._indexed = _read_index(index) if index.is_file() else None
         self.paths = tuple(self._find_paths())
-        self._names = {path: _read_names(path) for path in self.paths}
+        headers = {path: _read_header(path) for path in self.paths}
+        self._names = {path: header.names for path, header in headers.items()}
+        self.metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
         self.num_weights = sum(map(len, self._names.values()))
         self._check_names()
 
@@ -63,6 +67,36 @@ class SafetensorsFiles:
                 raise CorruptModelFile(
                     f"{self.folder / file_name}: expected tensor {name!r} as {_INDEX} says, found none"
                 )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, file by file, in the order of their data."""
+        return [name for names in self._names.values() for name in names]
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that a tensor is in."""
+        return next(path for path, names in self._names.items() if name in names)
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Open the files as they are needed: a function that reads one tensor, in the type it is stored in."""
+        from safetensors import SafetensorError, safe_open
+
+        paths = {name: path for path, names in self._names.items() for name in names}
+        opened: dict[Path, Any] = {}
+        with ExitStack() as stack:
+
+            def read(name: str) -> torch.Tensor:
+                path = paths[name]
+                try:
+                    if path not in opened:
+                        opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                    tensor: torch.Tensor = opened[path].get_tensor(name)
+                except SafetensorError as error:
+                    raise CorruptModelFile(f"{path}: {error}; download the file again") from error
+                return tensor
+
+            yield read
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor with its name, file by file, in the type it is stored in."""
@@ -109,8 +143,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_names(path: Path) -> list[str]:
-    """Read the names of a file's tensors from its header, in the order of their data; check the file's length."""
+class _Header(NamedTuple):
+    """What a file says: the names of its tensors, in the order of their data, and its metadata."""
+
+    names: list[str]
+    metadata: dict[str, Any]
+
+
+def _read_header(path: Path) -> _Header:
+    """Read a file's header; check the file's length."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
@@ -118,12 +159,12 @@ def _read_names(path: Path) -> list[str]:
         if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
             raise CorruptModelFile(f"{path}: expected a header of {length} bytes, found a file of {size} bytes")
         header = _parse_object(file.read(length), path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     spans = {name: _span(name, entry, path) for name, entry in header.items()}
     end = _LENGTH_BYTES + length + max((stop for _, stop in spans.values()), default=0)
     if end != size:
         raise CorruptModelFile(f"{path}: expected {end} bytes, found {size}; download the file again")
-    return sorted(spans, key=spans.__getitem__)
+    return _Header(sorted(spans, key=spans.__getitem__), metadata if isinstance(metadata, dict) else {})
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:

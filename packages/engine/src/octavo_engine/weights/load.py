@@ -14,13 +14,16 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model, model_class
 from octavo_engine.quant.base import QuantMethod, WeightSlot
 from octavo_engine.quant.choose import choose_method
+from octavo_engine.quant.quantized import Quantized
+from octavo_engine.weights.quantized import QuantizedTensor
+from octavo_engine.weights.source import FolderSource
 from octavo_engine.weights.stored import StoredTensor
 
 Progress = Callable[[int, int], None]
 """(weights loaded, weights in all)"""
 
 
-Weight = Tensor | StoredTensor
+Weight = Tensor | StoredTensor | QuantizedTensor
 """A tensor of floating values, or a quantised one as it is stored."""
 
 
@@ -51,7 +54,7 @@ def load_model(
         source: the configuration and the weights.
         device: where the weights go.
         dtype: of activations.
-        quant: how matrices are held; None chooses by device and dtype.
+        quant: how matrices are held; None chooses by device and dtype. Of a quantised checkpoint, those without codes.
         batch_invariant: whether a token's bits may not depend on the tokens beside it.
         progress: called after each weight with the number that was read and the total.
 
@@ -61,6 +64,8 @@ def load_model(
     """
     device = torch.device(device)
     quant = quant or choose_method(device, dtype, batch_invariant=batch_invariant)
+    if isinstance(source, FolderSource) and source.scheme is not None:
+        quant = Quantized(quant, batch_invariant=batch_invariant)
     options = LayerOptions(dtype, device, quant, batch_invariant)
     model = model_class(source.config.architecture)(source.config, options)
     load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,15 @@ from octavo_engine.weights.stored import StoredTensor
 if TYPE_CHECKING:
     import torch
 
+    from octavo_engine.quant.schemes.base import Scheme
+    from octavo_engine.weights.quantized import QuantizedTensor
+    from octavo_engine.weights.quantized_files import QuantizedFiles
+
+_SCHEME_FILES = MappingProxyType(
+    {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+)
+"""Where a checkpoint says how it is quantised if config.json does not, and by which method it then is."""
+
 
 class Source(ABC):
     """What every kind of model source gives.
@@ -46,7 +56,7 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
         Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
@@ -60,6 +70,11 @@ class Source(ABC):
             CorruptModelFile: if a tensor cannot be read or has an impossible shape.
             UnsupportedModel: if the file holds a tensor that the architecture does not know.
         """
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether `weights` can read parts of tensors."""
+        return True
 
     def column_block(self, name: str) -> int:  # noqa: ARG002
         """Return how many columns of a weight are stored as one, by its Hugging Face name; 1 if it is not quantised."""
@@ -254,10 +269,39 @@ class FolderSource(Source):
         advised = token_ids(self.generation_config.get("eos_token_id"), f"{generation_path}: eos_token_id")
         self.config = replace(config, eos_token_ids=tuple(dict.fromkeys((*advised, *config.eos_token_ids))))
         self.files = SafetensorsFiles(path)
-        self.num_weights = self.files.num_weights
+        self.scheme = self._read_scheme(config_path)
+        self.num_weights = self.files.num_weights if self.scheme is None else self._quantized(self.scheme).num_weights
 
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        return self.files.read(cut)
+    def _read_scheme(self, config_path: Path) -> Scheme | None:
+        """Return how the linears are stored: by config.json, else by the file that some quantisers write beside it."""
+        found = read_json(config_path).get("quantization_config")
+        where = f"{config_path}: quantization_config"
+        for name, method in _SCHEME_FILES.items():
+            path = self.path / name
+            if found is None and path.is_file():
+                found, where = {"quant_method": method, **read_json(path)}, str(path)
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise CorruptModelFile(f"{where}: expected an object, found {found!r}")
+        from octavo_engine.quant.schemes.choose import choose_scheme  # needs torch
+
+        return choose_scheme(found, where)
+
+    def _quantized(self, scheme: Scheme) -> QuantizedFiles:
+        from octavo_engine.weights.quantized_files import QuantizedFiles
+
+        return QuantizedFiles(self.files, scheme)
+
+    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+        if self.scheme is None:
+            return self.files.read(cut)
+        assert cut is read_whole, "quantised tensors of this form are not cut"
+        return iter(self._quantized(self.scheme))
+
+    @property
+    def is_divisible(self) -> bool:
+        return self.scheme is None
 
     def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)
@@ -281,6 +325,6 @@ class FolderSource(Source):
 
     @property
     def files_read(self) -> list[Path]:
-        names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", *_SCHEME_FILES)
         small = [self.path / name for name in names if (self.path / name).is_file()]
         return [*small, *self.files.paths]

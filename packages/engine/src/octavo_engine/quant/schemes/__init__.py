@@ -1,0 +1,1 @@
+"""How quantised checkpoints of Hugging Face's form store a linear, one format per file."""

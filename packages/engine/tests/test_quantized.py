@@ -1,0 +1,215 @@
+"""Matrices of quantised checkpoints: fused shards of any formats, their biases, tables, and the memory they take."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+
+import torch
+from torch import Tensor
+
+from octavo_engine.layers.embedding import Embedding, LMHead
+from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.options import LayerOptions
+from octavo_engine.quant.base import Shard
+from octavo_engine.quant.blocks import BlockProduct, as_blocks
+from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.products import IntegerProduct
+from octavo_engine.quant.quantized import Quantized
+from octavo_engine.quant.schemes.gptq import GPTQTensor
+from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.weights.gguf import TensorType
+from octavo_engine.weights.quantized import QuantizedTensor
+
+METHODS = {"packed": Quantized(Packed()), "torch": Quantized(Unquantized())}
+
+
+def integers(
+    num_rows: int, num_columns: int, *, bits: int = 4, group_size: int = 32, zeros: bool = True, shuffled: bool = False
+) -> GPTQTensor:
+    """Return a random GPTQ linear."""
+    num_groups = -(-num_columns // group_size)
+    groups = torch.arange(num_columns) // group_size
+    return GPTQTensor(
+        shape=(num_rows, num_columns),
+        bits=bits,
+        group_size=group_size,
+        scales=(torch.rand(num_groups, num_rows) * 0.1).half(),
+        zeros=torch.randint(2**bits, (num_groups, num_rows), dtype=torch.int16) if zeros else None,
+        zero_point=2 ** (bits - 1),
+        groups=groups[torch.randperm(num_columns)] if shuffled else None,
+        words=torch.randint(-(2**31), 2**31, (num_columns * bits // 32, num_rows)).int(),
+    )
+
+
+def values(tensor: Tensor | QuantizedTensor) -> Tensor:
+    return tensor.float() if isinstance(tensor, Tensor) else tensor.values()
+
+
+def fused(tensors: Sequence[Any], biases: Sequence[Tensor] | None, options: LayerOptions) -> Linear:
+    """Return a finished linear of these shards, filled from the last to the first."""
+    names = "abcdef"[: len(tensors)]
+    shards = [Shard(name, tensor.shape[0]) for name, tensor in zip(names, tensors, strict=True)]
+    linear = Linear(tensors[0].shape[1], shards, bias=biases is not None, options=options)
+    slots = {slot.name: slot for slot in linear.slots("")}
+    for index in reversed(range(len(tensors))):
+        slots[f"{names[index]}.weight"].fill(tensors[index])
+        if biases is not None:
+            slots[f"{names[index]}.bias"].fill(biases[index])
+    linear.finish()
+    return linear
+
+
+SHARDS = {
+    "one": lambda: [integers(40, 96)],
+    "several layouts": lambda: [integers(40, 96), integers(33, 96, bits=8, group_size=96), integers(7, 96, bits=2)],
+    "orders of inputs": lambda: [integers(8, 96, shuffled=True), integers(9, 96, bits=3, shuffled=True)],
+    "groups of three": lambda: [integers(8, 96, group_size=3, zeros=False)],
+    "some native": lambda: [integers(8, 96, zeros=False), integers(7, 96), integers(9, 96, bits=8, zeros=False)],
+    "some dense": lambda: [torch.randn(5, 96), integers(8, 96), torch.randn(9, 96).bfloat16(), torch.randn(4, 96)],
+    "all dense": lambda: [torch.randn(5, 96), torch.randn(9, 96).bfloat16()],
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("make", SHARDS.values(), ids=SHARDS)
+def test_shards_of_any_formats_write_their_columns(make: Any, method: Quantized, with_bias: bool) -> None:
+    tensors = make()
+    biases = [torch.randn(tensor.shape[0]) for tensor in tensors] if with_bias else None
+    linear = fused(tensors, biases, LayerOptions(quant=method))
+    x = torch.randn(7, 96)
+    expected = torch.cat([x.double() @ values(tensor).double().T for tensor in tensors], dim=-1)
+    if biases is not None:
+        expected += torch.cat(list(biases))
+    torch.testing.assert_close(linear(x), expected.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(linear(x[3:4]), linear(x)[3:4])
+
+
+def test_activations_of_16_bits_get_products_of_their_own_dtype() -> None:
+    options = LayerOptions(quant=METHODS["torch"], dtype=torch.bfloat16)
+    tensors = [integers(8, 96), integers(8, 96, bits=2)]
+    product = fused(tensors, [torch.randn(8), torch.randn(8)], options)(torch.randn(3, 96).bfloat16())
+    assert product.dtype == torch.bfloat16
+    assert product.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("quantised", [True, False], ids=["codes", "dense"])
+def test_a_table_is_read_and_multiplied(quantised: bool, method: Quantized) -> None:
+    options = LayerOptions(quant=method)
+    table = integers(50, 64) if quantised else torch.randn(50, 64)
+    embedding = Embedding(50, 64, options=options)
+    head = LMHead(embedding, tied=True, options=options)
+    (slot,) = embedding.slots("table")
+    slot.fill(table)
+    embedding.finish()
+    head.finish()
+    assert torch.equal(embedding(torch.tensor([49, 0])), values(table)[[49, 0]])
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(head(x), x @ values(table).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_arg_max_of_a_quantised_head_is_that_of_its_products(method: Quantized) -> None:
+    options = LayerOptions(quant=method)
+    head = LMHead(Embedding(50, 64, options=options), tied=False, options=options)
+    (slot,) = head.slots("lm_head")
+    slot.fill(integers(50, 64))
+    head.finish()
+    x = torch.randn(3, 64)
+    ids, best = head.greedy(x)
+    assert torch.equal(ids, head(x).argmax(dim=-1))
+    assert torch.equal(best, head(x).amax(dim=-1))
+
+
+BLOCKS = {
+    "zeros": lambda: integers(40, 96),
+    "zeros, 8 bits": lambda: integers(40, 96, bits=8),
+    "zeros, one group": lambda: integers(40, 96, group_size=96),
+    "shuffled": lambda: integers(40, 128, group_size=64, zeros=False, shuffled=True),
+    "shuffled, zeros": lambda: integers(40, 96, bits=8, shuffled=True),
+}
+
+
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_zeros_and_orders_of_inputs_are_multiplied_natively(make: Any) -> None:
+    weight = make()
+    linear = fused([weight], None, LayerOptions(quant=METHODS["packed"]))
+    (part,) = linear.parameters.parts
+    assert isinstance(part.product, BlockProduct)
+    x = torch.randn(70, weight.shape[1])
+    product = linear(x)
+    expected = x.double() @ weight.values().double().T
+    torch.testing.assert_close(product, expected.float(), rtol=1e-5, atol=1e-4)
+    for rows in (1, 2, 13, 33):
+        assert torch.equal(linear(x[20 : 20 + rows]), product[20 : 20 + rows])
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_product_by_integers_is_that_of_the_values(bits: int, shuffled: bool) -> None:
+    weight = integers(40, 96, bits=bits, shuffled=shuffled)
+    x, bias = torch.randn(7, 96), torch.randn(40)
+    product = IntegerProduct(weight, torch.device("cpu"))
+    torch.testing.assert_close(product(x, bias), x @ weight.values().T + bias, rtol=1e-4, atol=1e-4)
+
+
+PACKED = {
+    "4 bits": (integers(256, 512, group_size=128, zeros=False), 256 * 512 // 2 + 2 * 256 * 4),
+    "4 bits with zeros": (integers(256, 512, group_size=128), 256 * 512 // 2 + 2 * 256 * 4 + 256 * 4 // 2),
+    "8 bits with zeros": (integers(256, 512, bits=8, group_size=64), 256 * 512 + 2 * 256 * 8 + 256 * 8),
+    "3 bits": (integers(256, 512, bits=3, group_size=128, zeros=False), 256 * 512 * 3 // 8 + 2 * 256 * 4),
+}
+
+
+@pytest.mark.parametrize(("tensor", "packed_bytes"), PACKED.values(), ids=PACKED)
+def test_memory_is_that_of_the_packed_weight(tensor: GPTQTensor, packed_bytes: int) -> None:
+    linear = fused([tensor], None, LayerOptions(quant=METHODS["torch"]))
+    assert packed_bytes <= linear.parameters.num_bytes <= 1.05 * packed_bytes
+    assert not linear.parameters.stored
+    native = fused([tensor], None, LayerOptions(quant=METHODS["packed"])).parameters
+    num_bytes = native.num_bytes or sum(part.weight.num_bytes for part in native.dense.parts)
+    assert packed_bytes <= num_bytes <= (1.15 if tensor.bits == 4 else 1.12) * packed_bytes
+    if tensor.bits != 3:
+        assert packed_bytes <= IntegerProduct(tensor, torch.device("cpu")).num_bytes <= 1.05 * packed_bytes
+
+
+HELD_BY_BLOCKS = {
+    "4 bits": (lambda: integers(40, 96, zeros=False), TensorType.Q4_0),
+    "8 bits": (lambda: integers(40, 96, bits=8, zeros=False), TensorType.Q8_0),
+    "groups of 64": (lambda: integers(33, 128, group_size=64, zeros=False), TensorType.Q4_0),
+    "one group": (lambda: integers(33, 96, group_size=96, zeros=False), TensorType.Q4_0),
+    "zeros that are all 8": (lambda: with_zeros(8), TensorType.Q4_0),
+    "zeros that are not": (lambda: with_zeros(7), None),
+    "3 bits": (lambda: integers(32, 96, bits=3, zeros=False), None),
+    "groups of 16": (lambda: integers(32, 96, group_size=16, zeros=False), None),
+    "groups in another order": (lambda: integers(32, 96, zeros=False, shuffled=True), None),
+    "inputs that fill no block": (lambda: integers(32, 72, group_size=72, zeros=False), None),
+    "scales that fp16 has not": (
+        lambda: replace(integers(32, 96, zeros=False), scales=torch.full((3, 32), 1e-9)),
+        None,
+    ),
+}
+
+
+def with_zeros(zero: int) -> GPTQTensor:
+    weight = integers(32, 96)
+    assert weight.zeros is not None
+    zeros = torch.full_like(weight.zeros, 8)
+    zeros[1, 2] = zero
+    return replace(weight, zeros=zeros)
+
+
+@pytest.mark.parametrize(("make", "kind"), HELD_BY_BLOCKS.values(), ids=HELD_BY_BLOCKS)
+def test_what_blocks_hold_exactly_is_multiplied_natively(make: Any, kind: TensorType | None) -> None:
+    weight = make()
+    blocks = as_blocks(weight)
+    assert (blocks and blocks.type) == kind
+    if blocks is not None:
+        assert torch.equal(blocks.values(), weight.values())
+        assert fused([weight, weight], None, LayerOptions(quant=METHODS["packed"])).parameters.dense is not None
+        assert fused([weight, weight], None, LayerOptions(quant=METHODS["torch"])).parameters.dense is None
