@@ -60,7 +60,7 @@ class PackedParameters:
 
 
 class Packed(QuantMethod[PackedParameters]):
-    """Lossless weights for activations in fp32: GGUF's Q4_0, Q4_1 and Q8_0, and f32, bf16 and f16.
+    """Lossless weights for activations in fp32: GGUF's Q4_0, Q4_1 and Q8_0, and f32, bf16 and f16; others become f32.
 
     Args:
         int8_activations: whether products by block formats round their inputs to 8 bits per group of 32.
@@ -131,8 +131,10 @@ class Packed(QuantMethod[PackedParameters]):
 
 
 def _as_stored(tensor: Tensor | StoredTensor) -> tuple[WeightFormat, Tensor]:
-    """Return a tensor's format and its rows; a floating type that products do not read becomes fp32."""
+    """Return a tensor's format and its rows; a type that products do not read becomes fp32."""
     if isinstance(tensor, StoredTensor):
-        return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+        if tensor.type in _BLOCK_FORMATS:
+            return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+        tensor = tensor.values()
     weight_format = _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
     return weight_format, tensor.to(weight_format.dtype)

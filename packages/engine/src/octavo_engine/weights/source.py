@@ -20,7 +20,8 @@ from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.digest import content_digest
 from octavo_engine.weights.files import SafetensorsFiles, read_json
-from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
+from octavo_engine.weights.gguf import TensorInfo, TensorType
+from octavo_engine.weights.gguf_parts import GGUFParts
 from octavo_engine.weights.locate import locate_model
 from octavo_engine.weights.names import ROPE_FACTORS, hf_name, rotary_heads, rotary_row_order
 from octavo_engine.weights.stored import StoredTensor
@@ -112,12 +113,12 @@ def open_source(model: str | Path | None = None) -> Source:
 
 
 class GGUFSource(Source):
-    """A model in one GGUF file."""
+    """A model in one GGUF file, or in several parts of one."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         self.name = name or path.stem
-        self.file = GGUFFile(path)
+        self.file = GGUFParts(path)
         self.config = self._read_config()
         eos = list(self.config.eos_token_ids)
         self.generation_config = {"eos_token_id": eos} if eos else {}
@@ -153,18 +154,22 @@ class GGUFSource(Source):
         return names
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        ordered = sorted(self._names, key=lambda name: self.file.tensors[name].offset)
-        for gguf_name in ordered:
-            yield self._names[gguf_name], self._tensor(self.file.tensors[gguf_name])
+        for info in self.file.in_order:
+            if info.name in self._names:
+                yield self._names[info.name], self._tensor(info)
 
     def _tensor(self, info: TensorInfo) -> torch.Tensor | StoredTensor:
         import torch
 
-        if info.type not in (TensorType.F32, TensorType.F16, TensorType.BF16):
+        dtypes = {
+            TensorType.F32: torch.float32,
+            TensorType.F16: torch.float16,
+            TensorType.BF16: torch.bfloat16,
+            TensorType.F64: torch.float64,
+        }
+        if info.type not in dtypes:
             return StoredTensor(self._rows(info), info.type, info.shape)
-        raw = torch.from_numpy(self._rows(info).reshape(-1))
-        dtype = {TensorType.F32: torch.float32, TensorType.F16: torch.float16}.get(info.type, torch.bfloat16)
-        return raw.view(dtype).reshape(info.shape)
+        return torch.from_numpy(self._rows(info).reshape(-1)).view(dtypes[info.type]).reshape(info.shape)
 
     def _values(self, info: TensorInfo) -> Any:
         return dequantize(self._rows(info), info.type, info.shape)
@@ -197,7 +202,7 @@ class GGUFSource(Source):
 
     @cached_property
     def digest(self) -> bytes:
-        return content_digest([self.path])
+        return content_digest(self.file.paths)
 
 
 class FolderSource(Source):
