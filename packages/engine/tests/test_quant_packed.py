@@ -178,10 +178,29 @@ def quantised(gguf: Any, tensor_type: TensorType) -> Iterator[tuple[str, tuple[i
         yield f"{name}.weight", (int(tensor_type), gguf.quantize(matrix, gguf.GGMLQuantizationType(int(tensor_type))))
 
 
-@pytest.mark.parametrize("tensor_type", BLOCK_TYPES, ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, TensorType.Q5_0, TensorType.Q5_1], ids=lambda item: item.name)
 def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package quantises")
     source = GGUFSource(make_gguf(tensors=dict(quantised(gguf, tensor_type))))
+    packed, packed_tokens = generate(source, Packed())
+    expanded, expanded_tokens = generate(source, Unquantized())
+    assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
+    assert packed_tokens == expanded_tokens
+
+
+@pytest.mark.parametrize("tensor_type", PLANE_TYPES, ids=lambda item: item.name)
+def test_a_model_with_planes_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
+    """Hidden size 256, so that K types divide every matrix; the embedding and the head are of the type too."""
+    wide = {"llama.embedding_length": 256, "llama.feed_forward_length": 256, "llama.attention.head_count": 8}
+    rows = {"token_embd": 273, "blk.0.attn_q": 256, "blk.0.attn_k": 32, "blk.0.attn_v": 32, "blk.0.attn_output": 256}
+    rows |= {"blk.0.ffn_gate": 256, "blk.0.ffn_up": 256, "blk.0.ffn_down": 256}
+    tensors = {
+        f"{name}.weight": (int(tensor_type), stored(tensor_type, count, 256, seed).rows)
+        for seed, (name, count) in enumerate(rows.items())
+    }
+    norm = (int(TensorType.F32), np.full(256, 0.1, np.float32).view(np.uint8))
+    tensors |= dict.fromkeys(("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"), norm)
+    source = GGUFSource(make_gguf(wide, tensors))
     packed, packed_tokens = generate(source, Packed())
     expanded, expanded_tokens = generate(source, Unquantized())
     assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
