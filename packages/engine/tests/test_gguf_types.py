@@ -23,7 +23,7 @@ from octavo_engine.weights.stored import StoredTensor
 pytestmark = pytest.mark.model
 
 TIE = 5e-4
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 PROMPT = (504, 3575, 282, 4649, 314)
 TYPES = [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q5_1, TensorType.Q8_0, TensorType.MXFP4]
 """What the gguf package quantises and what divides every shape of the model."""

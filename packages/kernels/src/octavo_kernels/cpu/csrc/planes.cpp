@@ -40,15 +40,22 @@ int field(const uint8_t* bytes, int k) {
   return (bytes[k / kFields * Run + place % Run] >> (place / Run * Bits)) & ((1 << Bits) - 1);
 }
 
+// Adds the fields of a plane of the file to codes, `Shift` bits up.
+template <int Bits, int Run, int Shift>
+void add_fields(const uint8_t* bytes, int num_codes, uint8_t* codes) {
+  for (; num_codes > 0; num_codes -= Run * 8 / Bits, bytes += Run)
+    for (int bit = 0; bit < 8; bit += Bits, codes += Run)
+      for (int i = 0; i < Run; ++i) codes[i] |= static_cast<uint8_t>(((bytes[i] >> bit) & ((1 << Bits) - 1)) << Shift);
+}
+
 // Codes of low bits, and high bits if there are any.
 template <Format F, int LowRun, int HighRun = 1>
 void read_codes(const uint8_t* low, const uint8_t* high, Stored& out) {
   constexpr Planes kPlanes = planes_of(F);
-  for (int k = 0; k < kPlanes.groups_of_block * kGroup; ++k) {
-    int code = field<kPlanes.low_bits, LowRun>(low, k);
-    if constexpr (kPlanes.high_bits > 0) code |= field<kPlanes.high_bits, HighRun>(high, k) << kPlanes.low_bits;
-    out.codes[k] = static_cast<uint8_t>(code);
-  }
+  constexpr int kCodes = kPlanes.groups_of_block * kGroup;
+  std::memset(out.codes, 0, kCodes);
+  add_fields<kPlanes.low_bits, LowRun, 0>(low, kCodes, out.codes);
+  if constexpr (kPlanes.high_bits > 0) add_fields<kPlanes.high_bits, HighRun, kPlanes.low_bits>(high, kCodes, out.codes);
 }
 
 // 8 scales and 8 minimums of 6 bits: four of each in the low bits of 8 bytes, whose high bits belong to the other four of
@@ -97,14 +104,18 @@ void read_block(const uint8_t* block, Stored& out) {
 }
 
 // Writes Bits bits of 32 codes into one output's words of a plane: rows of 32 words, as many fields in a byte as fit.
-template <int Bits>
-void write_plane(const uint8_t* codes, int shift, uint8_t* plane, int column) {
+template <int Bits, int Shift>
+void write_plane(const uint8_t* codes, uint8_t* plane, int column) {
   constexpr int kFields = 8 / Bits;
+  constexpr uint32_t kMask = ((1u << Bits) - 1) * 0x01010101u;
   for (int row = 0; row < kWordRows / kFields; ++row) {
-    uint8_t word[4] = {};
-    for (int k = 0; k < 4 * kFields; ++k)
-      word[k % 4] |= static_cast<uint8_t>(((codes[row * 4 * kFields + k] >> shift) & ((1 << Bits) - 1)) << (k / 4 * Bits));
-    std::memcpy(plane + (row * kPanel + column) * 4, word, 4);
+    uint32_t word = 0;  // four bytes side by side
+    for (int j = 0; j < kFields; ++j) {
+      uint32_t four;
+      std::memcpy(&four, codes + 4 * (row * kFields + j), 4);
+      word |= ((four >> Shift) & kMask) << (j * Bits);
+    }
+    std::memcpy(plane + (row * kPanel + column) * 4, &word, 4);
   }
 }
 
@@ -121,10 +132,10 @@ void write_block(const Stored& stored, uint8_t* block, int column) {
   }
   for (int g = 0; g < kPlanes.groups_of_block; ++g) {
     uint8_t* low = block + start_of_codes(kPlanes) + g * bytes_of_codes(kPlanes);
-    write_plane<kPlanes.low_bits>(stored.codes + g * kGroup, 0, low, column);
+    write_plane<kPlanes.low_bits, 0>(stored.codes + g * kGroup, low, column);
     if constexpr (kPlanes.high_bits > 0)
-      write_plane<kPlanes.high_bits>(stored.codes + g * kGroup, kPlanes.low_bits,
-                                     low + kPanel * kGroup * kPlanes.low_bits / 8, column);
+      write_plane<kPlanes.high_bits, kPlanes.low_bits>(stored.codes + g * kGroup,
+                                                       low + kPanel * kGroup * kPlanes.low_bits / 8, column);
   }
 }
 
