@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_kernels.py --out benchmarks/results/cpu_kernels
     python benchmarks/cpu_kernels.py --only attention --contexts 512
+    python benchmarks/cpu_kernels.py --only products --rows 1 --formats q4_1 q4_k q6_k
 
 Bounds: R, the bandwidth of reading a buffer as large as what the kernel reads (the faster of torch's sum and the native
 read loop); G, the rate of torch's fp32 product of 2048-cubed matrices; V, the native peak of int8 dot products. Decode
@@ -9,7 +10,9 @@ attention (32 sequences, 9 and 3 heads of 64, blocks of 16, scattered) goes thro
 250 MB. Products go through all weights of SmolLM2-135M in the model's order, the head included, so that a weight has
 left the caches when its turn comes again. Where native code serves, a pass over the layers is recorded and run by one
 call, as the engine runs a model; `torch` is torch's linear on fp32 weights of the same shapes, attention on
-keys and values side by side. Percentages and ratios count; absolute figures move from machine to machine.
+keys and values side by side. With a format whose blocks of 256 do not divide the model's 576 inputs, every format is
+measured on 768 in their place; GB/s of one row beside those of q4_1 are the speed per byte read. Percentages and
+ratios count; absolute figures move from machine to machine.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from timing import Call, seconds
 from torch import Tensor
 
 from octavo_kernels import PackedWeight, Recording, WeightFormat, cpu_isa, pack_weight, packed_linear, paged_attention
+from octavo_kernels.packed_weight import plane_panels
 
 try:
     from octavo_kernels.cpu import probe
@@ -38,7 +42,7 @@ NUM_LAYERS = 30
 LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # qkv, attention out, gate and up, down: [out, in]
 HEAD = (49152, 576)
 SHAPES = LAYER * NUM_LAYERS + (HEAD,)
-NUM_WEIGHTS = sum(rows * columns for rows, columns in SHAPES)
+WIDTH, WIDTH_OF_WHOLE_BLOCKS = 576, 768
 NUM_SEQS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 9, 3, 64, 16
 CACHE_BYTES = 250_000_000  # of all layers' caches together
 CONTEXTS = (256, 512, 1024, 2048)
@@ -168,7 +172,13 @@ def random_weight(weight_format: WeightFormat, out_features: int, in_features: i
         assert weight_format.dtype is not None
         stored = torch.randn(out_features, in_features).to(weight_format.dtype)
         return pack_weight(stored, weight_format, in_features=in_features)
-    stored = torch.randint(0, 256, (out_features, in_features // 32, weight_format.block_bytes), dtype=torch.uint8)
+    num_blocks = in_features // weight_format.block_inputs
+    stored = torch.randint(0, 256, (out_features, num_blocks, weight_format.block_bytes), dtype=torch.uint8)
+    if weight_format.planes is not None:
+        weight = pack_weight(stored.flatten(1), weight_format, in_features=in_features)
+        units = plane_panels(weight)[..., : sum(weight_format.planes.part_bytes[:2])]
+        units.copy_(torch.full((*units.shape[:-1], units.shape[-1] // 2), 1e-4).to(torch.float16).view(torch.uint8))
+        return weight
     num_scales = 2 if weight_format is WeightFormat.Q4_1 else 1
     scales = torch.rand(out_features, in_features // 32, num_scales).mul_(0.01).to(torch.float16)
     stored[:, :, : 2 * num_scales] = scales.view(torch.uint8)
@@ -177,8 +187,8 @@ def random_weight(weight_format: WeightFormat, out_features: int, in_features: i
 
 def products(weights: list[PackedWeight], num_rows: int, int8_activations: bool) -> Call:
     """Return a call that goes through all weights in the model's order."""
-    inputs = {size: torch.randn(num_rows, size) for size in (576, 1536)}
-    outs = {size: torch.empty(num_rows, size) for size in {shape[0] for shape in SHAPES}}
+    inputs = {size: torch.randn(num_rows, size) for size in {weight.in_features for weight in weights}}
+    outs = {size: torch.empty(num_rows, size) for size in {weight.out_features for weight in weights}}
 
     def run() -> None:
         for weight in weights:
@@ -190,7 +200,7 @@ def products(weights: list[PackedWeight], num_rows: int, int8_activations: bool)
 
 def torch_products(weights: list[Tensor], num_rows: int) -> Call:
     """Return the same on torch's linear."""
-    inputs = {size: torch.randn(num_rows, size) for size in (576, 1536)}
+    inputs = {size: torch.randn(num_rows, size) for size in {weight.shape[1] for weight in weights}}
 
     def run() -> None:
         for weight in weights:
@@ -202,12 +212,16 @@ def torch_products(weights: list[Tensor], num_rows: int) -> Call:
 class Products:
     """All weights of the model in every format, made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, formats: Sequence[WeightFormat]) -> None:
+        whole = all(WIDTH % item.block_inputs == 0 for item in formats)
+        width = WIDTH if whole else WIDTH_OF_WHOLE_BLOCKS
+        shapes = [(rows, width if columns == WIDTH else columns) for rows, columns in SHAPES]
+        self._num_weights = sum(rows * columns for rows, columns in shapes)
         self._packed = {
-            weight_format: [random_weight(weight_format, *shape) for shape in SHAPES]
-            for weight_format in (*BLOCK_FORMATS, WeightFormat.F32)
+            weight_format: [random_weight(weight_format, *shape) for shape in shapes]
+            for weight_format in (*formats, WeightFormat.F32)
         }
-        self._plain = [torch.randn(shape) for shape in SHAPES]
+        self._plain = [torch.randn(shape) for shape in shapes]
         self._square = torch.randn(2048, 2048)
 
     def measure(self, num_rows: int, num_rounds: int) -> list[Figure]:
@@ -216,7 +230,7 @@ class Products:
         calls["gemm"] = lambda: self._square @ self._square
         for weight_format, weights in self._packed.items():
             calls[f"{weight_format.value} exact"] = recorded(products(weights, num_rows, False), num_rows)
-            if weight_format in BLOCK_FORMATS:
+            if weight_format is not WeightFormat.F32:
                 calls[f"{weight_format.value} fast"] = recorded(products(weights, num_rows, True), num_rows)
         sizes = {f.value: sum(w.data.numel() for w in weights) for f, weights in self._packed.items()}
         rates: dict[str, Rate] = {}
@@ -229,7 +243,7 @@ class Products:
         kernels = [kernel for kernel in calls if kernel not in ("mkl", "gemm")]
         if num_rows == 1:
             return [_one_row(kernel, sizes[kernel.split()[0]], measured) for kernel in kernels]
-        return [_many_rows(kernel, num_rows, measured) for kernel in kernels]
+        return [_many_rows(kernel, num_rows, self._num_weights, measured) for kernel in kernels]
 
 
 def _one_row(kernel: str, num_bytes: int, measured: dict[str, float]) -> Figure:
@@ -246,8 +260,8 @@ def _one_row(kernel: str, num_bytes: int, measured: dict[str, float]) -> Figure:
     )
 
 
-def _many_rows(kernel: str, num_rows: int, measured: dict[str, float]) -> Figure:
-    rate = 2 * num_rows * NUM_WEIGHTS / measured[kernel]
+def _many_rows(kernel: str, num_rows: int, num_weights: int, measured: dict[str, float]) -> Figure:
+    rate = 2 * num_rows * num_weights / measured[kernel]
     exact = kernel.endswith("exact")
     bound = 2 * 2048**3 / measured["gemm"] if exact else measured.get("vnni")
     return Figure(
@@ -284,6 +298,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("attention", "products"))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument("--rows", type=int, nargs="+", default=list(NUM_ROWS))
+    names = [item.value for item in WeightFormat if item.dtype is None]
+    default = [item.value for item in BLOCK_FORMATS]
+    parser.add_argument("--formats", nargs="+", choices=names, default=default, metavar="FORMAT", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     arguments = parser.parse_args()
     figures: list[Figure] = []
@@ -298,7 +315,7 @@ def main() -> None:
                 for context in arguments.contexts:
                     report(measure_attention(context, dtype, arguments.rounds))
         if arguments.only != "attention":
-            weights = Products()
+            weights = Products([WeightFormat(name) for name in arguments.formats])
             for num_rows in arguments.rows:
                 for figure in weights.measure(num_rows, arguments.rounds):
                     report(figure)

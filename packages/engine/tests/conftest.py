@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from octavo_engine.text.byte_alphabet import CHAR_OF_BYTE
+from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.locate import DEMO_PACKAGE, find_demo_file
 from octavo_engine.weights.source import GGUFSource
 
 _SCALAR_CODES = {"u32": (4, "<I"), "i32": (5, "<i"), "f32": (6, "<f"), "bool": (7, "<?"), "u64": (10, "<Q")}
-_BLOCK_ELEMENTS = {2: 32, 3: 32, 8: 32}
 
 
 @pytest.fixture(params=[0, 1, 3], ids=lambda late: f"{late}-late")
@@ -114,8 +114,8 @@ def gguf_bytes(
     head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
     data = b""
     for name, (code, packed) in tensors.items():
-        bytes_per_block = {0: 4, 1: 2, 30: 2, 2: 18, 3: 20, 8: 34}.get(code, 1)
-        columns = packed.shape[-1] // bytes_per_block * _BLOCK_ELEMENTS.get(code, 1)
+        tensor_type = TensorType(code)
+        columns = packed.shape[-1] // tensor_type.block_bytes * tensor_type.block_elements
         dims = (columns, *packed.shape[:-1][::-1])
         head += _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, code, len(data))
         data += packed.tobytes()
@@ -123,28 +123,20 @@ def gguf_bytes(
     return head + bytes(-len(head) % alignment) + data
 
 
-_ROW_BYTES: dict[int, Callable[[int], int]] = {
-    0: lambda n: n * 4,
-    1: lambda n: n * 2,
-    30: lambda n: n * 2,
-    2: lambda n: n // 32 * 18,
-    3: lambda n: n // 32 * 20,
-    8: lambda n: n // 32 * 34,
-}
-
-
 def tiny_tensors(vocab_size: int, seed: int = 0) -> dict[str, tuple[int, np.ndarray]]:
-    """One llama layer: hidden 64, 2 heads of 32, 1 KV head, MLP 96; every tensor type occurs."""
+    """One llama layer: hidden 64, 2 heads of 32, 1 KV head, MLP 96; the first tensor types occur."""
     rng = np.random.default_rng(seed)
 
     def tensor(code: int, *shape: int) -> tuple[int, np.ndarray]:
-        packed = rng.integers(0, 256, size=(*shape[:-1], _ROW_BYTES[code](shape[-1])), dtype=np.uint8)
+        tensor_type = TensorType(code)
+        row_bytes = shape[-1] // tensor_type.block_elements * tensor_type.block_bytes
+        packed = rng.integers(0, 256, size=(*shape[:-1], row_bytes), dtype=np.uint8)
         if code in (0, 1, 30):
             values = rng.standard_normal(shape).astype(np.float32)
             packed = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8) if code == 30 else None
             packed = values.astype("<f2" if code == 1 else "<f4").view(np.uint8) if packed is None else packed
         else:  # keep the scales finite: clear an exponent bit of each f16
-            blocks = packed.reshape(-1, _ROW_BYTES[code](32))
+            blocks = packed.reshape(-1, tensor_type.block_bytes)
             blocks[:, 1] &= 0xBF
             if code == 3:
                 blocks[:, 3] &= 0xBF

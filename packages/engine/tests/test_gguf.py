@@ -13,6 +13,7 @@ import pytest
 from octavo_engine.errors import CorruptModelFile, EngineError, ModelNotFound, UnsupportedModel
 from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
 from octavo_engine.weights.source import GGUFSource
+from octavo_engine.weights.stored import StoredTensor
 
 MakeGGUF = Callable[..., Path]
 
@@ -114,18 +115,17 @@ def _tensor_field(path: Path, name: str, skip: int) -> int:
         (4, struct.pack("<Q", 1 << 61), CorruptModelFile, r"shape \[64, 2305843009213693952\]: expected"),
         (4, struct.pack("<Q", 0), CorruptModelFile, "expected dimensions of at least 1"),
         (4, struct.pack("<Q", 33), CorruptModelFile, "expected Q4_1 rows of a multiple of 32, found 33"),
-        (
-            20,
-            struct.pack("<I", 12),
-            UnsupportedModel,
-            "has type Q4_K; these are read: F32, F16, Q4_0, Q4_1, Q8_0, BF16",
-        ),
+        (20, struct.pack("<I", 12), CorruptModelFile, "expected Q4_K rows of a multiple of 256, found 64"),
+        (20, struct.pack("<I", 9), UnsupportedModel, "has type Q8_1, which is none of the 32 that are read"),
         (20, struct.pack("<I", 99), UnsupportedModel, "has type number 99"),
         (24, struct.pack("<Q", 1 << 40), CorruptModelFile, r"Q4_1 and shape \[64, 64\]: expected 2560 bytes from byte"),
         (24, struct.pack("<Q", 5), CorruptModelFile, "expected an offset that is a multiple of 32, found 5"),
         (24, struct.pack("<Q", 0), CorruptModelFile, "expected to begin at byte"),
     ],
-    ids=["dims", "huge", "zero", "row", "known-type", "unknown-type", "outside", "misaligned", "overlap"],
+    ids=[
+        *("dims", "huge", "zero", "row", "long-block"),
+        *("known-type", "unknown-type", "outside", "misaligned", "overlap"),
+    ],
 )
 def test_damage_in_a_tensor_entry_names_the_tensor(
     tiny: Path, skip: int, data: bytes, error: type, message: str
@@ -159,8 +159,9 @@ def _open_all(path: Path) -> None:
     source = GGUFSource(path)
     source.tokenizer().encode("hello world 123")
     source.chat_template()
-    for _ in source.weights():
-        pass
+    for _, tensor in source.weights():
+        if isinstance(tensor, StoredTensor):
+            tensor.values()
 
 
 def _mutated(raw: bytes, header_bytes: int, rng: random.Random) -> bytes:
@@ -172,9 +173,34 @@ def _mutated(raw: bytes, header_bytes: int, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+def _of_later_types(make_gguf: MakeGGUF) -> Path:
+    """Write the tiny model with a part's keys and with types of blocks of 256, of tables and of whole numbers."""
+    rng = np.random.default_rng(0)
+
+    def tensor(tensor_type: TensorType, rows: int, columns: int) -> tuple[int, np.ndarray]:
+        row_bytes = columns // tensor_type.block_elements * tensor_type.block_bytes
+        return int(tensor_type), rng.integers(0, 256, (rows, row_bytes), dtype=np.uint8)
+
+    tensors = {
+        "blk.0.attn_q.weight": tensor(TensorType.Q5_1, 64, 64),
+        "blk.0.attn_k.weight": tensor(TensorType.MXFP4, 32, 64),
+        "blk.0.attn_v.weight": tensor(TensorType.NVFP4, 32, 64),
+        "blk.0.attn_output.weight": tensor(TensorType.I16, 64, 64),
+        "blk.0.ffn_gate.weight": tensor(TensorType.IQ4_NL, 256, 64),
+        "blk.0.ffn_up.weight": tensor(TensorType.Q5_0, 256, 64),
+        "blk.0.ffn_down.weight": tensor(TensorType.Q4_K, 64, 256),
+    }
+    keys = {"llama.feed_forward_length": 256, "split.no": 0, "split.count": 1, "split.tensors.count": ("i32", 11)}
+    return make_gguf(keys, tensors)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_files_end_in_typed_errors_with_bounded_memory(tiny: Path, seed: int) -> None:
+@pytest.mark.parametrize("later_types", [False, True], ids=["first types", "later types"])
+def test_damaged_files_end_in_typed_errors_with_bounded_memory(
+    make_gguf: MakeGGUF, seed: int, later_types: bool
+) -> None:
     pytest.importorskip("torch", reason="weights are read with the extra octavo-engine[local]")
+    tiny = _of_later_types(make_gguf) if later_types else make_gguf()
     raw, rng = tiny.read_bytes(), random.Random(seed)
     header_bytes = GGUFFile(tiny).header_bytes
     _open_all(tiny)

@@ -25,20 +25,32 @@ from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import GGUFSource
 from octavo_engine.weights.stored import StoredTensor
-from octavo_kernels import BackendUnavailable, WeightFormat
+from octavo_kernels import BackendUnavailable, WeightFormat, unpack_weight
 
 MakeGGUF = Callable[..., Path]
 OPTIONS = LayerOptions(quant=Packed())
 BLOCK_TYPES = [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q8_0]
+PLANE_TYPES = [
+    *(TensorType.Q5_0, TensorType.Q5_1, TensorType.IQ4_NL),
+    *(TensorType.Q2_K, TensorType.Q3_K, TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.IQ4_XS),
+]
+# Where the high bytes of a block's f16 scales lie; each becomes 0x24 or, of a minimum, 0xA8: about 0.02 and -0.03.
+SCALE_BYTES = {
+    **dict.fromkeys((TensorType.Q4_0, TensorType.Q8_0, TensorType.Q5_0, TensorType.IQ4_NL, TensorType.IQ4_XS), (1,)),
+    **dict.fromkeys((TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K), (1, 3)),
+    TensorType.Q2_K: (81, 83),
+    TensorType.Q3_K: (109,),
+    TensorType.Q6_K: (209,),
+}
 
 
 def stored(tensor_type: TensorType, num_rows: int, num_columns: int, seed: int = 0) -> StoredTensor:
     """Return a tensor in blocks with random codes and small scales."""
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (num_rows, num_columns // 32, tensor_type.block_bytes), dtype=np.uint8)
-    blocks[..., 1] = 0x24  # f16 of about 0.02
-    if tensor_type is TensorType.Q4_1:
-        blocks[..., 3] = 0xA8  # and about -0.04
+    num_blocks = num_columns // tensor_type.block_elements
+    blocks = rng.integers(0, 256, (num_rows, num_blocks, tensor_type.block_bytes), dtype=np.uint8)
+    for at, byte in zip(SCALE_BYTES[tensor_type], (0x24, 0xA8), strict=False):
+        blocks[..., at] = byte
     return StoredTensor(blocks.reshape(num_rows, -1), tensor_type, (num_rows, num_columns))
 
 
@@ -87,6 +99,28 @@ def test_shards_of_different_formats_write_their_columns(with_bias: bool) -> Non
     ]
 
 
+@pytest.mark.parametrize("tensor_type", PLANE_TYPES, ids=lambda item: item.name)
+def test_types_with_planes_stay_packed(tensor_type: TensorType) -> None:
+    """Beside another type, in its own columns; what is held takes the file's bytes within 5 %."""
+    tensors = [stored(tensor_type, 64, 512), stored(TensorType.Q8_0, 32, 512)]
+    linear = fused([*tensors], None)
+    part = linear.parameters.parts[0]
+    assert part.weight.format.name == tensor_type.name
+    assert part.weight.num_bytes <= 1.05 * tensors[0].rows.nbytes
+    x = torch.randn(7, 512)
+    expected = torch.cat([x @ values(tensor).T for tensor in tensors], dim=-1)
+    assert (linear(x) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_types_without_a_product_are_expanded_exactly() -> None:
+    raw = np.random.default_rng(0).integers(0, 256, (32, 66), dtype=np.uint8)
+    raw[:, 1] = 0x24
+    tensor = StoredTensor(raw, TensorType.IQ2_XXS, (32, 256))
+    (part,) = fused([tensor], None).parameters.parts
+    assert part.weight.format is WeightFormat.F32
+    assert torch.equal(unpack_weight(part.weight), tensor.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dense_weights_keep_their_own_dtype(dtype: torch.dtype) -> None:
     weight = torch.randn(33, 50).to(dtype)
@@ -103,11 +137,11 @@ def test_nothing_of_the_file_is_kept_when_a_matrix_is_finished() -> None:
     assert linear.parameters.parts[0].weight.num_bytes == 32 * 32 + 64
 
 
-@pytest.mark.parametrize("tensor_type", BLOCK_TYPES, ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, *PLANE_TYPES], ids=lambda item: item.name)
 def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) -> None:
     options = LayerOptions(quant=Packed(int8_activations=True))
-    dense, blocks = torch.randn(8, 64), stored(tensor_type, 8, 64)
-    x = torch.randn(3, 64)
+    dense, blocks = torch.randn(8, 256), stored(tensor_type, 8, 256)
+    x = torch.randn(3, 256)
     rounded = fused([dense, blocks], None, options)(x)
     exact = fused([dense, blocks], None)(x)
     assert torch.equal(rounded[:, :8], exact[:, :8])
@@ -144,10 +178,29 @@ def quantised(gguf: Any, tensor_type: TensorType) -> Iterator[tuple[str, tuple[i
         yield f"{name}.weight", (int(tensor_type), gguf.quantize(matrix, gguf.GGMLQuantizationType(int(tensor_type))))
 
 
-@pytest.mark.parametrize("tensor_type", BLOCK_TYPES, ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, TensorType.Q5_0, TensorType.Q5_1], ids=lambda item: item.name)
 def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package quantises")
     source = GGUFSource(make_gguf(tensors=dict(quantised(gguf, tensor_type))))
+    packed, packed_tokens = generate(source, Packed())
+    expanded, expanded_tokens = generate(source, Unquantized())
+    assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
+    assert packed_tokens == expanded_tokens
+
+
+@pytest.mark.parametrize("tensor_type", PLANE_TYPES, ids=lambda item: item.name)
+def test_a_model_with_planes_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
+    """Hidden size 256, so that K types divide every matrix; the embedding and the head are of the type too."""
+    wide = {"llama.embedding_length": 256, "llama.feed_forward_length": 256, "llama.attention.head_count": 8}
+    rows = {"token_embd": 273, "blk.0.attn_q": 256, "blk.0.attn_k": 32, "blk.0.attn_v": 32, "blk.0.attn_output": 256}
+    rows |= {"blk.0.ffn_gate": 256, "blk.0.ffn_up": 256, "blk.0.ffn_down": 256}
+    tensors = {
+        f"{name}.weight": (int(tensor_type), stored(tensor_type, count, 256, seed).rows)
+        for seed, (name, count) in enumerate(rows.items())
+    }
+    norm = (int(TensorType.F32), np.full(256, 0.1, np.float32).view(np.uint8))
+    tensors |= dict.fromkeys(("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"), norm)
+    source = GGUFSource(make_gguf(wide, tensors))
     packed, packed_tokens = generate(source, Packed())
     expanded, expanded_tokens = generate(source, Unquantized())
     assert (packed - expanded).norm() <= 1e-5 * expanded.norm()

@@ -10,7 +10,7 @@ from octavo_kernels.cpu.fallback import matmul as fallback
 from octavo_kernels.packed_weight import block_words, dense_panels
 from octavo_kernels.reference import matmul as reference
 
-BLOCK_BYTES = {WeightFormat.Q4_0: 18, WeightFormat.Q4_1: 20, WeightFormat.Q8_0: 34}
+BLOCK_BYTES = {WeightFormat.Q4_0: 18, WeightFormat.Q4_1: 20, WeightFormat.Q8_0: 34}  # those without planes
 DTYPES = {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, WeightFormat.F16: torch.float16}
 OUT_FEATURES = [1, 31, 32, 33, 100]
 # A product is a chain of up to 576 sums in fp32, each rounded, of summands of about 1: some last bits of its length.
@@ -20,11 +20,11 @@ CHAIN_ERROR = (
 )
 INT8_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # exact within a group, so that the chain is one of groups
 
-every_format = pytest.mark.parametrize("weight_format", WeightFormat, ids=lambda item: item.value)
+every_format = pytest.mark.parametrize("weight_format", [*DTYPES, *BLOCK_BYTES], ids=lambda item: item.value)
 block_formats = pytest.mark.parametrize("weight_format", BLOCK_BYTES, ids=lambda item: item.value)
 modes = pytest.mark.parametrize(
     ("weight_format", "int8"),
-    [*((item, False) for item in WeightFormat), *((item, True) for item in BLOCK_BYTES)],
+    [*((item, False) for item in (*DTYPES, *BLOCK_BYTES)), *((item, True) for item in BLOCK_BYTES)],
     ids=lambda item: item.value if isinstance(item, WeightFormat) else "int8" if item else "fp32",
 )
 

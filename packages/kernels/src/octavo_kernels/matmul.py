@@ -1,4 +1,4 @@
-"""Products by weights that stay packed, as a checkpoint stores them: dense, or in GGUF's blocks of 32.
+"""Products by weights that stay packed, as a checkpoint stores them: dense, or in GGUF's blocks of 32 or 256.
 
 Each output of a product is reduced in an order that depends on in_features alone, never on the number of rows, on
 where a row stands among them or on threads: a row computed alone equals the same row in any batch, bit for bit. (The
@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
 from octavo_kernels.host_memory import host_empty
-from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat, packed_num_bytes
+from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.recording import empty_result
 
 
@@ -22,7 +22,7 @@ def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> Pa
         stored: [out_features, in_features] of the format's dtype, or for block formats [out_features, bytes per row]
             uint8, rows as a GGUF file stores them. The stride of rows is free. Not modified.
         format: what `stored` holds.
-        in_features: columns of the weight; a multiple of 32 for block formats.
+        in_features: columns of the weight; a multiple of 32 for block formats, of 256 for those of K types and iq4_xs.
 
     Returns:
         the weight, in new memory on the device of `stored`.
@@ -36,7 +36,7 @@ def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> Pa
     num_bytes = packed_num_bytes(format, stored.shape[0], in_features)
     if format.block_bytes is not None:
         _check.dtype(op, "stored", stored, torch.uint8)
-        _check.shape(op, "stored", stored, ("out_features", in_features // GROUP * format.block_bytes))
+        _check.shape(op, "stored", stored, ("out_features", in_features // format.block_inputs * format.block_bytes))
     else:
         assert format.dtype is not None
         _check.dtype(op, "stored", stored, format.dtype)

@@ -19,6 +19,8 @@ so that a group takes 576 (q4_0), 640 (q4_1) or 1088 bytes (q8_0), and every pan
 The codes are those of a GGUF file, and so are the values::
 
     q4_0  d * (code - 8)        q4_1  d * code + m        q8_0  d * code        each operation rounded to fp32
+
+The other block formats have planes; `packed_planes` says how they lie.
 """
 
 from dataclasses import dataclass
@@ -28,8 +30,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from octavo_kernels import _check
+from octavo_kernels import _check, packed_planes
 from octavo_kernels.errors import ShapeError
+from octavo_kernels.packed_planes import PlaneLayout
 
 PANEL = 32
 """Outputs in a panel."""
@@ -44,7 +47,7 @@ _ALIGNMENT = 64
 
 
 class WeightFormat(Enum):
-    """How a weight's values are stored: dense (f32, bf16, f16), or as GGUF's blocks of 32 (q4_0, q4_1, q8_0)."""
+    """How a weight's values are stored: dense (f32, bf16, f16), or as GGUF's blocks of 32 or 256 (all others)."""
 
     F32 = "f32"
     BF16 = "bf16"
@@ -52,6 +55,15 @@ class WeightFormat(Enum):
     Q4_0 = "q4_0"
     Q4_1 = "q4_1"
     Q8_0 = "q8_0"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -60,14 +72,40 @@ class WeightFormat(Enum):
 
     @property
     def block_bytes(self) -> int | None:
-        """Bytes that a GGUF file stores 32 values in; None for dense formats."""
-        return _BLOCK_BYTES.get(self)
+        """Bytes that a GGUF file stores a block in; None for dense formats."""
+        planes = self.planes
+        return _BLOCK_BYTES.get(self) if planes is None else planes.stored_bytes
+
+    @property
+    def block_inputs(self) -> int:
+        """Inputs of a block: 32 or 256; 1 for dense formats."""
+        if self.dtype is not None:
+            return 1
+        return GROUP if self.planes is None else self.planes.block_inputs
+
+    @property
+    def planes(self) -> PlaneLayout | None:
+        """How a format with planes lies; None for dense formats and for q4_0, q4_1 and q8_0."""
+        return _PLANES.get(self)
 
 
 _DTYPES = MappingProxyType(
     {WeightFormat.F32: torch.float32, WeightFormat.BF16: torch.bfloat16, WeightFormat.F16: torch.float16}
 )
 _BLOCK_BYTES = MappingProxyType({WeightFormat.Q4_0: 18, WeightFormat.Q4_1: 20, WeightFormat.Q8_0: 34})
+_PLANES = MappingProxyType(
+    {
+        WeightFormat.Q5_0: packed_planes.Q5_0,
+        WeightFormat.Q5_1: packed_planes.Q5_1,
+        WeightFormat.Q2_K: packed_planes.Q2_K,
+        WeightFormat.Q3_K: packed_planes.Q3_K,
+        WeightFormat.Q4_K: packed_planes.Q4_K,
+        WeightFormat.Q5_K: packed_planes.Q5_K,
+        WeightFormat.Q6_K: packed_planes.Q6_K,
+        WeightFormat.IQ4_NL: packed_planes.IQ4_NL,
+        WeightFormat.IQ4_XS: packed_planes.IQ4_XS,
+    }
+)
 _GROUP_BYTES = MappingProxyType({WeightFormat.Q4_0: 576, WeightFormat.Q4_1: 640, WeightFormat.Q8_0: 1088})
 
 
@@ -116,7 +154,7 @@ def packed_num_bytes(format: WeightFormat, out_features: int, in_features: int) 
 
     Raises:
         OptionError: if a size is not above 0.
-        ShapeError: if the format has blocks and in_features is no multiple of 32.
+        ShapeError: if in_features is no multiple of the format's blocks of 32 or 256.
 
     """
     op = "packed_num_bytes"
@@ -125,11 +163,13 @@ def packed_num_bytes(format: WeightFormat, out_features: int, in_features: int) 
     panels = -(-out_features // PANEL)
     if format.dtype is not None:
         return panels * in_features * PANEL * format.dtype.itemsize
-    if in_features % GROUP:
+    if in_features % format.block_inputs:
         raise ShapeError(
-            f"{op}: in_features is {in_features}, expected a multiple of {GROUP} for {format.value}; "
+            f"{op}: in_features is {in_features}, expected a multiple of {format.block_inputs} for {format.value}; "
             "store such a weight in a dense format"
         )
+    if format.planes is not None:
+        return panels * (in_features // format.block_inputs) * format.planes.block_bytes
     return panels * (in_features // GROUP) * _GROUP_BYTES[format]
 
 
@@ -140,7 +180,7 @@ def dense_panels(weight: PackedWeight) -> Tensor:
 
 
 def block_scales(weight: PackedWeight) -> Tensor:
-    """Return a view of a block weight's scales: [num_panels, num_groups, 32] fp16."""
+    """Return a view of the scales of q4_0, q4_1 or q8_0: [num_panels, num_groups, 32] fp16."""
     return _groups(weight)[:, :, : 2 * PANEL].view(torch.float16)
 
 
@@ -152,10 +192,16 @@ def block_minimums(weight: PackedWeight) -> Tensor | None:
 
 
 def block_words(weight: PackedWeight) -> Tensor:
-    """Return a view of a block weight's codes: [num_panels, num_groups, rows, 32 outputs, 4 bytes] uint8."""
+    """Return a view of the codes of q4_0, q4_1 or q8_0: [num_panels, num_groups, rows, 32 outputs, 4 bytes] uint8."""
     rows = 8 if weight.format is WeightFormat.Q8_0 else 4
     codes = _groups(weight)[:, :, -rows * PANEL * 4 :]
     return split_last(codes, rows, PANEL, 4)
+
+
+def plane_panels(weight: PackedWeight) -> Tensor:
+    """Return a view of a weight with planes: [num_panels, num_blocks, block_bytes] uint8."""
+    assert weight.format.planes is not None
+    return weight.data.view(weight.num_panels, -1, weight.format.planes.block_bytes)
 
 
 def split_last(tensor: Tensor, *sizes: int) -> Tensor:

@@ -29,7 +29,16 @@ _BLOCK_FORMATS = MappingProxyType(
     {
         TensorType.Q4_0: WeightFormat.Q4_0,
         TensorType.Q4_1: WeightFormat.Q4_1,
+        TensorType.Q5_0: WeightFormat.Q5_0,
+        TensorType.Q5_1: WeightFormat.Q5_1,
         TensorType.Q8_0: WeightFormat.Q8_0,
+        TensorType.Q2_K: WeightFormat.Q2_K,
+        TensorType.Q3_K: WeightFormat.Q3_K,
+        TensorType.Q4_K: WeightFormat.Q4_K,
+        TensorType.Q5_K: WeightFormat.Q5_K,
+        TensorType.Q6_K: WeightFormat.Q6_K,
+        TensorType.IQ4_NL: WeightFormat.IQ4_NL,
+        TensorType.IQ4_XS: WeightFormat.IQ4_XS,
     }
 )
 _DENSE_FORMATS = MappingProxyType({torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16})
@@ -60,7 +69,7 @@ class PackedParameters:
 
 
 class Packed(QuantMethod[PackedParameters]):
-    """Lossless weights for activations in fp32: GGUF's Q4_0, Q4_1 and Q8_0, and f32, bf16 and f16.
+    """Lossless weights for activations in fp32: most of GGUF's block types, and f32, bf16 and f16; others become f32.
 
     Args:
         int8_activations: whether products by block formats round their inputs to 8 bits per group of 32.
@@ -131,8 +140,10 @@ class Packed(QuantMethod[PackedParameters]):
 
 
 def _as_stored(tensor: Tensor | StoredTensor) -> tuple[WeightFormat, Tensor]:
-    """Return a tensor's format and its rows; a floating type that products do not read becomes fp32."""
+    """Return a tensor's format and its rows; a type that products do not read becomes fp32."""
     if isinstance(tensor, StoredTensor):
-        return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+        if tensor.type in _BLOCK_FORMATS:
+            return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+        tensor = tensor.values()
     weight_format = _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
     return weight_format, tensor.to(weight_format.dtype)

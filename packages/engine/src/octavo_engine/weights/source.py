@@ -24,7 +24,8 @@ from octavo_engine.weights.cut import Cut, CutRule, read_whole
 from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.digest import content_digest, sample_digest
 from octavo_engine.weights.files import SafetensorsFiles, read_json
-from octavo_engine.weights.gguf import GGUFFile, TensorInfo, TensorType
+from octavo_engine.weights.gguf import TensorInfo, TensorType
+from octavo_engine.weights.gguf_parts import GGUFParts
 from octavo_engine.weights.locate import locate_model
 from octavo_engine.weights.names import ROPE_FACTORS, hf_name, rotary_heads, rotary_row_order
 from octavo_engine.weights.stored import StoredTensor
@@ -148,12 +149,12 @@ def open_source(model: str | Path | None = None) -> Source:
 
 
 class GGUFSource(Source):
-    """A model in one GGUF file."""
+    """A model in one GGUF file, or in several parts of one."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         self.name = name or path.stem
-        self.file = GGUFFile(path)
+        self.file = GGUFParts(path)
         self.config = self._read_config()
         eos = list(self.config.eos_token_ids)
         self.generation_config = {"eos_token_id": eos} if eos else {}
@@ -189,10 +190,10 @@ class GGUFSource(Source):
         return names
 
     def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        ordered = sorted(self._names, key=lambda name: self.file.tensors[name].offset)
-        for gguf_name in ordered:
-            name = self._names[gguf_name]
-            yield name, self._tensor(self.file.tensors[gguf_name], cut(name))
+        for info in self.file.in_order:
+            if info.name in self._names:
+                name = self._names[info.name]
+                yield name, self._tensor(info, cut(name))
 
     def column_block(self, name: str) -> int:
         sizes = (self.file.tensors[own].type.block_elements for own, hf in self._names.items() if hf == name)
@@ -202,11 +203,15 @@ class GGUFSource(Source):
         import torch
 
         rows, shape = self._part(info, cut), info.shape if cut is None else cut.of(info.shape)
-        if info.type not in (TensorType.F32, TensorType.F16, TensorType.BF16):
+        dtypes = {
+            TensorType.F32: torch.float32,
+            TensorType.F16: torch.float16,
+            TensorType.BF16: torch.bfloat16,
+            TensorType.F64: torch.float64,
+        }
+        if info.type not in dtypes:
             return StoredTensor(rows, info.type, shape)
-        raw = torch.from_numpy(rows.reshape(-1))
-        dtype = {TensorType.F32: torch.float32, TensorType.F16: torch.float16}.get(info.type, torch.bfloat16)
-        return raw.view(dtype).reshape(shape)
+        return torch.from_numpy(rows.reshape(-1)).view(dtypes[info.type]).reshape(shape)
 
     def _part(self, info: TensorInfo, cut: Cut | None) -> Any:
         """Return the bytes of some rows or columns: [rows, bytes per row] uint8, contiguous."""
@@ -251,7 +256,7 @@ class GGUFSource(Source):
 
     @property
     def files_read(self) -> list[Path]:
-        return [self.path]
+        return self.file.paths
 
 
 class FolderSource(Source):

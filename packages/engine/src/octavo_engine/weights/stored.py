@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from octavo_engine.weights.dequantize import Bytes, dequantize
+from octavo_engine.weights.blocks import Bytes
+from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.gguf import TensorType
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a GGUF file in one of its block types.
+    """A tensor of a GGUF file in one of its block types, or of whole numbers.
 
     rows: [shape[0], bytes per row] uint8, contiguous; it may be a view into the file's map, so nobody writes to it.
     type: how a row's bytes are packed. shape: of the values, the slowest dimension first.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from octavo_kernels.packed_planes import GroupValues, group_values, read_panels, read_stored, write_panels
 from octavo_kernels.packed_weight import (
     CODE_OFFSET,
     GROUP,
@@ -13,6 +14,7 @@ from octavo_kernels.packed_weight import (
     block_scales,
     block_words,
     dense_panels,
+    plane_panels,
     split_last,
 )
 
@@ -21,6 +23,9 @@ _INT8_MAX = 127
 
 def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
+    if weight.format.planes is not None:
+        write_panels(read_stored(stored, weight.format.planes), weight.format.planes, plane_panels(weight))
+        return
     rows = torch.zeros((weight.num_panels * PANEL, stored.shape[1]), dtype=stored.dtype, device=stored.device)
     rows[: len(stored)] = stored
     if weight.format.dtype is not None:
@@ -49,6 +54,9 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
     if weight.format.dtype is not None:
         out.copy_(_rows(dense_panels(weight).transpose(1, 2), weight))
         return
+    if weight.format.planes is not None:
+        out.copy_(_plane_values(weight).weights().flatten(1))
+        return
     codes, scales, minimums = _blocks(weight)
     values = codes * scales[..., None]
     if minimums is not None:
@@ -58,7 +66,10 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_activations: bool, out: Tensor) -> None:
     """Fill out with the product, rounded once."""
-    product = _int8_product(x, weight) if int8_activations else _product(x, weight)
+    if int8_activations:
+        product = _int8_product(x, weight) if weight.format.planes is None else _int8_plane_product(x, weight)
+    else:
+        product = _product(x, weight)
     out.copy_(product if bias is None else product + bias.double())
 
 
@@ -105,6 +116,26 @@ def _int8_product(x: Tensor, weight: PackedWeight) -> Tensor:
     if minimums is not None:
         sums += minimums.double() * x_codes.double().sum(dim=-1)[:, None]
     return (x_scales.double()[:, None] * sums).sum(dim=-1)
+
+
+def _int8_plane_product(x: Tensor, weight: PackedWeight) -> Tensor:
+    values = _plane_values(weight)
+    inputs = values.codes.shape[-1]  # of a scale: a group of x or a half of one
+    x_codes, x_scales = quantise_rows(x)
+    codes = split_last(x_codes.double().flatten(1), -1, inputs)
+    sums = torch.einsum("tgi,ogi->tog", codes, values.codes.double()) * values.d.double()
+    if values.m is not None:
+        sums += values.m.double() * codes.sum(dim=-1)[:, None]
+    return (x_scales.double().repeat_interleave(GROUP // inputs, dim=-1)[:, None] * sums).sum(dim=-1)
+
+
+def _plane_values(weight: PackedWeight) -> GroupValues:
+    """Return codes [out_features, groups of a scale, inputs] and their scales."""
+    layout = weight.format.planes
+    assert layout is not None
+    found = group_values(read_panels(plane_panels(weight), layout), layout)
+    codes, d = _rows(found.codes, weight), _rows(found.d, weight)
+    return GroupValues(codes, d, None if found.m is None else _rows(found.m, weight))
 
 
 def _blocks(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:

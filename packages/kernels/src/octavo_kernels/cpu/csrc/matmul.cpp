@@ -19,6 +19,7 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How a product is computed, and the bytes of a rounded row.
 Method method_of(int64_t format, bool int8_activations) {
+  if (has_planes(format)) return planes_method(int8_activations);
   if (int8_activations) return int8_method(format);
   return fixed_is_faster(format) ? fixed_method(format) : fma_method(format);
 }
@@ -166,6 +167,7 @@ void argmax_part(const PackedArgmaxArgs& args, const Product& product, Part part
 
 void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
+  if (has_planes(args.format)) product.planes = &plane_format(args.format);
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
   const Method method = method_of(args.format, args.int8_activations);
@@ -184,6 +186,7 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
 
 void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
+  if (has_planes(args.format)) product.planes = &plane_format(args.format);
   const Method method = method_of(args.format, args.int8_activations);
   const Memory memory(team, method, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
   auto* best = static_cast<Best*>(args.workspace);  // [num_slices, rows]

@@ -6,6 +6,7 @@
 
 #include "ops.h"
 #include "packed.h"
+#include "planes.h"
 
 namespace octavo {
 
@@ -17,6 +18,7 @@ struct Product {
   int64_t num_rows;
   int64_t in_features;
   const void* rounded;  // [num_rows, groups] as the method rounds them, or null
+  const PlaneFormat* planes = nullptr;  // of formats with planes
 };
 
 // The part of a product that a call computes: some rows times some panels. out [num_rows, 32 num_panels] is filled.
@@ -52,5 +54,9 @@ bool fixed_is_faster(int64_t format);
 
 // Inputs as whole numbers of 8 bits, with a scale for each group of 32. Block formats.
 Method int8_method(int64_t format);
+
+// Formats with planes: in 8 bits, or in full by whichever of the two ways is faster.
+Method planes_method(bool int8_activations);
+Method planes_fma_method();
 
 }  // namespace octavo

@@ -291,7 +291,61 @@ void exact(const Product& product, const Part& part, void* scratch) {
   for (; panel < part.num_panels; ++panel) kFewRows<F>[part.num_rows](product, part, panel);
 }
 
+// ---- formats with planes: groups unpacked to bytes, and these to floats ----------------------------------------------
+
+// The weights of W outputs by one input of a row of words, rounded once at most.
+OCTAVO_INLINE vf plane_weight(Words words, int j, vf d, vf m, const Planes& planes) {
+  const vf code = byte_in_place(words, 8 * j), scale = vmul(d, vset(1.0f / static_cast<float>(1 << (8 * j))));
+  if (planes.minimum) return vfma(code, scale, m);
+  return vmul(vsub(code, vset(static_cast<float>(planes.centre) * static_cast<float>(1 << (8 * j)))), scale);
+}
+
+// As decode_chunk.
+void decode_planes(const PlaneFormat& format, const uint8_t* panel, int64_t first, int64_t num_inputs, float* out) {
+  const Planes& planes = format.planes;
+  for (int64_t k = 0; k < num_inputs; k += kGroup) {
+    UnpackedGroup group;
+    const int64_t index = (first + k) / kGroup;
+    format.unpack(panel + index / planes.groups_of_block * bytes_of_block(planes),
+                  static_cast<int>(index % planes.groups_of_block), group);
+    for (int row = 0; row < kGroup / 4; ++row) {
+      const int half = planes.scales_of_group == 2 ? row / (kGroup / 8) : 0;
+      for (int column = 0; column < kPanel; column += W) {
+        const Words words = load_words(group.codes + 4 * (row * kPanel + column));
+        const vf d = vload(group.d[half] + column), m = vload(group.m[half] + column);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+          vstore(out + (k + 4 * row + j) * kPanel + column, plane_weight(words, j, d, m, planes));
+      }
+    }
+  }
+}
+
+void exact_planes(const Product& product, const Part& part, void* scratch) {
+  auto* chunk = static_cast<float*>(scratch);
+  const int64_t num_tiles = (part.num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  const int64_t panel_bytes = bytes_of_panel(product.planes->planes, product.in_features);
+  const float* x = product.x + part.first_row * product.x_stride;
+  for (int64_t panel = 0; panel < part.num_panels; ++panel) {
+    const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
+    for (int64_t first = 0; first < product.in_features; first += kChunk) {
+      const int64_t num_inputs = product.in_features - first < kChunk ? product.in_features - first : kChunk;
+      decode_planes(*product.planes, weights, first, num_inputs, chunk);
+      const uint8_t* next = weights + panel_bytes * (first + num_inputs) / product.in_features;
+      const int64_t next_bytes = (panel_bytes * kChunk / product.in_features / num_tiles + 63) / 64 * 64;
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        const int64_t row = part.num_rows * t / num_tiles, stop = part.num_rows * (t + 1) / num_tiles;
+        prefetch(next + t * next_bytes, next_bytes);
+        kTiles[stop - row](x + row * product.x_stride + first, product.x_stride, chunk, num_inputs, first == 0,
+                           part.out + row * part.out_stride + panel * kPanel, part.out_stride);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+Method planes_fma_method() { return {&exact_planes, nullptr, 0}; }
 
 Method fma_method(int64_t format) {
   Method method{};

@@ -22,7 +22,23 @@ struct Step {
 
 enum class Dtype : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };
 
-enum class WeightFormat : int64_t { kF32 = 0, kBF16 = 1, kF16 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ8_0 = 5 };
+enum class WeightFormat : int64_t {
+  kF32 = 0,
+  kBF16 = 1,
+  kF16 = 2,
+  kQ4_0 = 3,
+  kQ4_1 = 4,
+  kQ8_0 = 5,
+  kQ5_0 = 6,  // from here on formats with planes, see planes.h
+  kQ5_1 = 7,
+  kQ2_K = 8,
+  kQ3_K = 9,
+  kQ4_K = 10,
+  kQ5_K = 11,
+  kQ6_K = 12,
+  kIQ4_NL = 13,
+  kIQ4_XS = 14,
+};
 
 // ---- products -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "pack_planes.h"
 #include "packed.h"
 
 namespace octavo {
@@ -110,6 +111,7 @@ void read_row(const void* weight, int64_t in_features, int64_t output, float* ou
 }  // namespace
 
 void pack_weight(const PackWeightArgs& args, Team& team) {
+  if (has_planes(args.format)) return pack_planes(args, team);
   with_format(args.format, [&](auto format) {
     const int64_t num_panels = (args.out_features + kPanel - 1) / kPanel;
     team.parallel_for(num_panels, [&](int64_t panel) { pack_panel<format.value>(args, panel); });
@@ -117,6 +119,7 @@ void pack_weight(const PackWeightArgs& args, Team& team) {
 }
 
 void packed_embedding(const PackedEmbeddingArgs& args, int64_t num_rows, Team& team) {
+  if (has_planes(args.format)) return team.parallel_for(num_rows, [&](int64_t row) { read_planes(args, row); });
   with_format(args.format, [&](auto format) {
     constexpr int64_t kRowsOfTask = 8;
     team.parallel_for((num_rows + kRowsOfTask - 1) / kRowsOfTask, [&](int64_t task) {

@@ -33,7 +33,10 @@ constexpr int64_t bytes_of_panel(Format f, int64_t in_features) {
 template <Format F>
 using FormatTag = std::integral_constant<Format, F>;
 
-// Calls function(FormatTag<F>{}) for the format F that a number names.
+// Formats whose codes lie in planes: planes.h has them, and none of the templates here.
+constexpr bool has_planes(int64_t format) { return format >= static_cast<int64_t>(Format::kQ5_0); }
+
+// Calls function(FormatTag<F>{}) for the format F without planes that a number names.
 template <class Function>
 void with_format(int64_t format, Function&& function) {
   switch (static_cast<Format>(format)) {
@@ -43,6 +46,7 @@ void with_format(int64_t format, Function&& function) {
     case Format::kQ4_0: return function(FormatTag<Format::kQ4_0>{});
     case Format::kQ4_1: return function(FormatTag<Format::kQ4_1>{});
     case Format::kQ8_0: return function(FormatTag<Format::kQ8_0>{});
+    default: return;
   }
 }
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo_kernels.packed_planes import GroupValues, group_values, read_panels, read_stored, write_panels
 from octavo_kernels.packed_weight import (
     CODE_OFFSET,
     GROUP,
@@ -21,6 +22,7 @@ from octavo_kernels.packed_weight import (
     block_scales,
     block_words,
     dense_panels,
+    plane_panels,
     split_last,
 )
 
@@ -33,6 +35,9 @@ def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
     for part in _parts(weight):
         rows = stored[part.start * PANEL : part.stop * PANEL]
+        if weight.format.planes is not None:
+            write_panels(read_stored(rows, weight.format.planes), weight.format.planes, plane_panels(weight)[part])
+            continue
         if len(rows) < PANEL * (part.stop - part.start):
             rows = F.pad(rows, (0, 0, 0, PANEL * (part.stop - part.start) - len(rows)))
         if weight.format.dtype is not None:
@@ -84,6 +89,10 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     panels, places = token_ids // PANEL, token_ids % PANEL
     if weight.format.dtype is not None:
         out.copy_(dense_panels(weight)[panels, :, places])
+        return
+    if weight.format.planes is not None:
+        for row, panel, place in zip(out, panels.tolist(), places.tolist(), strict=True):
+            row.copy_(_plane_values(weight, slice(panel, panel + 1)).weights()[0, place].flatten())
         return
     blocks = _Blocks.of(weight)
     minimums = blocks.minimums
@@ -146,7 +155,16 @@ def _values(weight: PackedWeight, part: slice) -> Tensor:
     """Return the values of some panels, filling rows included: [num_panels * 32, in_features] fp32."""
     if weight.format.dtype is not None:
         return dense_panels(weight)[part].transpose(1, 2).float().reshape(-1, weight.in_features)
+    if weight.format.planes is not None:
+        return _plane_values(weight, part).weights().view(-1, weight.in_features)
     return _panel_blocks(weight, part).values(weight.format).view(-1, weight.in_features)
+
+
+def _plane_values(weight: PackedWeight, part: slice) -> GroupValues:
+    """Return the values of some panels by [panel, output]."""
+    layout = weight.format.planes
+    assert layout is not None
+    return group_values(read_panels(plane_panels(weight)[part], layout), layout)
 
 
 def _parts(weight: PackedWeight) -> Iterator[slice]:
@@ -162,7 +180,8 @@ def _products(x: Tensor, weight: PackedWeight, int8_activations: bool) -> Iterat
     for part in _parts(weight):
         columns = slice(part.start * PANEL, min(part.stop * PANEL, weight.out_features))
         if isinstance(rows, _Int8Rows):
-            product = _int8_product(rows, weight, part)
+            by_format = _int8_product if weight.format.planes is None else _int8_plane_product
+            product = by_format(rows, weight, part)
         else:
             product = F.linear(rows, _values(weight, part))
         yield columns, product[: len(x), : columns.stop - columns.start]
@@ -202,4 +221,22 @@ def _int8_product(rows: _Int8Rows, weight: PackedWeight, part: slice) -> Tensor:
         if minimums is not None:
             sums += minimums[group] * rows.sums[group]
         total += rows.scales[group] * sums
+    return total
+
+
+def _int8_plane_product(rows: _Int8Rows, weight: PackedWeight, part: slice) -> Tensor:
+    """As `_int8_product`, by the groups of 32 or 16 inputs that have a scale of their own."""
+    values = _plane_values(weight, part)
+    inputs = values.codes.shape[-1]
+    codes = values.codes.flatten(0, 1).permute(1, 2, 0)  # [group of a scale, inputs, output]
+    d = values.d.flatten(0, 1).T
+    m = None if values.m is None else values.m.flatten(0, 1).T
+    total = torch.zeros((rows.codes.shape[1], codes.shape[2]), device=codes.device)
+    for group in range(len(codes)):
+        whole, start = divmod(group * inputs, GROUP)
+        x_codes = rows.codes[whole][:, start : start + inputs]
+        sums = (x_codes @ codes[group]) * d[group]
+        if m is not None:
+            sums += m[group] * x_codes.sum(dim=-1, keepdim=True)
+        total += rows.scales[whole] * sums
     return total
