@@ -23,12 +23,18 @@ def make_adapters(in_features, out_features, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "in_features", "out_features"),
-    [(torch.float32, 80, 70), (torch.bfloat16, 2100, 33)],
-    ids=["fp32, one span", "bf16, two spans"],
+    ("dtype", "weight_dtype", "in_features", "out_features"),
+    [
+        (torch.float32, torch.float32, 80, 70),
+        (torch.bfloat16, torch.bfloat16, 2100, 33),
+        (torch.float32, torch.bfloat16, 80, 48),
+        (torch.float32, torch.float16, 2100, 33),
+    ],
+    ids=["fp32, one span", "bf16, two spans", "fp32 by bf16", "fp32 by fp16, two spans"],
 )
-def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, out_features):
-    a, b, ranks, scales = make_adapters(in_features, out_features, dtype, device)
+def test_adapters_of_a_batch_equal_each_by_itself(backend, device, dtype, weight_dtype, in_features, out_features):
+    a, b, ranks, scales = make_adapters(in_features, out_features, weight_dtype, device)
+    rounded_to = weight_dtype if backend is ok.Backend.TRITON else dtype
     generator = torch.Generator().manual_seed(1)
     for num_tokens in (0, 1, 21):
         x = torch.randn(num_tokens, in_features, generator=generator).to(dtype).to(device)
@@ -47,7 +53,7 @@ def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, ou
             rank = RANKS[adapter]
             delta = b[adapter, :, :rank].double() @ (a[adapter, :rank].double() @ x[token].double())
             expected = base[token, :out_features].double() + scales[adapter].double() * delta
-            assert_close(out[token, :out_features] / 16, expected / 16, dtype)
+            assert_close(out[token, :out_features] / 16, expected / 16, rounded_to)
 
 
 def test_a_token_does_not_depend_on_the_others_bit_for_bit(device):

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo_engine.adapters.info import AdapterInfo, AdapterStats
     from octavo_engine.api import EngineClient, EngineInfo, EngineStats
     from octavo_engine.async_engine import AsyncEngine
     from octavo_engine.beam_params import BeamSearchParams
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
         EngineInUse,
         EngineStuck,
         IncompatibleWeights,
+        InvalidAdapter,
         InvalidConfig,
         InvalidRequest,
         ModelNotFound,
         PinLimitReached,
         PromptTooLong,
         RequestFailed,
+        UnknownAdapter,
         UnknownPin,
         UnsupportedModel,
     )
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     )
 
 _EXPORTS = {
+    "adapters.info": ("AdapterInfo", "AdapterStats"),
     "api": ("EngineClient", "EngineInfo", "EngineStats"),
     "async_engine": ("AsyncEngine",),
     "beam_params": ("BeamSearchParams",),
@@ -65,12 +69,14 @@ _EXPORTS = {
         "EngineError",
         "EngineInUse",
         "IncompatibleWeights",
+        "InvalidAdapter",
         "InvalidConfig",
         "InvalidRequest",
         "ModelNotFound",
         "PinLimitReached",
         "PromptTooLong",
         "RequestFailed",
+        "UnknownAdapter",
         "UnknownPin",
         "UnsupportedModel",
     ),
@@ -96,6 +102,8 @@ _MODULES = {name: module for module, names in _EXPORTS.items() for name in names
 
 __all__ = [
     "LLM",
+    "AdapterInfo",
+    "AdapterStats",
     "AsyncEngine",
     "BeamSearchParams",
     "Branch",
@@ -116,6 +124,7 @@ __all__ = [
     "EngineStuck",
     "FinishReason",
     "IncompatibleWeights",
+    "InvalidAdapter",
     "InvalidConfig",
     "InvalidRequest",
     "MemoryReport",
@@ -130,6 +139,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "TokenLogprobs",
+    "UnknownAdapter",
     "UnknownPin",
     "UnsupportedModel",
     "WarmOutput",

@@ -21,8 +21,8 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
 
     Args:
         x: [num_tokens, in_features] fp32, fp16 or bf16; the stride of rows is free.
-        a: [num_adapters, max_rank, in_features] in the dtype of x, contiguous; rows from an adapter's rank on are not
-            read.
+        a: [num_adapters, max_rank, in_features] fp32, fp16 or bf16, contiguous; rows from an adapter's rank on are not
+            read. On a GPU it is rounded to the dtype of x.
         groups: the tokens by adapter, from `group_rows`.
         ranks: [num_adapters] int32, each at most max_rank.
         out: [lora_spans(in_features), num_tokens, max_rank] fp32, contiguous; allocated when None.
@@ -38,10 +38,9 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
     op = "lora_shrink"
     device = _check.same_device(op, x=x, a=a, rows=groups.rows, groups=groups.groups, ranks=ranks, out=out)
     _check.rank(op, "x", x, ("num_tokens", "in_features"))
-    _check.floating(op, x=x)
+    _check.floating(op, x=x, a=a)
     _check.last_dim_contiguous(op, x=x)
     _check.shape(op, "a", a, ("num_adapters", "max_rank", x.shape[1]))
-    _check.dtype(op, "a", a, x.dtype)
     _check_adapters(op, "a", a, ranks)
     shape = (lora_spans(x.shape[1]), len(x), a.shape[1])
     if out is None:
@@ -58,8 +57,8 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     """Add scale * shrunk times the transposed `b` of each token's adapter to out, in place.
 
     Args:
-        shrunk: [num_spans, num_tokens, max_rank] fp32, from `lora_shrink`; its spans are added in order, and the sum is
-            rounded to the dtype of b.
+        shrunk: [num_spans, num_tokens, max_rank] fp32, from `lora_shrink`; its spans are added in order, and on a GPU
+            the sum is rounded to the dtype of b.
         b: [num_adapters, out_features, max_rank] fp32, fp16 or bf16, contiguous; columns from an adapter's rank on are
             not read.
         groups: the tokens by adapter, from `group_rows`.
