@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]")
 
+import octavo_kernels
 from octavo_engine import (
     LLM,
     AsyncEngine,
@@ -26,6 +27,8 @@ from octavo_engine import (
     SamplingParams,
     UnknownAdapter,
 )
+from octavo_engine.runner import adapter_pool
+from octavo_engine.runner.forward import OpByOp, RecordedForward, make_forward
 
 VOCAB_SIZE = 131
 NUM_TOKENS = 10
@@ -102,6 +105,36 @@ def test_base_rows_beside_adapters_have_the_bits_of_a_batch_without(
         alone = [llm.generate(prompt, exact, adapter="a")[0] for prompt in prompts(6)]
     assert [output.outputs for output in mixed[1::2]] == expected
     assert [output.outputs for output in mixed[::2]] == [output.outputs for output in alone]
+
+
+@pytest.mark.skipif(octavo_kernels.cpu_isa() == "none", reason="no native kernels")
+@pytest.mark.skipif(os.environ.get("OCTAVO_BACKEND", "cpu") != "cpu", reason="programs are of native code")
+@pytest.mark.parametrize("lora_dtype", ["auto", "bfloat16"])
+def test_recorded_steps_with_adapters_have_the_bits_of_steps_op_by_op(
+    tiny_llama: Checkpoint, write_adapter: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_dtype: str
+) -> None:
+    folder, model = tiny_llama
+    for i, name in enumerate("ab"):
+        write_adapter(tmp_path / name, model, seed=i)
+    exact = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3)
+    made: list[type] = []
+    found = []
+    for make in (make_forward, lambda model, *_: OpByOp(model, model.greedy)):
+
+        def watched(*arguments: Any, make: Callable[..., Any] = make) -> Any:
+            forward = make(*arguments)
+            made.append(type(forward))
+            return forward
+
+        monkeypatch.setattr(adapter_pool, "make_forward", watched)
+        with engine(folder, lora_dtype=lora_dtype) as llm:
+            for name in "ab":
+                llm.load_adapter(name, str(tmp_path / name))
+            outputs = llm.generate(prompts(9), exact, adapter=["a", None, "b"] * 3)
+            outputs += llm.generate(prompts(9), GREEDY, adapter=["a", None, "b"] * 3)
+            found.append([output.outputs for output in outputs])
+    assert made == [RecordedForward, OpByOp]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -132,7 +132,7 @@ def _runner_maker(
             max_model_len=plan.max_model_len,
             device=device,
             grammars=grammars,
-            adapters=adapters.make_pool(model, device),
+            adapters=adapters.make_pool(model, max_num_tokens=config.max_num_batched_tokens, device=device),
         )
 
     return make

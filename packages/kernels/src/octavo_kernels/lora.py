@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
+from octavo_kernels.recording import empty_result
 from octavo_kernels.row_groups import RowGroups
 
 _SPAN = 1024
@@ -44,7 +45,7 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
     _check_adapters(op, "a", a, ranks)
     shape = (lora_spans(x.shape[1]), len(x), a.shape[1])
     if out is None:
-        out = torch.empty(shape, dtype=torch.float32, device=device)
+        out = empty_result(shape, torch.float32, device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, torch.float32)
     _check.contiguous(op, out=out)
@@ -60,7 +61,8 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
         shrunk: [num_spans, num_tokens, max_rank] fp32, from `lora_shrink`; its spans are added in order, and on a GPU
             the sum is rounded to the dtype of b.
         b: [num_adapters, out_features, max_rank] fp32, fp16 or bf16, contiguous; columns from an adapter's rank on are
-            not read.
+            not read. On a CPU it may be the transposed view of a contiguous [num_adapters, max_rank, out_features],
+            which saves a copy.
         groups: the tokens by adapter, from `group_rows`.
         ranks: [num_adapters] int32, each at most max_rank.
         scales: [num_adapters] fp32, usually alpha / rank.
@@ -83,7 +85,8 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     _check.contiguous(op, shrunk=shrunk)
     _check.floating(op, b=b, out=out)
     _check.shape(op, "b", b, ("num_adapters", "out_features", shrunk.shape[2]))
-    _check_adapters(op, "b", b, ranks)
+    is_by_rank = device.type == "cpu" and b.dim() == 3 and b.transpose(1, 2).is_contiguous()
+    _check_adapters(op, "b", b.transpose(1, 2) if is_by_rank else b, ranks)
     _check.shape(op, "scales", scales, (len(b),))
     _check.dtype(op, "scales", scales, torch.float32)
     _check.shape(op, "out", out, (shrunk.shape[1], b.shape[1]))

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.adapters.weights import AdapterWeights
@@ -18,27 +20,49 @@ class StepAdapters:
     """The slots of a step's tokens, which all linears of a model look at; the runner alone writes it, before a step.
 
     It takes the place of an argument, since what lies between the runner and a linear knows nothing of adapters. While
-    it holds nothing, as in a step of the base model alone, linears compute as if there were no adapters.
+    it holds nothing, as in a step of the base model alone, linears compute as if there were no adapters. On a CPU its
+    tensors never move, so that a recorded program may read them by address.
 
     Args:
         num_slots: adapters that a model holds at once.
+        max_num_tokens: tokens that a step can compute.
+        device: where the model is.
 
     Attributes:
         groups: the tokens by slot, or None.
         slots: [num_tokens] int64, the slot of each token and -1 for the base model, or None.
     """
 
-    __slots__ = ("_num_slots", "groups", "slots")
+    __slots__ = ("_buffer", "_device", "_grouped", "_num_slots", "groups", "slots")
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, *, max_num_tokens: int, device: torch.device) -> None:
         self._num_slots = num_slots
+        self._device = device
+        self._buffer = torch.full((max_num_tokens,), -1)
+        self._grouped = group_rows(self._buffer, num_slots)
         self.groups: RowGroups | None = None
         self.slots: Tensor | None = None
 
     @contextmanager
-    def of(self, slots: Tensor) -> Iterator[None]:
-        """Hold the slots of a step's tokens, [num_tokens] int64, while it is computed."""
-        self.groups, self.slots = group_rows(slots, self._num_slots), slots
+    def of(self, slots: NDArray[np.int64]) -> Iterator[None]:
+        """Hold the slots of a step's tokens, [num_tokens], while it is computed."""
+        if self._device.type == "cpu":
+            self._buffer[: len(slots)] = torch.from_numpy(slots)
+            self._buffer[len(slots) :] = -1
+            self.slots = self._buffer[: len(slots)]
+            self.groups = group_rows(self._buffer, self._num_slots, out=self._grouped)
+        else:
+            self.slots = torch.from_numpy(slots).to(self._device)
+            self.groups = group_rows(self.slots, self._num_slots)
+        try:
+            yield
+        finally:
+            self.groups = self.slots = None
+
+    @contextmanager
+    def largest(self) -> Iterator[None]:
+        """Hold what fills the buffers, while a program is recorded that steps will run."""
+        self.groups, self.slots = self._grouped, self._buffer
         try:
             yield
         finally:
@@ -48,8 +72,8 @@ class StepAdapters:
 class _ShardAdapters(NamedTuple):
     """The matrices of one shard in all slots; a slot of rank 0 adds nothing.
 
-    a [num_slots, max_rank, in_features], b [num_slots, out_features, max_rank], ranks [num_slots] int32, scales
-    [num_slots] fp32, and the shard's columns of the product.
+    a [num_slots, max_rank, in_features], b [num_slots, out_features, max_rank], on a CPU in the order of ranks, which
+    native products read; ranks [num_slots] int32, scales [num_slots] fp32, and the shard's columns of the product.
     """
 
     a: Tensor
@@ -94,7 +118,7 @@ class LinearAdapters:
             self._shards.append(
                 _ShardAdapters(
                     torch.zeros(num_slots, max_rank, in_features, dtype=dtype, device=device),
-                    torch.zeros(num_slots, shard.num_rows, max_rank, dtype=dtype, device=device),
+                    _make_b(num_slots, shard.num_rows, max_rank, dtype, device),
                     torch.zeros(num_slots, dtype=torch.int32, device=device),
                     torch.zeros(num_slots, device=device),
                     columns,
@@ -114,6 +138,11 @@ class LinearAdapters:
             lora_expand(lora_shrink(x, a, groups, ranks), b, groups, ranks, scales, out[:, columns])
         if self._biased:
             self._add_bias(out)
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether some slot has biases, which are added by torch."""
+        return bool(self._biased)
 
     def fill(self, slot: int, weights: AdapterWeights, prefix: str, base_bias: Tensor | None) -> None:
         """Put an adapter in a slot; the names of its shards begin with `prefix`."""
@@ -152,3 +181,10 @@ class LinearAdapters:
         biased = torch.tensor(sorted(self._biased), device=slots.device)
         tokens = torch.isin(slots, biased).nonzero()[:, 0]
         out[tokens] = (out[tokens].float() + bias[slots[tokens]]).to(out.dtype)
+
+
+def _make_b(num_slots: int, num_rows: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate zeros [num_slots, num_rows, max_rank]."""
+    if device.type == "cpu":
+        return torch.zeros(num_slots, max_rank, num_rows, dtype=dtype).transpose(1, 2)
+    return torch.zeros(num_slots, num_rows, max_rank, dtype=dtype, device=device)

@@ -49,8 +49,8 @@ class AdapterPlan:
         )
         return cls(slots, adapters, PoolOptions(config.max_loras, config.max_lora_rank, dtype), num_bytes)
 
-    def make_pool(self, model: Model, device: torch.device) -> AdapterPool | None:
+    def make_pool(self, model: Model, *, max_num_tokens: int, device: torch.device) -> AdapterPool | None:
         """Give a model room for adapters; None if none are served."""
         if self.adapters is None or self.options is None:
             return None
-        return AdapterPool(model, self.adapters.weights, self.options, device)
+        return AdapterPool(model, self.adapters.weights, self.options, max_num_tokens=max_num_tokens, device=device)

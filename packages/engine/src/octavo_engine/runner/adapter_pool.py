@@ -17,7 +17,8 @@ from octavo_engine.batch import AdapterSlot
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.linear_adapters import LinearAdapters, StepAdapters
 from octavo_engine.models.registry import Model
-from octavo_engine.runner.forward import Forward, Likeliest, OpByOp
+from octavo_engine.runner.forward import Forward, Likeliest, OpByOp, make_forward
+from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import ModelInput
 
 
@@ -46,6 +47,7 @@ class AdapterPool:
         model: whose linears are given the room; a pool that it had is replaced.
         weights_of: returns the weights of a version.
         options: how much room.
+        max_num_tokens: tokens that a step can compute.
         device: where the model is.
     """
 
@@ -54,12 +56,15 @@ class AdapterPool:
         model: Model,
         weights_of: Callable[[bytes], AdapterWeights],
         options: PoolOptions,
+        *,
+        max_num_tokens: int,
         device: torch.device,
     ) -> None:
+        self._model = model
         self._weights_of = weights_of
         self._device = device
         self._versions: list[bytes | None] = [None] * options.num_slots
-        self._step = StepAdapters(options.num_slots)
+        self._step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
         self._linears: list[tuple[str, Linear, LinearAdapters]] = []
         for prefix, linear in model.linears():
             adapters = LinearAdapters(
@@ -73,7 +78,14 @@ class AdapterPool:
             )
             linear.adapters = adapters
             self._linears.append((prefix, linear, adapters))
-        self._forward = AdaptedForward(OpByOp(model, model.greedy), self._step)
+        self._op_by_op = AdaptedForward(OpByOp(model, model.greedy), self._step)
+        self._forward = self._op_by_op
+
+    def record(self, inputs: InputBuilder) -> None:
+        """Run steps in the fastest way from now on, on what an InputBuilder makes."""
+        with self._step.largest():
+            forward = make_forward(self._model, inputs, self._device)
+        self._forward = AdaptedForward(forward, self._step)
 
     def ensure(self, wanted: AdapterSlot) -> None:
         """Have a version in a slot; nothing is done if it lies there."""
@@ -88,7 +100,8 @@ class AdapterPool:
 
     def forward(self, slots: NDArray[np.int64]) -> Forward:
         """Return what runs a step whose tokens have these slots, -1 for the base model."""
-        return self._forward.of(torch.from_numpy(slots).to(self._device))
+        has_biases = any(adapters.has_biases for _, _, adapters in self._linears)
+        return (self._op_by_op if has_biases else self._forward).of(slots)
 
 
 class AdaptedForward(Forward):
@@ -102,10 +115,10 @@ class AdaptedForward(Forward):
     def __init__(self, forward: Forward, step: StepAdapters) -> None:
         self._forward = forward
         self._step = step
-        self._slots: Tensor | None = None
+        self._slots: NDArray[np.int64] | None = None
 
-    def of(self, slots: Tensor) -> AdaptedForward:
-        """Take the slots of the next step's tokens, [num_tokens] int64."""
+    def of(self, slots: NDArray[np.int64]) -> AdaptedForward:
+        """Take the slots of the next step's tokens, [num_tokens]."""
         self._slots = slots
         return self
 

@@ -91,6 +91,8 @@ class ModelRunner:
         self._pooler = Pooler()
         self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_logits, max_num_seqs)
         self._adapters = adapters
+        if adapters is not None:
+            adapters.record(self._inputs)
         self._jumps_ahead = jumps_ahead
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
