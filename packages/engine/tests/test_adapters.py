@@ -40,6 +40,7 @@ Checkpoint = tuple[Path, Any]
 Write = Callable[..., dict[str, Any]]
 Merge = Callable[..., Any]
 
+on_a_cpu = pytest.mark.skipif(os.environ.get("OCTAVO_BACKEND", "cpu") != "cpu", reason="only `cpu` promises bits")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="too slow in the interpreter")
 
 
@@ -91,6 +92,7 @@ def test_32_adapters_and_base_rows_in_one_batch_equal_each_merged_into_the_base(
     assert len({tuple(tokens) for tokens in tokens_of(outputs)}) == 36
 
 
+@on_a_cpu
 def test_base_rows_beside_adapters_have_the_bits_of_a_batch_without(
     tiny_llama: Checkpoint, write_adapter: Write, tmp_path: Path
 ) -> None:
@@ -108,7 +110,7 @@ def test_base_rows_beside_adapters_have_the_bits_of_a_batch_without(
 
 
 @pytest.mark.skipif(octavo_kernels.cpu_isa() == "none", reason="no native kernels")
-@pytest.mark.skipif(os.environ.get("OCTAVO_BACKEND", "cpu") != "cpu", reason="programs are of native code")
+@on_a_cpu
 @pytest.mark.parametrize("lora_dtype", ["auto", "bfloat16"])
 def test_recorded_steps_with_adapters_have_the_bits_of_steps_op_by_op(
     tiny_llama: Checkpoint, write_adapter: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora_dtype: str
@@ -308,6 +310,7 @@ def test_an_adapter_whose_files_changed_while_it_was_out_of_memory_is_not_served
         assert len(llm.generate(prompts(1), GREEDY, adapter="a")) == 1
 
 
+@on_a_cpu
 def test_preemption_samples_and_beams_do_not_change_what_an_adapter_says(
     tiny_llama: Checkpoint, write_adapter: Write, tmp_path: Path
 ) -> None:
@@ -366,6 +369,7 @@ def test_names_that_are_unknown_or_taken_are_refused(
         assert llm.stats().adapters.num_loaded == 0
 
 
+@on_a_cpu
 @pytest.mark.parametrize("num_swaps", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_content_swapped_under_load_never_mixes_and_never_hits_stale_kv(
     tiny_llama: Checkpoint, write_adapter: Write, merged: Merge, tmp_path: Path, num_swaps: int
