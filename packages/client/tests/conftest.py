@@ -113,6 +113,12 @@ CACHE = {
     ("DELETE", "pin-1"): {"id": "pin-1", "object": "cache.pin.deleted", "deleted": True},
 }
 
+ADAPTER = {"id": "pirate", "object": "adapter", "parent": "m", "digest": "ab", "rank": 16, "bytes": 1024}
+ADAPTERS = {
+    "load_lora_adapter": ADAPTER,
+    "unload_lora_adapter": {"id": "pirate", "object": "adapter.unloaded", "unloaded": True},
+}
+
 TEXT = {"type": "output_text", "text": "Paris.", "annotations": []}
 MESSAGE = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [TEXT]}
 RESPONSE = {
@@ -177,6 +183,8 @@ def answer(request: httpx2.Request) -> httpx2.Response:
     if request.method == "DELETE" and "/v1/requests/" in path:
         request_id = path.partition("/v1/requests/")[2]
         return httpx2.Response(200, json={"id": request_id, "object": "request.released", "released": True})
+    if (adapter := ADAPTERS.get(path.rpartition("/")[2])) is not None:
+        return httpx2.Response(200, json=adapter)
     name = "/" + path.rpartition("/")[2]
     if name in ROOT:
         return httpx2.Response(200, json=ROOT[name])

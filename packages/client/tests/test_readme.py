@@ -19,6 +19,7 @@ PRINTED = {
     "Stream": "Paris.",
     "Several at once": " Paris.\n Paris.\n",
     "Rerank and score": "1 0.5 cosine_similarity\n[0.5]\n",
+    "Adapters": "16\n",
     "Sleep and other weights": "600\n1\n",
     "Tokens, health, version": "2 [504, 3575]\nThe capital\nNone\nok 0.1.0\n",
     "Responses and batches": "Paris.\nFrance True\nItaly True\n",

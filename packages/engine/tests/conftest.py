@@ -1,5 +1,6 @@
 """Fixtures of the engine's tests: late answers, the demo model, and writers of small GGUF files and checkpoints."""
 
+import copy
 import json
 import os
 import random
@@ -402,3 +403,97 @@ def _write_byte_tokenizer(path: Path, vocab_size: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a random Llama of two layers, biases in attention, and Transformers' model of it in float32."""
+    torch = pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+    from tokenizers import Tokenizer, decoders, models
+
+    config = transformers.LlamaConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        attention_bias=True,
+    )
+    torch.manual_seed(7)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(1.0 if parameter.dim() == 1 and len(parameter) == 64 else 0.0, 0.2)
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    backend = Tokenizer(models.BPE(vocab={chr(0x100 + i): i for i in range(131)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder, model
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def linears_of(model: Any, names: tuple[str, ...] = (*ATTENTION, *MLP)) -> dict[str, Any]:
+    """The linears of a Transformers model whose names end with one of these."""
+    return {name: module for name, module in model.named_modules() if name.endswith(names)}
+
+
+@pytest.fixture(scope="session")
+def write_adapter() -> Callable[..., dict[str, Any]]:
+    """Return a function that writes a random adapter in the layout of PEFT; it returns the tensors by linear.
+
+    `config` updates adapter_config.json; `ranks` gives the ranks of linears by their last names, 4 elsewhere.
+    """
+
+    def write(
+        folder: Path,
+        model: Any,
+        *,
+        seed: int,
+        names: tuple[str, ...] = (*ATTENTION, *MLP),
+        ranks: Mapping[str, int] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        dtype: str = "float32",
+        **config: Any,
+    ) -> dict[str, Any]:
+        import torch
+        from safetensors.torch import save_file
+
+        generator = torch.Generator().manual_seed(seed)
+        matrices = {}
+        for name, linear in linears_of(model, names).items():
+            rank = (ranks or {}).get(name.rpartition(".")[2], 4)
+            a = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+            b = torch.randn(linear.out_features, rank, generator=generator) * 0.3
+            matrices[name] = a.to(getattr(torch, dtype)), b.to(getattr(torch, dtype))
+        tensors = {}
+        for name, (a, b) in matrices.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        folder.mkdir(exist_ok=True)
+        save_file({**tensors, **(extra or {})}, folder / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(names), "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+        return matrices
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def merged() -> Callable[..., Any]:
+    """Return a function that copies a Transformers model and adds scale * B A to its linears, in float64."""
+
+    def merge(model: Any, matrices: Mapping[str, Any], scales: Callable[[str], float] = lambda _: 2.0) -> Any:
+        model = copy.deepcopy(model)
+        for name, (a, b) in matrices.items():
+            weight = model.get_submodule(name).weight
+            weight.data = (weight.data.double() + scales(name) * b.double() @ a.double()).float()
+        return model
+
+    return merge

@@ -23,12 +23,18 @@ def make_adapters(in_features, out_features, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "in_features", "out_features"),
-    [(torch.float32, 80, 70), (torch.bfloat16, 2100, 33)],
-    ids=["fp32, one span", "bf16, two spans"],
+    ("dtype", "weight_dtype", "in_features", "out_features"),
+    [
+        (torch.float32, torch.float32, 80, 70),
+        (torch.bfloat16, torch.bfloat16, 2100, 33),
+        (torch.float32, torch.bfloat16, 80, 48),
+        (torch.float32, torch.float16, 2100, 33),
+    ],
+    ids=["fp32, one span", "bf16, two spans", "fp32 by bf16", "fp32 by fp16, two spans"],
 )
-def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, out_features):
-    a, b, ranks, scales = make_adapters(in_features, out_features, dtype, device)
+def test_adapters_of_a_batch_equal_each_by_itself(backend, device, dtype, weight_dtype, in_features, out_features):
+    a, b, ranks, scales = make_adapters(in_features, out_features, weight_dtype, device)
+    rounded_to = weight_dtype if backend is ok.Backend.TRITON else dtype
     generator = torch.Generator().manual_seed(1)
     for num_tokens in (0, 1, 21):
         x = torch.randn(num_tokens, in_features, generator=generator).to(dtype).to(device)
@@ -47,7 +53,7 @@ def test_adapters_of_a_batch_equal_each_by_itself(device, dtype, in_features, ou
             rank = RANKS[adapter]
             delta = b[adapter, :, :rank].double() @ (a[adapter, :rank].double() @ x[token].double())
             expected = base[token, :out_features].double() + scales[adapter].double() * delta
-            assert_close(out[token, :out_features] / 16, expected / 16, dtype)
+            assert_close(out[token, :out_features] / 16, expected / 16, rounded_to)
 
 
 def test_a_token_does_not_depend_on_the_others_bit_for_bit(device):
@@ -72,3 +78,40 @@ def test_arguments_that_do_not_fit_are_refused():
         ok.lora_shrink(torch.zeros(2, 32), a, groups, ranks.long())
     with pytest.raises(ok.ShapeError, match=r"out has shape \[3, 8\], expected \[2, 8\]"):
         ok.lora_expand(torch.zeros(1, 2, 40), b, groups, ranks, scales, torch.zeros(3, 8))
+
+
+def test_matrices_that_lie_by_rank_give_the_same_bits(backend, device):
+    if backend is ok.Backend.TRITON:
+        pytest.skip("a layout for CPUs")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b, ranks, scales = make_adapters(96, 75, dtype, device)
+        x = torch.randn(37, 96, generator=torch.Generator().manual_seed(3))
+        groups = ok.group_rows(torch.arange(37) % 5 - 1, 4)
+        shrunk = ok.lora_shrink(x, a, groups, ranks)
+        expected = ok.lora_expand(shrunk, b, groups, ranks, scales, torch.zeros(37, 75))
+        by_rank = b.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(ok.lora_expand(shrunk, by_rank, groups, ranks, scales, torch.zeros(37, 75)), expected)
+        assert expected[1:4].abs().sum() > 0
+
+
+@pytest.mark.skipif(ok.cpu_isa() == "none", reason="no native kernels")
+def test_a_recording_runs_on_fewer_tokens_and_other_groups(backend):
+    if backend is not ok.Backend.CPU:
+        pytest.skip("programs are of native code")
+    a, b, ranks, scales = make_adapters(80, 48, torch.bfloat16, "cpu")
+    b = b.transpose(1, 2).contiguous().transpose(1, 2)
+    x, out = torch.randn(40, 80, generator=torch.Generator().manual_seed(4)), torch.zeros(40, 64)
+    groups = ok.group_rows(torch.full((40,), -1), 4)
+    with ok.Recording(40) as recording:
+        ok.lora_expand(ok.lora_shrink(x, a, groups, ranks), b, groups, ranks, scales, out[:, 16:])
+    for num_tokens in (1, 7, 40, 0):
+        ids = torch.full((40,), -1)
+        ids[:num_tokens] = torch.arange(num_tokens) % 5 - 1
+        ok.group_rows(ids, 4, out=groups)
+        out.zero_()
+        recording.program.run(num_tokens, num_tokens)
+        alone = ok.group_rows(ids[:num_tokens], 4)
+        expected = torch.zeros(40, 64)
+        shrunk = ok.lora_shrink(x[:num_tokens], a, alone, ranks)
+        ok.lora_expand(shrunk, b, alone, ranks, scales, expected[:num_tokens, 16:])
+        assert torch.equal(out, expected)

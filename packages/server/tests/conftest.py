@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
-from octavo_engine.errors import EngineAsleep, EngineInUse, PinLimitReached, RequestFailed, UnknownPin
+from octavo_engine.errors import EngineAsleep, EngineInUse, PinLimitReached, RequestFailed, UnknownAdapter, UnknownPin
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.standby import MemoryReport, SleepMode
@@ -143,6 +144,7 @@ class FakeEngine:
         self.sleep_level = 0
         self.asked: list[tuple[Any, ...]] = []  # of an administrator
         self.unreadable: dict[str, Exception] = {}  # by the path of weights
+        self.served_adapters: dict[str, AdapterInfo] = {}
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.num_running = 0
@@ -188,6 +190,21 @@ class FakeEngine:
             bytes_after=after,
             seconds=0.5,
         )
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> AdapterInfo:
+        self.asked.append(("load", name, path, in_place))
+        if path in self.unreadable:
+            raise self.unreadable[path]
+        info = AdapterInfo(name=name, path=path, digest="ab", rank=16, num_bytes=1024)
+        self.served_adapters[name] = info
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        if self.served_adapters.pop(name, None) is None:
+            raise UnknownAdapter(f"no adapter {name!r} is served; none is")
+
+    def adapters(self) -> list[AdapterInfo]:
+        return list(self.served_adapters.values())
 
     async def release(self, request_id: str) -> bool:
         self.check_health()

@@ -102,6 +102,11 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["serve", "--ssl-keyfile", "/none.pem"], "go with --ssl-certfile"),
         (["serve", "--ssl-certfile", "/none.pem"], "cannot use /none.pem for TLS"),
         (["serve", "--uds", "/none/socket"], "cannot listen on the Unix socket /none/socket"),
+        (["serve", "--lora-modules", "pirate"], "--lora-modules takes name=path"),
+        (["serve", "--lora-modules", "org/fake-model=x"], "'org/fake-model' is the name of the model itself"),
+        (["serve", "--lora-dir", "/none"], "lora_dir '/none' is no folder"),
+        (["serve", "--enable-lora", "--max-cpu-loras", "2"], "max_cpu_loras must be at least max_loras, 8, got 2"),
+        (["serve", "--lora-dtype", "int8"], "lora_dtype 'int8' is not one of"),
         (["serve", "--otlp-traces-endpoint", "collector"], "must be an http URL"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -262,8 +267,11 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
     operations = "--watchdog-timeout", "7", "--admin-api-key", "root", "--request-timeout", "30", "--no-access-log"
+    adapters = "--lora-modules", "pirate=/p", "--max-loras", "4", "--max-lora-rank", "32"
     sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap", "--max-pinned-share", "0.5"
-    result = octavo("serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes, *operations)
+    result = octavo(
+        "serve", "--port", "0", "--served-model-name", "m", "--api-key", "k", *sizes, *operations, *adapters
+    )
     assert result.exit_code == 0, result.output
     assert seen == {"health": 200, "models": "m", "locked": 401}
     assert (octavo.configs[0].queue_policy, octavo.configs[0].watchdog_timeout) == ("fair", 7)
@@ -271,7 +279,10 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     assert octavo.configs[0].host_kv_bytes == 2**28
     assert octavo.configs[0].preemption_mode == "swap"
     assert octavo.configs[0].max_pinned_share == 0.5
-    assert f"serving m at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
+    assert (octavo.configs[0].enable_lora, octavo.configs[0].max_loras) == (True, 4)
+    assert (octavo.configs[0].max_lora_rank, octavo.configs[0].max_cpu_loras) == (32, None)
+    assert engine.asked == [("load", "pirate", "/p", False)]
+    assert f"serving m, pirate at http://127.0.0.1:{ports[0]}/v1 with API keys" in result.stderr
     assert "100 blocks of 16 tokens = 1600 tokens, 0.00 GiB of float32: a test asked for it" in result.stderr
     assert "mode exact, float32 on cpu, kernels: reference" in result.stderr
     assert "top_k 20 by default, from the model's generation_config.json" in result.stderr

@@ -81,7 +81,7 @@ class Curl:
 
 
 @pytest.fixture
-def curl(engine, monkeypatch):
+def curl(engine, monkeypatch, tmp_path):
     async def release(request_id):
         return True
 
@@ -103,7 +103,7 @@ def curl(engine, monkeypatch):
     monkeypatch.setattr(engine, "release", release)
     monkeypatch.setattr(engine, "timeline", timeline)
     (line,) = re.findall(r'^`(\{"custom_id".*\})`', PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    with TestClient(create_app(engine, ServerSettings(local_only=True))) as client:
+    with TestClient(create_app(engine, ServerSettings(local_only=True, lora_dir=tmp_path))) as client:
         yield Curl(client, line)
 
 

@@ -18,6 +18,7 @@ from openai import DEFAULT_MAX_RETRIES, NotGiven, not_given
 
 from octavo_client import _sdk
 from octavo_client.errors import ConfigurationError
+from octavo_client.resources.adapters import Adapters, AsyncAdapters
 from octavo_client.resources.cache import AsyncCache, Cache
 from octavo_client.resources.engine import AsyncEngineControl, EngineControl
 from octavo_client.resources.ranking import AsyncRanking, Ranking
@@ -113,6 +114,11 @@ class Octavo(SdkClient):
         return EngineControl(self)
 
     @cached_property
+    def adapters(self) -> Adapters:
+        """Load, replace and unload adapters (LoRA); needs the admin key where there is one."""
+        return Adapters(self)
+
+    @cached_property
     def cache(self) -> Cache:
         """Prompts computed ahead, and prompts that stay in the prefix cache."""
         return Cache(self)
@@ -195,6 +201,11 @@ class AsyncOctavo(AsyncSdkClient):
     def engine(self) -> AsyncEngineControl:
         """Put the engine to sleep, wake it, give it other weights; needs the admin key where there is one."""
         return AsyncEngineControl(self)
+
+    @cached_property
+    def adapters(self) -> AsyncAdapters:
+        """Load, replace and unload adapters (LoRA); needs the admin key where there is one."""
+        return AsyncAdapters(self)
 
     @cached_property
     def cache(self) -> AsyncCache:

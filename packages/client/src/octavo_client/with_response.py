@@ -4,6 +4,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from octavo_client import _sdk
+from octavo_client.resources.adapters import (
+    AdaptersWithRawResponse,
+    AdaptersWithStreamingResponse,
+    AsyncAdaptersWithRawResponse,
+    AsyncAdaptersWithStreamingResponse,
+)
 from octavo_client.resources.cache import (
     AsyncCacheWithRawResponse,
     AsyncCacheWithStreamingResponse,
@@ -56,6 +62,11 @@ class OctavoWithRawResponse(_sdk.OpenAIWithRawResponse):
         return self._client.engine.with_raw_response
 
     @cached_property
+    def adapters(self) -> AdaptersWithRawResponse:
+        """See `Octavo.adapters`."""
+        return self._client.adapters.with_raw_response
+
+    @cached_property
     def cache(self) -> CacheWithRawResponse:
         """See `Octavo.cache`."""
         return self._client.cache.with_raw_response
@@ -90,6 +101,11 @@ class AsyncOctavoWithRawResponse(_sdk.AsyncOpenAIWithRawResponse):
     def engine(self) -> AsyncEngineControlWithRawResponse:
         """See `AsyncOctavo.engine`."""
         return self._client.engine.with_raw_response
+
+    @cached_property
+    def adapters(self) -> AsyncAdaptersWithRawResponse:
+        """See `AsyncOctavo.adapters`."""
+        return self._client.adapters.with_raw_response
 
     @cached_property
     def cache(self) -> AsyncCacheWithRawResponse:
@@ -128,6 +144,11 @@ class OctavoWithStreamingResponse(_sdk.OpenAIWithStreamedResponse):
         return self._client.engine.with_streaming_response
 
     @cached_property
+    def adapters(self) -> AdaptersWithStreamingResponse:
+        """See `Octavo.adapters`."""
+        return self._client.adapters.with_streaming_response
+
+    @cached_property
     def cache(self) -> CacheWithStreamingResponse:
         """See `Octavo.cache`."""
         return self._client.cache.with_streaming_response
@@ -162,6 +183,11 @@ class AsyncOctavoWithStreamingResponse(_sdk.AsyncOpenAIWithStreamedResponse):
     def engine(self) -> AsyncEngineControlWithStreamingResponse:
         """See `AsyncOctavo.engine`."""
         return self._client.engine.with_streaming_response
+
+    @cached_property
+    def adapters(self) -> AsyncAdaptersWithStreamingResponse:
+        """See `AsyncOctavo.adapters`."""
+        return self._client.adapters.with_streaming_response
 
     @cached_property
     def cache(self) -> AsyncCacheWithStreamingResponse:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo_engine.adapters.info import AdapterInfo, AdapterStats
     from octavo_engine.api import EngineClient, EngineInfo, EngineStats
     from octavo_engine.async_engine import AsyncEngine
     from octavo_engine.beam_params import BeamSearchParams
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         EngineInUse,
         EngineStuck,
         IncompatibleWeights,
+        InvalidAdapter,
         InvalidConfig,
         InvalidRequest,
         ModelNotFound,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         PromptTooLong,
         RankMismatch,
         RequestFailed,
+        UnknownAdapter,
         UnknownPin,
         UnsupportedModel,
         WorkerLost,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     )
 
 _EXPORTS = {
+    "adapters.info": ("AdapterInfo", "AdapterStats"),
     "api": ("EngineClient", "EngineInfo", "EngineStats"),
     "async_engine": ("AsyncEngine",),
     "beam_params": ("BeamSearchParams",),
@@ -67,6 +71,7 @@ _EXPORTS = {
         "EngineError",
         "EngineInUse",
         "IncompatibleWeights",
+        "InvalidAdapter",
         "InvalidConfig",
         "InvalidRequest",
         "ModelNotFound",
@@ -74,6 +79,7 @@ _EXPORTS = {
         "PromptTooLong",
         "RankMismatch",
         "RequestFailed",
+        "UnknownAdapter",
         "UnknownPin",
         "UnsupportedModel",
         "WorkerLost",
@@ -100,6 +106,8 @@ _MODULES = {name: module for module, names in _EXPORTS.items() for name in names
 
 __all__ = [
     "LLM",
+    "AdapterInfo",
+    "AdapterStats",
     "AsyncEngine",
     "BeamSearchParams",
     "Branch",
@@ -120,6 +128,7 @@ __all__ = [
     "EngineStuck",
     "FinishReason",
     "IncompatibleWeights",
+    "InvalidAdapter",
     "InvalidConfig",
     "InvalidRequest",
     "MemoryReport",
@@ -135,6 +144,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "TokenLogprobs",
+    "UnknownAdapter",
     "UnknownPin",
     "UnsupportedModel",
     "WarmOutput",

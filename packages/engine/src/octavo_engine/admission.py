@@ -23,9 +23,9 @@ class Admission:
 
     def match(self, sequence: Sequence) -> CachedTokens:
         """Start a sequence in the cache with what is there of its tokens, unless each of them must be computed."""
-        request = sequence.request
+        request, adapter = sequence.request, sequence.adapter
         if sequence.needs_whole_prompt:
-            self._cache.add(sequence.seq_id, salt=request.salt)
+            self._cache.add(sequence.seq_id, salt=request.salt, adapter=adapter)
             return NOTHING_CACHED
         token_ids = sequence.token_ids
         if sequence.num_tokens_to_enter < len(token_ids):  # leave one to compute
@@ -33,7 +33,7 @@ class Admission:
         if request.parent is not None and (num_shared := self._residents.share(sequence, token_ids)):
             return CachedTokens(fork=num_shared)
         resumed = sequence.num_preemptions > 0
-        num_cached = self._cache.match(sequence.seq_id, token_ids, salt=request.salt, resumed=resumed)
+        num_cached = self._cache.match(sequence.seq_id, token_ids, salt=request.salt, adapter=adapter, resumed=resumed)
         num_partial = num_cached % self._cache.block_size
         return CachedTokens(full=num_cached - num_partial, partial=num_partial)
 

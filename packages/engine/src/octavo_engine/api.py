@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from octavo_engine.adapters.info import AdapterInfo, AdapterStats
 from octavo_engine.branch import Branch
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
@@ -62,7 +63,7 @@ class EngineStats:
     a process that held a part of the model was lost, after which everything was computed again.
     `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
     that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
-    wanted backend.
+    wanted backend. `adapters` counts what adapters took.
     """
 
     num_running: int
@@ -79,6 +80,7 @@ class EngineStats:
     num_held_up: Mapping[str, int] = field(default_factory=dict)
     num_lost_steps: int = 0
     fallbacks: Mapping[str, int] = field(default_factory=dict)
+    adapters: AdapterStats = field(default_factory=AdapterStats)
 
     @property
     def num_cached_prompt_tokens(self) -> int:
@@ -107,6 +109,7 @@ class EngineClient(Protocol):
 
         Raises:
             RequestFailed: if the engine could not compute this request.
+            UnknownAdapter, InvalidAdapter: if its adapter is not served, or could not be read again.
             EngineDead: if the engine has stopped.
         """
         ...
@@ -215,6 +218,36 @@ class EngineClient(Protocol):
     @property
     def sleep_level(self) -> int:
         """How deep the engine sleeps; 0 is awake."""
+        ...
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> AdapterInfo:
+        """Read an adapter (LoRA) and serve it under a name, which requests give as `Request.adapter`.
+
+        Loaded in place it takes the place of the one of this name: requests that were added before keep the old one to
+        their ends, those that come after get the new one, and no cached prefix of the one serves the other.
+
+        Args:
+            name: what requests are to call it.
+            path: a folder in the layout of PEFT.
+            in_place: whether it may take the place of another.
+
+        Raises:
+            InvalidAdapter: it cannot be read, or does not fit the model or its limits; nothing has changed.
+            InvalidRequest: the name is taken or empty.
+            UnknownAdapter: this engine serves none.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more; requests that were added before go on with it.
+
+        Raises:
+            UnknownAdapter: no adapter has this name.
+        """
+        ...
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return the adapters that are served, in the order in which their names came."""
         ...
 
     async def release(self, request_id: str) -> bool:

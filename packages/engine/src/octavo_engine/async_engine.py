@@ -12,7 +12,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
+from octavo_engine.async_adapters import AsyncAdapters
 from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
@@ -60,6 +62,7 @@ class AsyncEngine:
         self._answers: set[Future[Any]] = set()  # asked for and not given
         self._waiting_for_idle: list[Future[None]] = []
         self._standby = AsyncStandby(engine.standby, self._ask, self._do, self._idle, self._abort_all)
+        self._adapters = AsyncAdapters(engine, self._ask)
         self._wake = threading.Condition()
         self._closing = False
         self._dead: EngineDead | None = None
@@ -161,7 +164,14 @@ class AsyncEngine:
         return token_ids + self._text.encode_continuation(branch.continuation)
 
     async def fork(
-        self, branch: Branch, sampling: SamplingParams, *, request_id: str, keep: bool = False, salt: bytes = b""
+        self,
+        branch: Branch,
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        keep: bool = False,
+        salt: bytes = b"",
+        adapter: str | None = None,
     ) -> Request:
         """Make a request that goes on from a token of a running or kept one; `generate` runs it.
 
@@ -170,7 +180,9 @@ class AsyncEngine:
         """
         token_ids = await self.branch_tokens(branch, salt)
         parent = Parent(branch.request_id, branch.index)
-        return self._text.make_request(token_ids, sampling, request_id=request_id, parent=parent, keep=keep, salt=salt)
+        return self._text.make_request(
+            token_ids, sampling, request_id=request_id, parent=parent, keep=keep, salt=salt, adapter=adapter
+        )
 
     async def release(self, request_id: str) -> bool:
         """Drop what is kept of an ended request. See `EngineClient.release`."""
@@ -197,6 +209,18 @@ class AsyncEngine:
         self._info = replace(self._info, weights_digest=report.weights_digest)
         return report
 
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> AdapterInfo:
+        """Read an adapter and serve it under a name. See `EngineClient.load_adapter`."""
+        return await self._adapters.load(name, path, in_place=in_place)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more. See `EngineClient.unload_adapter`."""
+        await self._adapters.unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return the adapters that are served. See `EngineClient.adapters`."""
+        return self._adapters.listed()
+
     @property
     def sleep_level(self) -> int:
         """How deep the engine sleeps; 0 is awake."""
@@ -204,7 +228,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""
-        return collect_stats(self._engine.scheduler)
+        return collect_stats(self._engine.scheduler, self._engine.adapter_stats)
 
     def check_health(self) -> None:
         """Return if the loop runs; raise EngineDead or EngineStuck with the reason if not."""
@@ -230,6 +254,8 @@ class AsyncEngine:
     @contextlib.asynccontextmanager
     async def _submitted(self, request: Request) -> AsyncIterator[Mailbox]:
         self.check_health()
+        if request.adapter is not None:
+            await self._adapters.prepare(request.adapter)
         request_id = request.request_id
         if request_id in self._mailboxes:
             raise RequestFailed(f"request id {request_id!r} is in use; ids must be unique among running requests")
@@ -247,7 +273,7 @@ class AsyncEngine:
         """Queue a request, in the engine's thread; whoever reads its mailbox is told if it is refused."""
         try:
             self._engine.add(request)
-        except EngineAsleep as error:
+        except (EngineAsleep, InvalidRequest) as error:
             post(mailbox.loop, [(mailbox, error)])
 
     def _abort(self, request_id: str, index: int | None) -> None:

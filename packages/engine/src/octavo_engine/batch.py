@@ -14,6 +14,13 @@ from octavo_engine.types import Pooling, SamplingParams, Task, TokenLogprobs
 from octavo_kvcache import BlockCopy, TableUpdate
 
 
+class AdapterSlot(NamedTuple):
+    """Where a sequence's adapter lies with the runner, and which version of it must lie there."""
+
+    slot: int
+    version: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
     """A sequence that enters the runner: after submission, after preemption, or as a fork.
@@ -22,7 +29,7 @@ class NewRow:
     `fork_of` computes nothing in this step: it samples from the logits of that row, which ends its prompt now.
     `samples` says whether the step reaches the end of the known tokens, so that a new one is drawn: or, where
     `num_candidates` is above 0, so many of the likeliest next tokens are answered and none is drawn. `sampler_state` is
-    the last that a ModelOutput brought for the sequence, None before.
+    the last that a ModelOutput brought for the sequence, None before. `adapter` is None for the base model.
     """
 
     row: int
@@ -41,6 +48,7 @@ class NewRow:
     pooling: Pooling = "last"
     sampler_state: float | None = None
     num_candidates: int = 0
+    adapter: AdapterSlot | None = None
 
 
 class RowMove(NamedTuple):

@@ -33,11 +33,12 @@ class Parent(NamedTuple):
 
 
 class KnownTokens(NamedTuple):
-    """The tokens of a sequence as the engine knows them at the moment."""
+    """The tokens of a sequence as the engine knows them at the moment, and what else its KV depends on."""
 
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
     salt: bytes
+    adapter: bytes = b""
 
     def upto(self, branch: Branch, salt: bytes = b"") -> list[int]:
         """Return the tokens of the parent that a branch begins with.

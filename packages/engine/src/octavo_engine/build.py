@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from octavo_engine.adapters.slots import AdapterSlots
 from octavo_engine.api import EngineInfo
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.config import EngineConfig
@@ -24,6 +25,7 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
+from octavo_engine.runner.adapter_plan import AdapterPlan
 from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
@@ -142,7 +144,9 @@ def _assemble(
         model = make_model(source, progress=progress)
     specs = model.kv_cache_specs(numerics.kv_dtype)
     bytes_per_block = sum(s.bytes_per_block(config.block_size) for s in specs) * config.tensor_parallel_size
-    plan = _plan(config, source.config, bytes_per_block=bytes_per_block)
+    adapters = AdapterPlan.of(config, model, numerics.dtype)
+    free_bytes = max(0, available_bytes() - adapters.num_bytes)
+    plan = _plan(config, source.config, bytes_per_block=bytes_per_block, free_bytes=free_bytes)
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
@@ -158,7 +162,7 @@ def _assemble(
             device=device,
             num_host_blocks=host_plan.num_blocks,
         ),
-        _runner_maker(config, plan, device, grammars),
+        _runner_maker(config, plan, device, grammars, adapters),
         numerics.root,
     )
     digest.result()
@@ -172,23 +176,32 @@ def _assemble(
         executor = host.executor
     else:
         executor = WorkersExecutor(parts.make_runner(model, storage), place.team)
-    scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root)
+    scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root, adapters.slots)
     text = _text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, host_plan, model, started)
-    return BuiltEngine(Engine(scheduler, executor, host), text, info)
+    return BuiltEngine(Engine(scheduler, executor, host, adapters.adapters), text, info)
 
 
 def _runner_maker(
-    config: EngineConfig, plan: MemoryPlan, device: torch.device, grammars: GrammarCompiler
+    config: EngineConfig,
+    plan: MemoryPlan,
+    device: torch.device,
+    grammars: GrammarCompiler,
+    adapters: AdapterPlan,
 ) -> Callable[[Model, KVStorage], ModelRunner]:
-    return partial(
-        ModelRunner,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
-        device=device,
-        grammars=grammars,
-    )
+    def make(model: Model, storage: KVStorage) -> ModelRunner:
+        return ModelRunner(
+            model,
+            storage,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            device=device,
+            grammars=grammars,
+            adapters=adapters.make_pool(model, max_num_tokens=config.max_num_batched_tokens, device=device),
+        )
+
+    return make
 
 
 def _scheduler(
@@ -199,6 +212,7 @@ def _scheduler(
     numerics: _Numerics,
     storage: KVStorage,
     root: bytes,
+    adapters: AdapterSlots,
 ) -> Scheduler:
     cache = CacheManager(
         plan.num_blocks,
@@ -219,6 +233,7 @@ def _scheduler(
         preemption=_preemption_policy(config, storage),
         max_num_timelines=config.max_num_timelines,
         queue=FairQueue() if config.queue_policy == "fair" else None,
+        adapters=adapters,
     )
 
 
@@ -372,7 +387,7 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
     return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic)
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int) -> MemoryPlan:
+def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free_bytes: int) -> MemoryPlan:
     return plan_memory(
         bytes_per_block=bytes_per_block,
         block_size=config.block_size,
@@ -381,7 +396,7 @@ def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: i
         max_model_len=config.max_model_len,
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
-        free_bytes=available_bytes(),
+        free_bytes=free_bytes,
     )
 
 

@@ -48,6 +48,13 @@ class EngineConfig:
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
         watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
+        enable_lora: whether requests may name adapters (LoRA).
+        max_loras: adapters that sequences may run with at once; memory for so many of the highest rank is set aside.
+        max_lora_rank: the highest rank that an adapter may have.
+        max_cpu_loras: adapters that are kept in the host's memory; None is `max_loras`. The others are read again when
+            a request names them.
+        lora_dtype: of adapters' matrices; `auto` is that of activations. With bfloat16 they take half the memory and
+            time of float32; products are summed in float32 in any case.
         num_threads: of the CPU kernels; None is torch's choice. Each rank has as many, None shares torch's among them.
         tensor_parallel_size: ranks that the model is split over, each with its part of the weights and the KV cache:
             this process, and others that it, or torchrun, starts. On GPUs each takes one. A model's heads must come
@@ -78,6 +85,11 @@ class EngineConfig:
     max_num_kept: int = 64
     max_num_timelines: int = 512
     watchdog_timeout: float | None = 120.0
+    enable_lora: bool = False
+    max_loras: int = 8
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
+    lora_dtype: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
     tool_parser: str = "auto"
@@ -86,6 +98,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.lora_dtype not in _DTYPES:
+            raise InvalidConfig(f"lora_dtype {self.lora_dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise InvalidConfig(
+                f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "
+                "lower max_loras"
+            )
+        if self.enable_lora and self.tensor_parallel_size > 1:
+            raise InvalidConfig(
+                f"enable_lora needs tensor_parallel_size 1, got {self.tensor_parallel_size}; a model that is split "
+                "over several processes takes no adapters"
+            )
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
@@ -117,6 +141,8 @@ class EngineConfig:
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
             "max_num_timelines": 0,
+            "max_loras": 1,
+            "max_lora_rank": 1,
             "num_threads": 1,
             "tensor_parallel_size": 1,
         }

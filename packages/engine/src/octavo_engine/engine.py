@@ -6,9 +6,11 @@ import logging
 from collections import deque
 from typing import Any
 
+from octavo_engine.adapters.info import AdapterStats
+from octavo_engine.adapters.store import Adapters
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
-from octavo_engine.errors import WorkerLost
+from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
@@ -23,14 +25,27 @@ class Engine:
     With an executor that takes several steps at once, the next step is scheduled and submitted before the oldest
     one's result is read.
 
+    Args:
+        scheduler: chooses the steps.
+        executor: computes them.
+        host: holds the model; None for one that cannot be put aside.
+        adapters: that requests may name; None if they may name none.
+
     Attributes:
         scheduler: chooses the steps.
         pins: prefixes that stay in the cache.
         standby: puts the model aside, brings it back, or replaces its weights.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, host: ModelHost[Any] | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        host: ModelHost[Any] | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.scheduler = scheduler
+        self._adapters = adapters
         self.pins = scheduler.pins
         self.standby = Standby(scheduler, host)
         self._executor = executor
@@ -46,9 +61,33 @@ class Engine:
 
         Raises:
             EngineAsleep: if no requests are taken now.
+            UnknownAdapter, InvalidAdapter: if the adapter is not served, or had to be read again and could not be.
         """
         self.standby.check()
-        self.scheduler.add(request)
+        self.scheduler.add(request, b"" if request.adapter is None else self.adapters.bind(request.adapter))
+
+    @property
+    def serves_adapters(self) -> bool:
+        """Whether there are `adapters`."""
+        return self._adapters is not None
+
+    @property
+    def adapter_stats(self) -> AdapterStats:
+        """What adapters have taken so far."""
+        if self._adapters is None:
+            return AdapterStats()
+        return self.scheduler.adapters.stats(self._adapters.num_loaded, self._adapters.num_reads)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters that are served.
+
+        Raises:
+            UnknownAdapter: if the engine serves none.
+        """
+        if self._adapters is None:
+            raise UnknownAdapter("adapters are not served; start the engine with enable_lora")
+        return self._adapters
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceUpdate]:
         """End a request, or one of its sequences, at once; its blocks are free after the steps in flight."""

@@ -9,7 +9,9 @@
         ├── InvalidRequest       (also ValueError)  a request's value is wrong; names the parameter
         │   ├── PromptTooLong    the prompt does not fit the context
         │   ├── PinLimitReached  pins hold as much of the cache as they may
-        │   └── UnknownPin       no pin has this id
+        │   ├── UnknownPin       no pin has this id
+        │   ├── UnknownAdapter   no adapter has this name
+        │   └── InvalidAdapter   an adapter's files cannot be read, or do not fit the model or its limits
         ├── RequestFailed        the engine could not compute this request; the others go on
         ├── IncompatibleWeights  weights that were to replace others are of another model, or changed unasked
         ├── RankMismatch         processes that are to run one model together have other files or versions
@@ -87,6 +89,20 @@ class UnknownPin(InvalidRequest):
     """No pin has this id, or it belongs to another salt."""
 
     def __init__(self, message: str, *, param: str | None = "pin_id", code: str | None = "pin_not_found") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class UnknownAdapter(InvalidRequest):
+    """No adapter is served under this name."""
+
+    def __init__(self, message: str, *, param: str | None = "model", code: str | None = "adapter_not_found") -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class InvalidAdapter(InvalidRequest):
+    """An adapter cannot be served: of another model, damaged, too large, or of a kind that is not supported."""
+
+    def __init__(self, message: str, *, param: str | None = "lora_path", code: str | None = "invalid_adapter") -> None:
         super().__init__(message, param=param, code=code)
 
 

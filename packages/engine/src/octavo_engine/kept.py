@@ -43,7 +43,7 @@ class KeptSequences:
         if parent in self._kept or not self._max_num_kept:
             return
         request = sequence.request
-        known = KnownTokens(tuple(sequence.token_ids), sequence.num_prompt_tokens, request.salt)
+        known = KnownTokens(tuple(sequence.token_ids), sequence.num_prompt_tokens, request.salt, sequence.adapter)
         kept = self._kept[parent] = _Kept(known, num_computed_tokens=0, has_blocks=sequence.row is not None)
         if kept.has_blocks:  # it is not preempted
             # What the last steps computed beyond the last token that counts is nobody's.

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Branch, Parent
@@ -61,6 +62,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         keep: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts; one output per prompt, in order.
@@ -69,6 +71,7 @@ class LLM:
             prompts: one prompt or several: text, `{"prompt": ...}`, or `{"prompt_token_ids": [...]}`. With a
                 "cache_salt" in it cached prefixes are shared only with prompts of the same one.
             sampling: for all prompts, or one for each; None uses the model's own defaults.
+            adapter: the name of an adapter that was loaded, for all prompts, or one for each; None is the base model.
             keep: let the outputs be forked later, until they are released.
 
         Raises:
@@ -77,13 +80,14 @@ class LLM:
                 `outputs`.
         """
         encoded = encode_all(self._text, prompts)
-        return self._runs.run(self._runs.requests(encoded, sampling, keep=keep))
+        return self._runs.run(self._runs.requests(encoded, sampling, adapter=adapter, keep=keep))
 
     def fork(
         self,
         branches: Branch | Sequence[Branch],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         keep: bool = False,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
@@ -96,6 +100,7 @@ class LLM:
         Args:
             branches: where to go on; `RequestOutput.branch` makes one.
             sampling: for all branches, or one for each; None uses the model's own defaults.
+            adapter: as for `generate`. A branch shares blocks with a parent that had the same one.
             keep: let the new outputs be forked too.
             cache_salt: that of the parents.
 
@@ -115,7 +120,7 @@ class LLM:
             continuation = self._text.encode_continuation(branch.continuation)
             encoded.append(EncodedPrompt(None, self._engine.branch_tokens(branch, salt) + continuation, salt))
         parents = [Parent(branch.request_id, branch.index) for branch in each]
-        return self._runs.run(self._runs.requests(encoded, sampling, parents=parents, keep=keep))
+        return self._runs.run(self._runs.requests(encoded, sampling, parents=parents, adapter=adapter, keep=keep))
 
     def release(self, outputs: RequestOutput | Sequence[RequestOutput]) -> None:
         """Let go of outputs that were kept: what only they hold of the KV cache is free at once."""
@@ -128,11 +133,12 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several at once; each is a list of `{"role": ..., "content": ...}`.
 
-        Cached prefixes are shared only with requests of the same `cache_salt`.
+        `adapter` is as for `generate`. Cached prefixes are shared only with requests of the same `cache_salt`.
         """
         if not messages:
             raise InvalidRequest("messages is empty; give at least one message", param="messages")
@@ -141,10 +147,14 @@ class LLM:
         encoded = [
             EncodedPrompt(None, self._text.encode_chat(c, template_kwargs=template_kwargs), salt) for c in conversations
         ]
-        return self._runs.run(self._runs.requests(encoded, sampling))
+        return self._runs.run(self._runs.requests(encoded, sampling, adapter=adapter))
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | Sequence[BeamSearchParams]
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Search for the likeliest continuations of prompts; the choices of an output are hypotheses, best first.
 
@@ -154,21 +164,38 @@ class LLM:
             prompts: one prompt or several: text, `{"prompt": ...}`, or `{"prompt_token_ids": [...]}`. With a
                 "cache_salt" in it cached prefixes are shared only with prompts of the same one.
             params: for all prompts, or one for each.
+            adapter: as for `generate`.
 
         Raises:
             InvalidRequest: if a prompt or its parameters cannot be run; nothing has been started then.
             RequestFailed: if the engine could not compute one of them.
         """
         encoded = encode_all(self._text, prompts)
-        return self._runs.run(self._runs.requests(encoded, params))
+        return self._runs.run(self._runs.requests(encoded, params, adapter=adapter))
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingOutput]:
-        """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens."""
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[EmbeddingOutput]:
+        """Return one unit vector per prompt: its last token's final hidden state, or the mean over its tokens.
+
+        `adapter` is as for `generate`.
+        """
+        encoded = encode_all(self._text, prompts)
         requests = [
             self._text.make_request(
-                token_ids, SamplingParams(), request_id=self._runs.next_id(), task="embed", pooling=pooling, salt=salt
+                token_ids,
+                SamplingParams(),
+                request_id=self._runs.next_id(),
+                task="embed",
+                pooling=pooling,
+                salt=salt,
+                adapter=own,
             )
-            for _, token_ids, salt in encode_all(self._text, prompts)
+            for (_, token_ids, salt), own in zip(encoded, self._runs.adapters(adapter, len(encoded)), strict=True)
         ]
         updates = self._runs.run_pooled(requests)
         return [
@@ -178,25 +205,28 @@ class LLM:
             for r, update in zip(requests, updates, strict=True)
         ]
 
-    def warm(self, prompts: Prompt | Sequence[Prompt]) -> list[WarmOutput]:
+    def warm(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[WarmOutput]:
         """Compute prompts into the prefix cache and generate nothing; later prompts that begin alike are cheaper.
 
         What is warm is used like any cached prefix, and evicted like it; `pin` keeps it.
 
         Args:
             prompts: as for `generate`.
+            adapter: whose prompts may hit it; None is the base model.
 
         Raises:
             InvalidRequest: if a prompt cannot be run, or the prefix cache is switched off; nothing has been started.
             RequestFailed: if the engine could not compute one of them.
         """
-        requests = [self._warm_request(prompt) for prompt in encode_all(self._text, prompts)]
+        requests = [self._warm_request(prompt, adapter) for prompt in encode_all(self._text, prompts)]
         updates = self._runs.run_pooled(requests)
         block_size = self.info.block_size
         return [warm_output(r, update, block_size) for r, update in zip(requests, updates, strict=True)]
 
-    def pin(self, prompt: Prompt) -> Pin:
+    def pin(self, prompt: Prompt, *, adapter: str | None = None) -> Pin:
         """Compute a prompt into the prefix cache and hold its full blocks there, until `unpin`.
+
+        `adapter` is as for `warm`.
 
         Raises:
             PinLimitReached: if pins would hold more than `max_pinned_share`; nothing has been computed then.
@@ -208,7 +238,7 @@ class LLM:
             >>> llm.unpin(pin)  # doctest: +SKIP
         """
         (encoded,) = encode_all(self._text, [prompt])
-        request = self._warm_request(encoded, pin=True)
+        request = self._warm_request(encoded, adapter, pin=True)
         try:
             self._runs.run_pooled([request])
             return self._engine.pins.get(request.request_id)
@@ -242,6 +272,38 @@ class LLM:
             None if it is unknown, or ended more than `max_num_timelines` requests ago.
         """
         return self._engine.scheduler.timeline(output if isinstance(output, str) else output.request_id)
+
+    def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> AdapterInfo:
+        """Read an adapter (LoRA) and serve it under a name; `generate` and others take it as `adapter`.
+
+        Args:
+            name: what it is called.
+            path: a folder in the layout of PEFT.
+            in_place: whether it may take the place of another of this name.
+
+        Raises:
+            InvalidAdapter: if it cannot be read, or does not fit the model or its limits; nothing has changed.
+            InvalidRequest: if the name is taken or empty.
+            UnknownAdapter: if the engine was made without `enable_lora`.
+
+        Example:
+            >>> llm = LLM(enable_lora=True)  # doctest: +SKIP
+            >>> llm.load_adapter("pirate", "/adapters/pirate")  # doctest: +SKIP
+            >>> llm.generate("Hello", adapter="pirate")  # doctest: +SKIP
+        """
+        return self._engine.adapters.load(name, path, in_place=in_place)
+
+    def unload_adapter(self, name: str) -> None:
+        """Serve an adapter no more.
+
+        Raises:
+            UnknownAdapter: if no adapter has this name.
+        """
+        self._engine.adapters.unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return the adapters that are served, in the order in which their names came."""
+        return self._engine.adapters.listed() if self._engine.serves_adapters else []
 
     def sleep(self, level: int = 1) -> MemoryReport:
         """Let go of the weights and the KV cache, so that their memory is the system's until `wake_up`.
@@ -327,7 +389,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
-        return collect_stats(self._engine.scheduler)
+        return collect_stats(self._engine.scheduler, self._engine.adapter_stats)
 
     def close(self) -> None:
         """Release the model's memory; the LLM cannot be used afterwards."""
@@ -341,7 +403,14 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _warm_request(self, prompt: EncodedPrompt, *, pin: bool = False) -> Request:
-        request = warm_request(self._text, prompt.token_ids, request_id=self._runs.next_id(), salt=prompt.salt, pin=pin)
+    def _warm_request(self, prompt: EncodedPrompt, adapter: str | None, *, pin: bool = False) -> Request:
+        request = warm_request(
+            self._text,
+            prompt.token_ids,
+            request_id=self._runs.next_id(),
+            salt=prompt.salt,
+            adapter=self._runs.adapters(adapter, 1)[0],
+            pin=pin,
+        )
         self._engine.pins.prepare(request)
         return request

@@ -44,6 +44,7 @@ class OfflineRuns:
         sampling: _Params | Sequence[_Params] | None,
         *,
         parents: Sequence[Parent] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         keep: bool = False,
     ) -> list[OfflineRequest]:
         """Make the requests of a call: of prompts, or of branches of parents.
@@ -52,6 +53,7 @@ class OfflineRuns:
             encoded: prompts.
             sampling: for all of them, or one for each; None uses the model's own defaults.
             parents: what each goes on from; None if nothing.
+            adapter: names the adapter of all of them, or of each; None is the base model.
             keep: let the outputs be forked later.
 
         Raises:
@@ -66,15 +68,37 @@ class OfflineRuns:
             raise InvalidRequest(
                 f"there are {len(encoded)} prompts and {len(each)} parameters; give one, or one for each"
             )
+        adapters = self.adapters(adapter, len(encoded))
         running = []
         for place, ((prompt, token_ids, salt), own) in enumerate(zip(encoded, each, strict=True)):
             parent = None if parents is None else parents[place]
             request = self._text.make_request(
-                token_ids, own, request_id=self.next_id(), salt=salt, parent=parent, keep=keep
+                token_ids,
+                own,
+                request_id=self.next_id(),
+                salt=salt,
+                adapter=adapters[place],
+                parent=parent,
+                keep=keep,
             )
             choices = [Choice() for _ in range(request.sampling.num_sequences)]
             running.append(OfflineRequest(place, request, prompt, self._text.stream(request), choices))
         return running
+
+    def adapters(self, adapter: str | Sequence[str | None] | None, num_prompts: int) -> list[str | None]:
+        """Return the adapter of each prompt; all of them are served.
+
+        Raises:
+            UnknownAdapter: one is not.
+            InvalidAdapter: one had to be read again and could not be.
+            InvalidRequest: there are more or fewer of them than prompts.
+        """
+        each = [adapter] * num_prompts if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(each) != num_prompts:
+            raise InvalidRequest(f"there are {num_prompts} prompts and {len(each)} adapters; give one, or one for each")
+        for name in {name for name in each if name is not None}:
+            self._engine.adapters.bind(name)
+        return each
 
     def run(self, running: Sequence[OfflineRequest]) -> list[RequestOutput]:
         """Run requests to their ends; one output each, in order.

@@ -6,6 +6,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
+from octavo_engine.adapters.slots import AdapterSlots
 from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.counters import SchedulerCounters
 from octavo_engine.kept import KeptSequences
@@ -32,6 +33,7 @@ class Residents:
         policy: chooses what becomes of the blocks of preempted sequences.
         max_num_timelines: ended requests whose timelines are remembered.
         queue: the order of those that wait; None goes by priority and arrival.
+        adapters: which versions of adapters sequences use; None where there are none.
 
     Attributes:
         timelines: what happens to requests.
@@ -55,6 +57,7 @@ class Residents:
         policy: PreemptionPolicy | None = None,
         max_num_timelines: int = 0,
         queue: QueuePolicy | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.cache = cache
         self.clock = clock
@@ -62,6 +65,7 @@ class Residents:
         self.counters = SchedulerCounters()
         self.kept = KeptSequences(cache, max_num_kept)
         self.pins = Pins(cache)
+        self.adapters = AdapterSlots() if adapters is None else adapters
         self.swapper = Swapper(cache, policy)
         self.rows = RowPool(max_num_seqs)
         self.running: list[Sequence] = []
@@ -94,6 +98,7 @@ class Residents:
         sequence.status = SequenceStatus.RUNNING
         self.timelines.entered(sequence)
         sequence.row = self.rows.take()
+        sequence.adapter_slot = self.adapters.take(sequence.adapter)
         self.rows.reserve(sequence.num_forks_wanted)
         insort(self.running, sequence)
 
@@ -112,6 +117,8 @@ class Residents:
             num_computed_tokens=parent.num_computed_tokens,
             cached=parent.cached,
             scheduled_time=parent.scheduled_time,
+            adapter=parent.adapter,
+            adapter_slot=self.adapters.take(parent.adapter),
         )
         self.cache.fork(parent.seq_id, child.seq_id)
         self.by_request[parent.request.request_id].append(child)
@@ -123,7 +130,9 @@ class Residents:
         sequence = self._find(parent)
         if sequence is None:
             return self.kept.known_tokens(parent)
-        return KnownTokens(tuple(sequence.token_ids), sequence.num_prompt_tokens, sequence.request.salt)
+        return KnownTokens(
+            tuple(sequence.token_ids), sequence.num_prompt_tokens, sequence.request.salt, sequence.adapter
+        )
 
     def share(self, sequence: Sequence, token_ids: list[int]) -> int:
         """Start a sequence with its parent's blocks, as far as tokens are the same; 0 if the parent has none to give.
@@ -133,7 +142,9 @@ class Residents:
         """
         parent = sequence.request.parent
         known = None if parent is None else self.known_tokens(parent)
-        if parent is None or known is None or known.salt != sequence.request.salt:
+        if parent is None or known is None:
+            return 0
+        if (known.salt, known.adapter) != (sequence.request.salt, sequence.adapter):
             return 0
         source = self._find(parent)
         blocks: tuple[int | str, int] | None
@@ -217,7 +228,8 @@ class Residents:
         self.running.remove(sequence)
         self.rows.unreserve(sequence.num_forks_wanted)
         self.rows.release(sequence.row)
-        sequence.row = None
+        self.adapters.give_back(sequence.adapter)
+        sequence.row = sequence.adapter_slot = None
 
     def _stop(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
@@ -297,6 +309,7 @@ class Residents:
         siblings.remove(sequence)
         if not siblings:
             del self.by_request[sequence.request.request_id]
+            self.adapters.let_go(sequence.adapter)
             self.timelines.left(sequence.request.request_id)
 
     def times(self, sequence: Sequence) -> RequestTimes:

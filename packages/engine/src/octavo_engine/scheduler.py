@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from octavo_engine.adapters.slots import AdapterSlots
 from octavo_engine.admission import Admission
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_group import BeamGroup
@@ -45,6 +46,7 @@ class Scheduler:
         preemption: chooses which preempted sequences keep their blocks on the host; None lets none.
         queue: the order of those that wait; None goes by priority and arrival.
         max_num_timelines: ended requests whose timelines are remembered; 0 notes none.
+        adapters: which versions of adapters sequences use; None where there are none.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Scheduler:
         preemption: PreemptionPolicy | None = None,
         queue: QueuePolicy | None = None,
         max_num_timelines: int = 0,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.cache = cache
         self._residents = residents = Residents(
@@ -70,10 +73,12 @@ class Scheduler:
             policy=preemption,
             queue=queue,
             max_num_timelines=max_num_timelines,
+            adapters=adapters,
         )
         self._timelines = residents.timelines
         self.counters = residents.counters
         self.pins = residents.pins
+        self.adapters = residents.adapters
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -115,8 +120,11 @@ class Scheduler:
 
     # -- what callers ask for ------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request; it has been validated against the limits. Forks for n > 1 come when its prompt ends."""
+    def add(self, request: Request, adapter: bytes = b"") -> None:
+        """Queue a request; it has been validated against the limits. Forks for n > 1 come when its prompt ends.
+
+        `adapter` is the version that the request's adapter has now, and keeps for it.
+        """
         prompt = request.prompt_token_ids
         room = self._max_model_len - len(prompt)
         sampling = request.sampling
@@ -131,7 +139,9 @@ class Scheduler:
             max_num_output_tokens=1 if request.task == "embed" else limit,
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
             num_forks_wanted=sampling.num_sequences - 1,
+            adapter=adapter,
         )
+        self.adapters.hold(adapter)
         if request.beams is not None:
             sequence.num_forks_wanted = request.beams.beam_width - 1
             sequence.beams = BeamGroup.begin(self._residents, request.beams, sequence)
@@ -170,6 +180,7 @@ class Scheduler:
         while self._residents.kept.give_up_blocks():
             pass
         self._rows.take_finished()  # the runner goes too
+        self.adapters.reset()
         self.pins.reset(root)
 
     def schedule(self) -> ScheduledBatch | None:
@@ -260,6 +271,8 @@ class Scheduler:
                 return WaitReason.ROWS
             if sequence.num_placeholders:
                 return WaitReason.STEP
+            if not self.adapters.has_room(sequence.adapter):
+                return WaitReason.ADAPTERS
             enter = self._bring_back if self._swapper.has(sequence) else self._bring_in
             if not enter(step, sequence):
                 if not self.cache.stats().num_parked and self._residents.kept.give_up_blocks():

@@ -53,6 +53,8 @@ class Sequence:
     last_step_id: int | None = None  # the last step that it takes part in
     moved_by: int | None = None  # the step that copies its blocks, if they last came from the host or are there
     beams: BeamGroup | None = None  # of which it is a member
+    adapter: bytes = b""  # the version of its adapter; empty for the base model
+    adapter_slot: int | None = None  # where the runner has it, while it runs
     finish_reason: FinishReason | None = None
     scheduled_time: float | None = None
     first_token_time: float | None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.api import EngineStats
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.scheduler import Scheduler
 
 
-def collect_stats(scheduler: Scheduler) -> EngineStats:
-    """Return the present figures of a scheduler, its cache and the kernels."""
+def collect_stats(scheduler: Scheduler, adapters: AdapterStats | None = None) -> EngineStats:
+    """Return the present figures of a scheduler, its cache and the kernels, with those of adapters."""
     counters = scheduler.counters
     return EngineStats(
         num_running=scheduler.num_running,
@@ -28,6 +29,7 @@ def collect_stats(scheduler: Scheduler) -> EngineStats:
         num_held_up=dict(counters.num_held_up),
         num_lost_steps=counters.num_lost_steps,
         fallbacks=_kernel_fallbacks(),
+        adapters=adapters or AdapterStats(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from octavo_engine.batch import CachedRow, NewRow, RowMove, ScheduledBatch
+from octavo_engine.batch import AdapterSlot, CachedRow, NewRow, RowMove, ScheduledBatch
 from octavo_engine.sequence import Sequence
 from octavo_kvcache import UNCHANGED, Allocation, BlockCopy
 
@@ -127,7 +127,7 @@ def _new_row(
     fork_of: int | None = None,
 ) -> NewRow:
     assert sequence.row is not None
-    request = sequence.request
+    request, slot = sequence.request, sequence.adapter_slot
     return NewRow(
         row=sequence.row,
         token_ids=tuple(sequence.token_ids),
@@ -145,4 +145,5 @@ def _new_row(
         pooling=request.pooling,
         sampler_state=sequence.sampler_state,
         num_candidates=0 if sequence.beams is None else sequence.beams.search.num_candidates,
+        adapter=None if slot is None else AdapterSlot(slot, sequence.adapter),
     )

@@ -23,6 +23,7 @@ class WaitReason(StrEnum):
     STEP = "step"
     ROWS = "rows"
     BLOCKS = "blocks"
+    ADAPTERS = "adapters"  # slots for another adapter
     TOKEN_BUDGET = "token_budget"  # tokens of text
 
 

@@ -52,11 +52,12 @@ class Request:
     sequences can be forked after their ends, until they are released. With `beams` the prompt is searched, and
     `sampling` is what the search has in common with sampling (`BeamSearchParams.sampling`), and `stops` are the
     stop strings by token ids; those of other requests are looked for where there is text. Lower `priority` runs
-    first. Requests with different `salt` never share cached blocks. `tenant` is whom it comes from, None if
-    that does not matter. `pooling` matters for the task `embed` alone, and so does `pin`: the prompt's full blocks are
-    held in the cache when it ends, under the request's id, if room was set aside for them.
-    `arrival_time` is in seconds of the monotonic clock; `grammar_seconds` is what compiling its grammar took before. An
-    unset seed is drawn here, so that every request can be repeated.
+    first. Requests with different `salt` never share cached blocks. `adapter` names the one that the request runs with,
+    in the version that it has when the request is added; None is the base model. `tenant` is whom it comes from, None
+    if that does not matter. `pooling` matters for the task `embed` alone, and so does `pin`: the prompt's full blocks
+    are held in the cache when it ends, under the request's id, if room was set aside for them. `arrival_time` is in
+    seconds of the monotonic clock; `grammar_seconds` is what compiling its grammar took before. An unset seed is drawn
+    here, so that every request can be repeated.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Request:
     pooling: Pooling = "last"
     priority: int = 0
     salt: bytes = b""
+    adapter: str | None = None
     tenant: Tenant | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     grammar_seconds: float = 0.0

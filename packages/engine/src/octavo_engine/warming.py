@@ -11,7 +11,13 @@ from octavo_engine.types import Request, SequenceUpdate, WarmOutput
 
 
 def warm_request(
-    text: TextProcessor, prompt_token_ids: Sequence[int], *, request_id: str, salt: bytes = b"", pin: bool = False
+    text: TextProcessor,
+    prompt_token_ids: Sequence[int],
+    *,
+    request_id: str,
+    salt: bytes = b"",
+    adapter: str | None = None,
+    pin: bool = False,
 ) -> Request:
     """Make a request that computes a prompt and draws no token: an embedding whose vector nobody wants.
 
@@ -20,12 +26,15 @@ def warm_request(
         prompt_token_ids: the prompt.
         request_id: also the id of the pin.
         salt: of the requests that may hit it.
+        adapter: likewise.
         pin: whether it stays in the cache.
 
     Raises:
         PromptTooLong: the prompt does not fit the context.
     """
-    request = text.make_request(prompt_token_ids, SamplingParams(), request_id=request_id, task="embed", salt=salt)
+    request = text.make_request(
+        prompt_token_ids, SamplingParams(), request_id=request_id, task="embed", salt=salt, adapter=adapter
+    )
     return replace(request, pin=pin)
 
 

@@ -111,8 +111,6 @@ _FOR_GPUS = frozenset(
         "scaled_linear",
         "group_rows",
         "fused_moe",
-        "lora_shrink",
-        "lora_expand",
     }
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
+from octavo_kernels.recording import empty_result
 from octavo_kernels.row_groups import RowGroups
 
 _SPAN = 1024
@@ -21,8 +22,8 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
 
     Args:
         x: [num_tokens, in_features] fp32, fp16 or bf16; the stride of rows is free.
-        a: [num_adapters, max_rank, in_features] in the dtype of x, contiguous; rows from an adapter's rank on are not
-            read.
+        a: [num_adapters, max_rank, in_features] fp32, fp16 or bf16, contiguous; rows from an adapter's rank on are not
+            read. On a GPU it is rounded to the dtype of x.
         groups: the tokens by adapter, from `group_rows`.
         ranks: [num_adapters] int32, each at most max_rank.
         out: [lora_spans(in_features), num_tokens, max_rank] fp32, contiguous; allocated when None.
@@ -38,14 +39,13 @@ def lora_shrink(x: Tensor, a: Tensor, groups: RowGroups, ranks: Tensor, *, out: 
     op = "lora_shrink"
     device = _check.same_device(op, x=x, a=a, rows=groups.rows, groups=groups.groups, ranks=ranks, out=out)
     _check.rank(op, "x", x, ("num_tokens", "in_features"))
-    _check.floating(op, x=x)
+    _check.floating(op, x=x, a=a)
     _check.last_dim_contiguous(op, x=x)
     _check.shape(op, "a", a, ("num_adapters", "max_rank", x.shape[1]))
-    _check.dtype(op, "a", a, x.dtype)
     _check_adapters(op, "a", a, ranks)
     shape = (lora_spans(x.shape[1]), len(x), a.shape[1])
     if out is None:
-        out = torch.empty(shape, dtype=torch.float32, device=device)
+        out = empty_result(shape, torch.float32, device)
     _check.shape(op, "out", out, shape)
     _check.dtype(op, "out", out, torch.float32)
     _check.contiguous(op, out=out)
@@ -58,10 +58,11 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     """Add scale * shrunk times the transposed `b` of each token's adapter to out, in place.
 
     Args:
-        shrunk: [num_spans, num_tokens, max_rank] fp32, from `lora_shrink`; its spans are added in order, and the sum is
-            rounded to the dtype of b.
+        shrunk: [num_spans, num_tokens, max_rank] fp32, from `lora_shrink`; its spans are added in order, and on a GPU
+            the sum is rounded to the dtype of b.
         b: [num_adapters, out_features, max_rank] fp32, fp16 or bf16, contiguous; columns from an adapter's rank on are
-            not read.
+            not read. On a CPU it may be the transposed view of a contiguous [num_adapters, max_rank, out_features],
+            which saves a copy.
         groups: the tokens by adapter, from `group_rows`.
         ranks: [num_adapters] int32, each at most max_rank.
         scales: [num_adapters] fp32, usually alpha / rank.
@@ -84,7 +85,8 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     _check.contiguous(op, shrunk=shrunk)
     _check.floating(op, b=b, out=out)
     _check.shape(op, "b", b, ("num_adapters", "out_features", shrunk.shape[2]))
-    _check_adapters(op, "b", b, ranks)
+    is_by_rank = device.type == "cpu" and b.dim() == 3 and b.transpose(1, 2).is_contiguous()
+    _check_adapters(op, "b", b.transpose(1, 2) if is_by_rank else b, ranks)
     _check.shape(op, "scales", scales, (len(b),))
     _check.dtype(op, "scales", scales, torch.float32)
     _check.shape(op, "out", out, (shrunk.shape[1], b.shape[1]))

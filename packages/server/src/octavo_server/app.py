@@ -22,6 +22,7 @@ from octavo_server.logs import request_logger
 from octavo_server.middleware import BodyLimit, Cors, RateGate
 from octavo_server.rate_limits import budgets_of
 from octavo_server.routes import (
+    adapters,
     admin,
     batches,
     cache,
@@ -46,6 +47,7 @@ from octavo_server.tracing import RequestTracer
 from octavo_server.uploads import FORM_BYTES
 
 _ROUTES = (
+    adapters,
     admin,
     batches,
     cache,

@@ -131,9 +131,11 @@ class BackgroundResponses:
     async def _begin_again(self, stored: StoredResponse) -> None:
         response = stored.response | {"status": "queued"}
         body = ResponsesBody.model_validate(stored.request)
-        self._state.resolve_model(response["model"])
+        model = self._state.resolve_model(response["model"])
         items = await self._responses.inputs(response["id"], stored.owner)
-        chat, request = await response_request(body, items, self._state.engine.text, request_id=response["id"])
+        chat, request = await response_request(
+            body, items, self._state.engine.text, request_id=response["id"], adapter=self._state.adapter_of(model)
+        )
         run = ResponseRun(self._state, self._responses, response, chat, request)
         await self.start(run, stored.owner, streams=stored.streams)
 

@@ -21,10 +21,11 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import EngineError, InvalidConfig
 from octavo_engine.parallel.torchrun import TorchrunRank
 from octavo_server import options
+from octavo_server.adapters import parse_modules
 from octavo_server.config import DRAIN_SECONDS, ServerSettings
 from octavo_server.endpoint import Endpoint, tls_of
 from octavo_server.keys import read_keys
-from octavo_server.loading import engine_report, load_engine
+from octavo_server.loading import engine_report, load_adapters, load_engine
 from octavo_server.logs import REQUESTS, set_up_logging
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
@@ -64,6 +65,13 @@ def serve(
     no_prefix_cache: options.NoPrefixCache = False,
     max_pinned_share: options.MaxPinnedShare = 0.25,
     max_num_timelines: options.MaxNumTimelines = 512,
+    enable_lora: options.EnableLora = False,
+    lora_modules: options.LoraModules = None,
+    lora_dir: options.LoraDir = None,
+    max_loras: options.MaxLoras = 8,
+    max_lora_rank: options.MaxLoraRank = 16,
+    max_cpu_loras: options.MaxCpuLoras = None,
+    lora_dtype: options.LoraDtype = "auto",
     tool_parser: options.ToolParser = "auto",
     reasoning_parser: options.ReasoningParser = "auto",
     threads: options.Threads = None,
@@ -114,6 +122,8 @@ def serve(
             allowed_origins=tuple(allowed_origin or ()),
             log_prompts=log_prompts,
             otlp_traces_endpoint=otlp_traces_endpoint,
+            lora_dir=lora_dir,
+            lora_modules=parse_modules(lora_modules or ()),
         )
         config = EngineConfig(
             model=model,
@@ -135,6 +145,11 @@ def serve(
             max_pinned_share=max_pinned_share,
             max_num_timelines=max_num_timelines,
             watchdog_timeout=watchdog_timeout or None,
+            enable_lora=enable_lora or bool(lora_modules) or lora_dir is not None,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,
+            max_cpu_loras=max_cpu_loras,
+            lora_dtype=lora_dtype,
             num_threads=threads,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
@@ -186,8 +201,9 @@ def _serve(
     with listen_on(endpoint) as listening, Store(folder) as store:
         engine = load_engine(config, console)
         try:
+            adapters = load_adapters(engine, settings)
             console.print(engine_report(engine.info, engine.text.default_sampling))
-            names = ", ".join(settings.served_model_names or (engine.info.model_name,))
+            names = ", ".join([*(settings.served_model_names or (engine.info.model_name,)), *adapters])
             url = endpoint.url(None if endpoint.uds else listening.getsockname()[1])
             console.print(
                 f"serving {names} at {url}" + (" with API keys" if settings.has_keys else ""),

@@ -6,8 +6,10 @@ import ipaddress
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from octavo_engine.errors import InvalidConfig
+from octavo_server.adapters import AdapterModule
 from octavo_server.keys import ApiKey, KeyRing
 
 FREE_ROUTES = frozenset({"/health", "/ready", "/version", "/metrics"})
@@ -57,6 +59,8 @@ class ServerSettings:
         max_stored_bytes: when the stored files have reached this, no further one is taken.
         retention_days: for so long stored responses and ended batches are kept, counted from their beginning.
         otlp_traces_endpoint: URL of a collector that traces are sent to, by OTLP over HTTP; None makes none.
+        lora_dir: folder that adapters may be loaded from over HTTP; None allows none.
+        lora_modules: adapters that are served from the start.
         keep_alive: seconds of silence in a stream after which a comment is sent, so that proxies keep it open.
 
     Raises:
@@ -79,6 +83,8 @@ class ServerSettings:
     max_file_bytes: int = 512 << 20
     max_stored_bytes: int = 16 << 30
     retention_days: int = 30
+    lora_dir: Path | None = None
+    lora_modules: tuple[AdapterModule, ...] = ()
     keep_alive: float = 15.0
 
     def __post_init__(self) -> None:
@@ -95,6 +101,8 @@ class ServerSettings:
             if not self.otlp_traces_endpoint.startswith(("http://", "https://")):
                 raise InvalidConfig(f"otlp_traces_endpoint must be an http URL, got {self.otlp_traces_endpoint!r}")
             check_tracing()
+        if self.lora_dir is not None and not self.lora_dir.is_dir():
+            raise InvalidConfig(f"lora_dir {str(self.lora_dir)!r} is no folder; give one that exists")
         self.key_ring()
 
     @property

@@ -25,8 +25,10 @@ from octavo_engine.errors import (
     EngineInUse,
     EngineStuck,
     IncompatibleWeights,
+    InvalidAdapter,
     InvalidRequest,
     RequestFailed,
+    UnknownAdapter,
     UnknownPin,
 )
 from octavo_server.protocol.violations import describe_violations
@@ -116,11 +118,15 @@ class ErrorRow(NamedTuple):
 ERRORS: Mapping[type[Exception], ErrorRow] = {
     InvalidRequest: ErrorRow(400, _INVALID),
     UnknownPin: ErrorRow(404, _INVALID),
+    UnknownAdapter: ErrorRow(404, _INVALID),
     ClientDisconnect: ErrorRow(CLIENT_GONE, _INVALID, "client_gone", "the client closed the connection"),
     IncompatibleWeights: ErrorRow(400, _INVALID, "incompatible_weights"),
     EngineInUse: ErrorRow(409, _INVALID, "engine_in_use", None, {"x-should-retry": "false"}),
     EngineAsleep: ErrorRow(503, _SERVER, "engine_asleep", None, {"retry-after": "30"}),
     # The texts of these may quote the machine's files, so they go to the log and not to the client.
+    InvalidAdapter: ErrorRow(
+        500, _SERVER, None, "the adapter's files could not be read again; the server's log says more"
+    ),
     RequestFailed: ErrorRow(500, _SERVER, "request_failed", "the engine could not compute this request"),
     EngineBusy: ErrorRow(503, _SERVER, "engine_busy", None, {"retry-after": "5"}),
     EngineStuck: ErrorRow(503, _SERVER, "engine_stuck", None, {"retry-after": "10"}),

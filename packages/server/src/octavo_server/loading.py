@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import gc
 from collections.abc import Generator, Mapping
@@ -16,6 +17,7 @@ from octavo_engine.api import EngineInfo
 from octavo_engine.async_engine import AsyncEngine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
+from octavo_server.config import ServerSettings
 
 
 def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
@@ -37,6 +39,21 @@ def load_engine(config: EngineConfig, console: Console) -> AsyncEngine:
             raise InvalidConfig(
                 f"running a model in this process needs {error.name}; install it: pip install 'octavo-server[local]'"
             ) from error
+
+
+def load_adapters(engine: AsyncEngine, settings: ServerSettings) -> list[str]:
+    """Load the adapters that are to be served from the start; return their names.
+
+    Raises:
+        InvalidConfig: an adapter has the name of the model itself.
+        InvalidAdapter: one cannot be read, or does not fit.
+    """
+    taken = settings.served_model_names or (engine.info.model_name,)
+    for name, path in settings.lora_modules:
+        if name in taken:
+            raise InvalidConfig(f"--lora-modules: {name!r} is the name of the model itself; use another")
+        asyncio.run(engine.load_adapter(name, path))
+    return [module.name for module in settings.lora_modules]
 
 
 @contextmanager

@@ -89,9 +89,9 @@ def sampling_params(
 
 
 async def completion_requests(
-    body: CompletionBody, engine: EngineClient, *, request_id: str, max_n: int
+    body: CompletionBody, engine: EngineClient, *, request_id: str, max_n: int, adapter: str | None = None
 ) -> list[Request]:
-    """Return one request per prompt, or the one that goes on from its parent.
+    """Return one request per prompt, or the one that goes on from its parent; `adapter` is what the model's name means.
 
     With `max_tokens` 0 their limit is 1: no token of theirs should be shown.
 
@@ -102,18 +102,22 @@ async def completion_requests(
     params = _params(body, text, max_n=max_n, max_tokens=max(body.num_new_tokens, 1), logprobs=body.logprobs)
     if (branch := await branch_of(body, engine)) is not None:
         token_ids, parent = branch
-        return [await _request(body, text, token_ids, params, request_id, parent)]
+        return [await _request(body, text, token_ids, params, request_id, parent, adapter=adapter)]
     prompts = body.prompts
     _check_num_choices(len(prompts) * max(body.n or 1, body.best_of or 1), "prompt")
     encoded = await _encode_all(text, prompts) if not body.suffix else await _infill_all(text, prompts, body.suffix)
     return [
-        await _request(body, text, ids, params, request_id if len(encoded) == 1 else f"{request_id}-{place}")
+        await _request(
+            body, text, ids, params, request_id if len(encoded) == 1 else f"{request_id}-{place}", adapter=adapter
+        )
         for place, ids in enumerate(encoded)
     ]
 
 
-async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, max_n: int) -> Request:
-    """Return the request of a conversation.
+async def chat_request(
+    body: ChatBody, text: TextProcessor, *, request_id: str, max_n: int, adapter: str | None = None
+) -> Request:
+    """Return the request of a conversation; `adapter` is what the model's name means.
 
     Raises:
         InvalidRequest: if a message or a parameter cannot be served; PromptTooLong if the context is too small.
@@ -126,7 +130,7 @@ async def chat_request(body: ChatBody, text: TextProcessor, *, request_id: str, 
         params = text.showing_marks(params)
     token_ids = await chat_prompt(body, text)
     with _called("prompt", "messages"):
-        return await _request(body, text, token_ids, params, request_id, constraint_field=field)
+        return await _request(body, text, token_ids, params, request_id, constraint_field=field, adapter=adapter)
 
 
 async def chat_prompt(body: ChatBody, text: TextProcessor) -> list[int]:
@@ -183,8 +187,10 @@ async def generate_request(
         return make() if params.structured_outputs is None else await asyncio.to_thread(make)
 
 
-async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, request_id: str) -> list[Request]:
-    """Return one request per input.
+async def embedding_requests(
+    body: EmbeddingBody, text: TextProcessor, *, request_id: str, adapter: str | None = None
+) -> list[Request]:
+    """Return one request per input; `adapter` is what the model's name means.
 
     Raises:
         InvalidRequest: if an input is empty, out of vocabulary or too long.
@@ -196,16 +202,27 @@ async def embedding_requests(body: EmbeddingBody, text: TextProcessor, *, reques
     with _called("prompt", "input"):
         return [
             text.make_request(
-                ids, SamplingParams(), request_id=f"{request_id}-{place}", task="embed", pooling=pooling, salt=salt
+                ids,
+                SamplingParams(),
+                request_id=f"{request_id}-{place}",
+                task="embed",
+                pooling=pooling,
+                salt=salt,
+                adapter=adapter,
             )
             for place, ids in enumerate(await _encode_all(text, inputs))
         ]
 
 
 async def scored_requests(
-    body: RerankBody | ScoreBody, texts: Sequence[str], text: TextProcessor, *, request_id: str
+    body: RerankBody | ScoreBody,
+    texts: Sequence[str],
+    text: TextProcessor,
+    *,
+    request_id: str,
+    adapter: str | None = None,
 ) -> list[Request]:
-    """Return one request for each text whose embedding is compared with others.
+    """Return one request for each text whose embedding is compared; `adapter` is what the model's name means.
 
     Raises:
         InvalidRequest: if a text is too long.
@@ -220,15 +237,23 @@ async def scored_requests(
             pooling=body.pooling or "last",
             priority=body.priority or 0,
             salt=(body.cache_salt or "").encode(),
+            adapter=adapter,
         )
         for place, ids in enumerate(await _encode_all(text, texts))
     ]
 
 
 async def warm_requests(
-    body: CacheWarmBody | CachePinBody, text: TextProcessor, *, request_id: str, pin: bool = False
+    body: CacheWarmBody | CachePinBody,
+    text: TextProcessor,
+    *,
+    request_id: str,
+    adapter: str | None = None,
+    pin: bool = False,
 ) -> list[Request]:
     """Return one request per prompt, or one for messages, which are laid out without an assistant's turn.
+
+    `adapter` is what the model's name means.
 
     Raises:
         InvalidRequest: if a prompt is empty, out of vocabulary or too long, or a message is wrong.
@@ -246,7 +271,7 @@ async def warm_requests(
     ids = [request_id] if len(encoded) == 1 else [f"{request_id}-{place}" for place in range(len(encoded))]
     with _called("prompt", field):
         return [
-            warm_request(text, token_ids, request_id=own, salt=salt, pin=pin)
+            warm_request(text, token_ids, request_id=own, salt=salt, adapter=adapter, pin=pin)
             for own, token_ids in zip(ids, encoded, strict=True)
         ]
 
@@ -270,6 +295,7 @@ async def _request(
     parent: Parent | None = None,
     *,
     constraint_field: str | None = None,
+    adapter: str | None = None,
 ) -> Request:
     def make() -> Request:
         return text.make_request(
@@ -278,6 +304,7 @@ async def _request(
             request_id=request_id,
             priority=body.priority or 0,
             salt=(body.cache_salt or "").encode(),
+            adapter=adapter,
             parent=parent,
             keep=bool(body.keep),
         )

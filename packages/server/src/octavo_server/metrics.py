@@ -342,6 +342,8 @@ def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_cache_sharing_ratio", "Blocks in all block tables over blocks in use; above 1 is saved.", sharing
     yield "kv_host_blocks_used", "Blocks of the host that hold what waiting sequences need.", cache.host.num_used
     yield "kv_host_usage_perc", "Blocks of the host in use, from 0 to 1.", cache.host.usage
+    yield "adapters_loaded", "Versions of adapters in the host's memory.", stats.adapters.num_loaded
+    yield "adapters_active", "Adapters that sequences run with.", stats.adapters.num_active
     yield "kv_cache_waste_ratio", "Slots in allocated blocks without a live token, mean over steps.", stats.mean_waste
 
 

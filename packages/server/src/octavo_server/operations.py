@@ -11,8 +11,9 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from octavo_client import wire, wire_admin, wire_cache, wire_rerank, wire_server, wire_timeline
+from octavo_client import wire, wire_adapters, wire_admin, wire_cache, wire_rerank, wire_server, wire_timeline
 from octavo_server.protocol import answers
+from octavo_server.protocol.adapters import LoadAdapterBody, UnloadAdapterBody
 from octavo_server.protocol.admin import UpdateWeightsBody
 from octavo_server.protocol.batches import BatchBody
 from octavo_server.protocol.cache import CachePinBody, CacheWarmBody
@@ -115,6 +116,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/v1/cache/pins/{pin_id}"): Operation(answer=wire_cache.CachePinDeleted, query=_SALT),
     ("POST", "/tokenize"): Operation(body=TokenizeBody, answer=wire.TokenizeResponse),
     ("POST", "/detokenize"): Operation(body=DetokenizeBody, answer=wire.DetokenizeResponse),
+    ("POST", "/v1/load_lora_adapter"): Operation(body=LoadAdapterBody, answer=wire_adapters.Adapter),
+    ("POST", "/v1/unload_lora_adapter"): Operation(body=UnloadAdapterBody, answer=wire_adapters.AdapterUnloaded),
     ("POST", "/sleep"): Operation(answer=wire_admin.MemoryReport, query=_SLEEP),
     ("POST", "/wake_up"): Operation(answer=wire_admin.MemoryReport, query=_WAKE),
     ("GET", "/is_sleeping"): Operation(answer=wire_admin.SleepState),

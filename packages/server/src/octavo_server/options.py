@@ -63,6 +63,20 @@ MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of one step
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")]
 MaxPinnedShare = Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")]
 MaxNumTimelines = Annotated[int, typer.Option(help="Ended requests whose timelines are remembered; 0 notes nothing.")]
+EnableLora = Annotated[bool, typer.Option("--enable-lora", help="Let requests name adapters (LoRA) as their model.")]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapter to serve from the start, as name=path; may be given several times. Enables adapters."),
+]
+LoraDir = Annotated[
+    Path | None, typer.Option(help="Folder that adapters may be loaded from while the server runs. Enables adapters.")
+]
+MaxLoras = Annotated[int, typer.Option(help="Adapters that sequences may run with at once.")]
+MaxLoraRank = Annotated[int, typer.Option(help="The highest rank that an adapter may have.")]
+MaxCpuLoras = Annotated[
+    int | None, typer.Option(help="Adapters kept in the host's memory. Default: as many as may run at once.")
+]
+LoraDtype = Annotated[str, typer.Option(help="Of adapters' matrices: auto, float32, bfloat16 or float16.")]
 ToolParser = Annotated[str, typer.Option(help=f"How the model writes tool calls: {', '.join(TOOL_PARSERS)}.")]
 ReasoningParser = Annotated[str, typer.Option(help=f"How the model marks reasoning: {', '.join(REASONING_PARSERS)}.")]
 ApiKey = Annotated[

@@ -44,9 +44,14 @@ async def read_items(body: ResponsesBody, responses: ResponseStore, owner: str) 
 
 
 async def response_request(
-    body: ResponsesBody, items: Sequence[Item], text: TextProcessor, *, request_id: str
+    body: ResponsesBody,
+    items: Sequence[Item],
+    text: TextProcessor,
+    *,
+    request_id: str,
+    adapter: str | None = None,
 ) -> tuple[ChatBody, Request]:
-    """Return a response's request, and the chat that it is the same as.
+    """Return a response's request, and the chat that it is the same as; `adapter` is what the model's name means.
 
     With `truncation` auto, the oldest messages of a conversation that does not fit are left out, instructions never.
 
@@ -56,12 +61,12 @@ async def response_request(
     with _named_as_in_responses():
         chat = body.chat(items)
         try:
-            return chat, await chat_request(chat, text, request_id=request_id, max_n=1)
+            return chat, await chat_request(chat, text, request_id=request_id, max_n=1, adapter=adapter)
         except PromptTooLong:
             if body.truncation != "auto":
                 raise
         chat = await _truncated(chat, text)
-        return chat, await chat_request(chat, text, request_id=request_id, max_n=1)
+        return chat, await chat_request(chat, text, request_id=request_id, max_n=1, adapter=adapter)
 
 
 async def count_tokens(body: ResponsesBody, items: Sequence[Item], text: TextProcessor) -> int:

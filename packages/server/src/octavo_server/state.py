@@ -55,6 +55,12 @@ class ServerState:
         parts = (_own_version(), info.model_name, info.weights_digest, *computed, str(info.deterministic))
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
+    def adapter_of(self, model: str) -> str | None:
+        """Return the adapter that a model's name stands for; None for the base model, or a name that is not served."""
+        if model in self.model_names:
+            return None
+        return next((info.name for info in self.engine.adapters() if info.name == model), None)
+
     def resolve_model(self, name: str | None) -> str:
         """Return the name under which a request is answered; none means the model that is served.
 
@@ -63,10 +69,11 @@ class ServerState:
         """
         if name is None:
             return self.model_names[0]
-        if name not in self.model_names:
+        if name not in self.model_names and self.adapter_of(name) is None:
+            known = (*self.model_names, *(info.name for info in self.engine.adapters()))
             raise ApiError(
                 404,
-                f"the model {summarise(name)} does not exist; this server has {', '.join(self.model_names)}",
+                f"the model {summarise(name)} does not exist; this server has {', '.join(known)}",
                 param="model",
                 code="model_not_found",
             )

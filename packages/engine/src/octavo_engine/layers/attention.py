@@ -73,6 +73,11 @@ class Attention:
         )
         return self.out(out.view(len(x), -1))
 
+    def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
+        """Yield the linears, each with what the checkpoint's names of its shards begin with."""
+        yield prefix, self.qkv
+        yield prefix, self.out
+
     def finish(self) -> None:
         """Prepare the filled weights for products."""
         self.qkv.finish()

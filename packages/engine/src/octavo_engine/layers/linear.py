@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from octavo_engine.layers.linear_adapters import LinearAdapters
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
 
@@ -21,14 +22,26 @@ class Linear:
         shards: the checkpoint's linears and their rows.
         bias: whether each shard has a bias.
         options: how the weights are made.
+
+    Attributes:
+        adapters: what adapters add to the product; None where none are served.
     """
 
-    __slots__ = ("_quant", "parameters", "shards")
+    __slots__ = ("_quant", "adapters", "has_bias", "in_features", "parameters", "shards")
 
     def __init__(self, in_features: int, shards: Sequence[Shard], *, bias: bool, options: LayerOptions) -> None:
+        self.in_features = in_features
+        self.has_bias = bias
         self.shards = tuple(shards)
+        self.adapters: LinearAdapters | None = None
         self._quant: QuantMethod[Any] = options.quant
         self.parameters = options.matrix(sum(shard.num_rows for shard in shards), in_features, bias=bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of all shards, [rows of all shards]; None if there are none."""
+        bias: Tensor | None = self.parameters.bias if self.has_bias else None
+        return bias
 
     def finish(self) -> None:
         """Prepare the filled weights for products."""
@@ -36,7 +49,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x [num_tokens, in_features] times the weight, [num_tokens, rows of all shards]."""
-        return self._quant.apply(self.parameters, x)
+        out = self._quant.apply(self.parameters, x)
+        if self.adapters is not None:
+            self.adapters.add(x, out)
+        return out
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go; their names begin with `prefix`."""

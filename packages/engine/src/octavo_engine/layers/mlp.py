@@ -26,6 +26,11 @@ class GatedMLP:
         """Return the block's output for x, both [num_tokens, hidden_size]."""
         return self.down(silu_and_mul(self.gate_up(x)))
 
+    def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
+        """Yield the linears, each with what the checkpoint's names of its shards begin with."""
+        yield prefix, self.gate_up
+        yield prefix, self.down
+
     def finish(self) -> None:
         """Prepare the filled weights for products."""
         self.gate_up.finish()

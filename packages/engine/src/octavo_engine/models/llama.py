@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, LMHead
+from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.options import LayerOptions
@@ -29,6 +30,11 @@ class LlamaLayer:
         self.attention = Attention(config, layer, cos_sin, options=options)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, options=options)
+
+    def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
+        """Yield the linears, each with what the checkpoint's names of its shards begin with."""
+        yield from self.attention.linears(f"{prefix}self_attn.")
+        yield from self.mlp.linears(f"{prefix}mlp.")
 
     def finish(self) -> None:
         """Prepare the filled weights for products."""
@@ -98,6 +104,11 @@ class Llama:
             yield from layer.slots(f"model.layers.{index}.")
         yield from self.norm.slots("model.norm")
         yield from self.head.slots("lm_head")
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Yield the linears of all layers; see `Model.linears`."""
+        for index, layer in enumerate(self.layers):
+            yield from layer.linears(f"model.layers.{index}.")
 
     def is_redundant(self, name: str) -> bool:
         """Return whether a checkpoint's tensor says nothing new: a tied head, a rotary table of old checkpoints."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.errors import UnsupportedModel
+from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
@@ -50,6 +51,10 @@ class Model(Protocol):
 
     def slots(self) -> Iterator[WeightSlot]:
         """Yield where each tensor of a checkpoint goes."""
+        ...
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Yield the linears that adapters may change, each with what the names of its shards begin with."""
         ...
 
     def is_redundant(self, name: str) -> bool:

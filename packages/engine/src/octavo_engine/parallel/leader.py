@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import model_class
@@ -65,6 +66,10 @@ class LeadingModel:
             found = self._shard.greedy(hidden.contiguous())
         assert found is not None
         return found
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """Yield none: adapters change nothing of a model that is split."""
+        return iter(())
 
     def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """Say what rank 0 keeps of each layer per token."""

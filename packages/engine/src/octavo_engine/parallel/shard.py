@@ -13,6 +13,7 @@ from octavo_engine.models.registry import Model
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.layers import join_layers
 from octavo_engine.parallel.plan import ShardPlan, vocabulary_part
+from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import Source
 from octavo_engine.weights.stored import StoredTensor
 
@@ -34,6 +35,7 @@ class PartOfSource:
     def weights(self) -> Iterator[tuple[str, Tensor | StoredTensor]]:
         """Yield each weight's part once; biases that another rank adds are zeros."""
         for name, weight in self._source.weights(self._plan):
+            assert not isinstance(weight, QuantizedTensor), "these are not cut, and refused before"
             self.num_bytes += weight.rows.nbytes if isinstance(weight, StoredTensor) else weight.nbytes
             if self._plan.rank and self._plan.is_added_once(name):
                 assert isinstance(weight, Tensor), "biases are not quantised"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.models.registry import Model
+from octavo_engine.runner.adapter_pool import AdapterPool
 from octavo_engine.runner.answer import Answer
 from octavo_engine.runner.candidates import likeliest
 from octavo_engine.runner.decode_step import DecodeStep
@@ -42,6 +43,7 @@ class ModelRunner:
         max_model_len: tokens that a sequence can have; the model's table of positions must reach as far.
         device: where the model and the storage are.
         grammars: makes the matchers of requests with structured output; None if there are none.
+        adapters: the model's adapters; None if it has none.
         jumps_ahead: whether tokens that a grammar forces follow a drawn one without a step of their own. Only for an
             executor with one step in flight: later ones would have been scheduled without them.
 
@@ -59,6 +61,7 @@ class ModelRunner:
         max_model_len: int,
         device: torch.device | str = "cpu",
         grammars: GrammarCompiler | None = None,
+        adapters: AdapterPool | None = None,
         jumps_ahead: bool = True,
     ) -> None:
         assert max_model_len <= model.config.max_position_embeddings
@@ -87,6 +90,9 @@ class ModelRunner:
         self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
         self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_logits, max_num_seqs)
+        self._adapters = adapters
+        if adapters is not None:
+            adapters.record(self._inputs)
         self._jumps_ahead = jumps_ahead
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
@@ -110,22 +116,33 @@ class ModelRunner:
         """Run a step in which every row computes one token and draws the next."""
         model_input = self._inputs.decode(step, self._rows)
         rows, ends = self._inputs.decoding.rows, self._inputs.decoding.ends
+        forward = self._forward_of(rows)
         if self._rows.num_searching:
             answer = Answer(len(rows))
-            self._answer(answer, np.arange(len(rows)), self.forward(model_input), rows, ends.astype(np.int64))
+            self._answer(answer, np.arange(len(rows)), forward(model_input), rows, ends.astype(np.int64))
             return answer.output()
         if self._sampling.takes_best(step.row_ids):
-            token_ids, logits = self.forward.greedy(model_input)
+            token_ids, logits = forward.greedy(model_input)
             if all(map(isfinite, logits.tolist())):
                 self._rows.append(rows, ends, token_ids)
                 return ModelOutput(token_ids=tuple(zip(token_ids.tolist())))  # a tuple of one for each row
             drawn = Drawn(token_ids, np.isfinite(logits))
             self._append(rows, ends, drawn)
         else:
-            drawn = self._draw(self.forward(model_input), rows, ends.astype(np.int64))
+            drawn = self._draw(forward(model_input), rows, ends.astype(np.int64))
         answer = Answer(len(rows))
         self._add_drawn(answer, np.arange(len(rows)), rows, ends, drawn)
         return answer.output()
+
+    def _forward_of(self, rows: NDArray[np.int64], num_tokens: NDArray[np.int64] | None = None) -> Forward:
+        """Return what runs a step of some rows; each computes so many tokens, None stands for one."""
+        if not self._rows.num_adapted:
+            return self.forward
+        slots = self._rows.adapters[rows]
+        if (slots < 0).all():
+            return self.forward
+        assert self._adapters is not None
+        return self._adapters.forward(slots if num_tokens is None else np.repeat(slots, num_tokens))
 
     @torch.inference_mode()
     def _run_ragged(self, step: StepRows) -> ModelOutput:
@@ -136,7 +153,7 @@ class ModelRunner:
         if step.forks:  # one row of logits serves a parent and its forks
             sources, shared = np.unique(sources, return_inverse=True)
         model_input = self._inputs.build(step, self._rows, step.last_tokens(sources))
-        hidden = self.forward(model_input)
+        hidden = self._forward_of(step.rows, step.num_scheduled_tokens)(model_input)
         if self._rows.num_embedding:
             for place, vector in self._pooler.pool(step, self._rows, hidden).items():
                 answer.add_pooled(place, vector)
@@ -182,6 +199,9 @@ class ModelRunner:
         self.storage.apply(batch.copies)
         for new in batch.new:
             self._rows.add(new)
+            if new.adapter is not None:
+                assert self._adapters is not None
+                self._adapters.ensure(new.adapter)
             self._sampling.add(new)
             self._prompt_logprobs.add(new, self.model.config.vocab_size)
         if batch.moves:

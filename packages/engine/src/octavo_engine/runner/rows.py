@@ -24,6 +24,8 @@ class Rows:
         num_embedding: rows in use whose prompt is pooled.
         num_candidates: [max_num_rows] int64, how many likely next tokens a row answers; 0 where it draws one.
         num_searching: rows in use that answer candidates.
+        adapters: [max_num_rows] int64, the slot of each row's adapter; -1 for the base model.
+        num_adapted: rows in use that have an adapter.
     """
 
     def __init__(self, max_num_rows: int, *, max_num_tokens: int, max_num_blocks: int, num_groups: int) -> None:
@@ -34,6 +36,8 @@ class Rows:
         self.num_embedding = 0
         self.num_candidates = np.zeros(max_num_rows, np.int64)
         self.num_searching = 0
+        self.adapters = np.full(max_num_rows, -1, np.int64)
+        self.num_adapted = 0
 
     def add(self, new: NewRow) -> None:
         """Fill a row that is new or was released."""
@@ -42,15 +46,18 @@ class Rows:
         self.token_ids[row, :num_tokens] = new.token_ids
         self._set_task(row, embeds=new.task == "embed", pools_mean=new.task == "embed" and new.pooling == "mean")
         self._set_candidates(row, new.num_candidates)
+        self._set_adapter(row, -1 if new.adapter is None else new.adapter.slot)
         for group, block_ids in enumerate(new.block_ids):
             self.block_tables[group][row, : len(block_ids)] = block_ids
 
     def release(self, rows: Iterable[int]) -> None:
-        """Forget the tasks of rows whose sequences have left."""
+        """Forget the tasks and adapters of rows whose sequences have left."""
         for row in rows:
             self._set_task(row, embeds=False, pools_mean=False)
             if self.num_searching:
                 self._set_candidates(row, 0)
+            if self.num_adapted:
+                self._set_adapter(row, -1)
 
     def move(self, moves: Iterable[RowMove]) -> None:
         """Make rows copies of others where they have a source, and let each take its token."""
@@ -60,6 +67,7 @@ class Rows:
                 for table in self.block_tables:
                     table[row] = table[source]
                 self._set_candidates(row, int(self.num_candidates[source]))
+                self._set_adapter(row, int(self.adapters[source]))
             self.token_ids[row, position] = token_id
 
     def update(self, cached: Iterable[CachedRow]) -> None:
@@ -83,3 +91,7 @@ class Rows:
     def _set_candidates(self, row: int, num_candidates: int) -> None:
         self.num_searching += (num_candidates > 0) - int(self.num_candidates[row] > 0)
         self.num_candidates[row] = num_candidates
+
+    def _set_adapter(self, row: int, slot: int) -> None:
+        self.num_adapted += (slot >= 0) - int(self.adapters[row] >= 0)
+        self.adapters[row] = slot

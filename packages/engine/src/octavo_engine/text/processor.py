@@ -207,6 +207,7 @@ class TextProcessor:
         pooling: Pooling = "last",
         priority: int = 0,
         salt: bytes = b"",
+        adapter: str | None = None,
         parent: Parent | None = None,
         keep: bool = False,
     ) -> Request:
@@ -266,6 +267,7 @@ class TextProcessor:
             pooling=pooling,
             priority=priority,
             salt=salt,
+            adapter=adapter,
             parent=parent,
             keep=keep,
             grammar_seconds=grammar_seconds,

@@ -256,7 +256,7 @@ class GGUFSource(Source):
 
     @property
     def files_read(self) -> list[Path]:
-        return self.file.paths
+        return list(self.file.paths)
 
 
 class FolderSource(Source):

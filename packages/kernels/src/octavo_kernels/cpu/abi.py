@@ -23,6 +23,8 @@ class OpKind(IntEnum):
     NOISE_AT = 9
     SAMPLE_TOKENS = 10
     APPLY_TOKEN_BITMASK = 11
+    LORA_SHRINK = 12
+    LORA_EXPAND = 13
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -138,3 +140,21 @@ class ApplyTokenBitmaskArgs(ctypes.Structure):
     """Arguments of APPLY_TOKEN_BITMASK."""
 
     _fields_ = _fields("logits bitmask rows", "logits_stride bitmask_stride vocab_size")
+
+
+class LoraShrinkArgs(ctypes.Structure):
+    """Arguments of LORA_SHRINK."""
+
+    _fields_ = _fields(
+        "x a rows groups ranks out",
+        "x_stride num_tiles tile_rows num_spans span_inputs out_span_stride max_rank in_features a_dtype",
+    )
+
+
+class LoraExpandArgs(ctypes.Structure):
+    """Arguments of LORA_EXPAND."""
+
+    _fields_ = _fields(
+        "shrunk b rows groups ranks scales out",
+        "out_stride num_tiles tile_rows num_spans span_stride max_rank out_features b_dtype",
+    )

@@ -101,6 +101,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelList(BaseModel):

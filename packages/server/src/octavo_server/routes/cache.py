@@ -30,7 +30,9 @@ async def warm(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, CacheWarmBody)
     model = state.resolve_model(body.model)
-    requests = await warm_requests(body, state.engine.text, request_id=f"warm-{uuid.uuid4().hex}")
+    requests = await warm_requests(
+        body, state.engine.text, request_id=f"warm-{uuid.uuid4().hex}", adapter=state.adapter_of(model)
+    )
     outputs = await until_disconnect(request, _warm_all(state.engine, claim(requests)))
     data = [
         WarmedPrompt(
@@ -49,8 +51,10 @@ async def create_pin(request: Request) -> Response:
     """Compute a prompt, or the beginning of a chat, into the prefix cache and keep it there."""
     state = state_of(request)
     body = await read_body(request, CachePinBody)
-    state.resolve_model(body.model)
-    requests = await warm_requests(body, state.engine.text, request_id=f"pin-{uuid.uuid4().hex}", pin=True)
+    model = state.resolve_model(body.model)
+    requests = await warm_requests(
+        body, state.engine.text, request_id=f"pin-{uuid.uuid4().hex}", adapter=state.adapter_of(model), pin=True
+    )
     (pinning,) = claim(requests)
     return json_response(_wire(await until_disconnect(request, state.engine.pin(pinning))).model_dump())
 

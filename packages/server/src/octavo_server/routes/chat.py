@@ -36,7 +36,9 @@ async def create_chat_completion(request: Request) -> Response:
     model = state.resolve_model(body.model)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     text = state.engine.text
-    engine_request = await chat_request(body, text, request_id=completion_id, max_n=state.max_n)
+    engine_request = await chat_request(
+        body, text, request_id=completion_id, max_n=state.max_n, adapter=state.adapter_of(model)
+    )
     state.engine.check_ready()
     head = {
         "id": completion_id,

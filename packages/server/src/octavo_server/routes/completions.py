@@ -36,7 +36,9 @@ async def create_completion(request: Request) -> Response:
     model = state.resolve_model(body.model)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     text = state.engine.text
-    requests = await completion_requests(body, state.engine, request_id=completion_id, max_n=state.max_n)
+    requests = await completion_requests(
+        body, state.engine, request_id=completion_id, max_n=state.max_n, adapter=state.adapter_of(model)
+    )
     state.engine.check_ready()
     head = {
         "id": completion_id,

@@ -28,7 +28,9 @@ async def create_embeddings(request: Request) -> Response:
     body = await read_body(request, EmbeddingBody)
     body.check()
     model = state.resolve_model(body.model)
-    requests = await embedding_requests(body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}")
+    requests = await embedding_requests(
+        body, state.engine.text, request_id=f"embd-{uuid.uuid4().hex}", adapter=state.adapter_of(model)
+    )
     state.engine.check_ready()
     claimed = claim(requests)
     with state.admission.enter(len(requests)):

@@ -32,7 +32,7 @@ async def create_message(request: Request) -> Response:
     model = state.resolve_model(chat.model)
     message_id = f"msg_{uuid.uuid4().hex}"
     text = state.engine.text
-    engine_request = await chat_request(chat, text, request_id=message_id, max_n=1)
+    engine_request = await chat_request(chat, text, request_id=message_id, max_n=1, adapter=state.adapter_of(model))
     state.engine.check_ready()
     generation = Generation(state.engine, state.metrics, [engine_request], state.admission.enter(1))
     choice = Choice(0, engine_request.sampling, text.tokenizer)

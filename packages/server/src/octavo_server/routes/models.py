@@ -15,9 +15,10 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """List the names under which models are served."""
+    """List the names under which models are served, those of adapters behind them."""
     state = state_of(request)
-    return json_response({"object": "list", "data": [_card(state, name) for name in state.model_names]})
+    names = (*state.model_names, *(info.name for info in state.engine.adapters()))
+    return json_response({"object": "list", "data": [_card(state, name) for name in names]})
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -28,10 +29,12 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 
 
 def _card(state: ServerState, name: str) -> dict[str, Any]:
-    return {
+    """Describe a model; an adapter has a parent, its base."""
+    card = {
         "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "octavo",
         "max_model_len": state.engine.info.max_model_len,
     }
+    return card if name in state.model_names else card | {"parent": state.model_names[0]}

@@ -41,7 +41,7 @@ async def rerank(request: Request) -> Response:
     model, answer_id = state.resolve_model(body.model), f"rerank-{uuid.uuid4().hex}"
     texts = body.texts
     pairs = [(body.query, text) for text in texts]
-    scored = await _score(request, state, body, pairs, answer_id)
+    scored = await _score(request, state, body, pairs, answer_id, state.adapter_of(model))
     best = sorted(range(len(texts)), key=lambda place: (-scored.scores[place], place))[: body.top_n or None]
     shows = body.return_documents is not False
     results = [
@@ -67,7 +67,7 @@ async def score(request: Request) -> Response:
     model, answer_id = state.resolve_model(body.model), f"score-{uuid.uuid4().hex}"
     left, right = body.sides
     pairs = list(zip(left * len(right) if len(left) == 1 else left, right, strict=True))
-    scored = await _score(request, state, body, pairs, answer_id)
+    scored = await _score(request, state, body, pairs, answer_id, state.adapter_of(model))
     data = [ScoreData(index=index, score=value) for index, value in enumerate(scored.scores)]
     usage = ScoreUsage(prompt_tokens=scored.num_tokens, total_tokens=scored.num_tokens)
     answer = ScoreResponse(id=answer_id, created=int(time.time()), model=model, data=data, usage=usage)
@@ -87,10 +87,11 @@ async def _score(
     body: RerankBody | ScoreBody,
     pairs: Sequence[tuple[str, str]],
     request_id: str,
+    adapter: str | None,
 ) -> _Scores:
     """Embed the texts of pairs, each text once, and compare them."""
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    requests = await scored_requests(body, texts, state.engine.text, request_id=request_id)
+    requests = await scored_requests(body, texts, state.engine.text, request_id=request_id, adapter=adapter)
     state.engine.check_ready()
     claimed = claim(requests)
     with state.admission.enter(len(requests)):

@@ -40,7 +40,9 @@ async def create_response(request: Request) -> Response:
     responses = durable.store.responses
     earlier, own = await read_items(body, responses, owner)
     response_id = f"resp_{uuid.uuid4().hex}"
-    chat, engine_request = await response_request(body, earlier + own, state.engine.text, request_id=response_id)
+    chat, engine_request = await response_request(
+        body, earlier + own, state.engine.text, request_id=response_id, adapter=state.adapter_of(model)
+    )
     state.engine.check_ready()
     response = body.response(response_id, model=model, created_at=int(time.time()))
     run = ResponseRun(state, responses if body.stores else None, response, chat, engine_request)

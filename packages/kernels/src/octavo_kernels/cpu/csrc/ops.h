@@ -208,6 +208,44 @@ struct ApplyTokenBitmaskArgs {  // rows: masks
   int64_t vocab_size;
 };
 
+// ---- adapters -------------------------------------------------------------------------------------------------------
+
+struct LoraShrinkArgs {    // rows: of x
+  const float* x;          // [rows, in_features]
+  const void* a;           // [adapters, max_rank, in_features] contiguous
+  const int32_t* rows;     // [num_tiles, tile_rows], the rows of a tile; those that are no row are passed over
+  const int32_t* groups;   // [num_tiles], the adapter of a tile, below 0 for none
+  const int32_t* ranks;    // [adapters]
+  float* out;              // [num_spans, rows, max_rank]
+  int64_t x_stride;
+  int64_t num_tiles;
+  int64_t tile_rows;       // at most 128
+  int64_t num_spans;
+  int64_t span_inputs;
+  int64_t out_span_stride;
+  int64_t max_rank;
+  int64_t in_features;
+  int64_t a_dtype;
+};
+
+struct LoraExpandArgs {    // rows: of out
+  const float* shrunk;     // [num_spans, rows, max_rank]
+  const void* b;           // [adapters, max_rank, out_features] contiguous
+  const int32_t* rows;     // as for shrink
+  const int32_t* groups;
+  const int32_t* ranks;
+  const float* scales;     // [adapters]
+  float* out;              // [rows, out_features], added to
+  int64_t out_stride;
+  int64_t num_tiles;
+  int64_t tile_rows;
+  int64_t num_spans;
+  int64_t span_stride;
+  int64_t max_rank;
+  int64_t out_features;
+  int64_t b_dtype;
+};
+
 // ---- the table of ops: the number of each is part of the ABI --------------------------------------------------------
 
 enum class OpKind : int32_t {
@@ -223,6 +261,8 @@ enum class OpKind : int32_t {
   kNoiseAt = 9,
   kSampleTokens = 10,
   kApplyTokenBitmask = 11,
+  kLoraShrink = 12,
+  kLoraExpand = 13,
 };
 
 struct Op {
@@ -244,5 +284,7 @@ void noise(const NoiseArgs&, int64_t num_rows, Team&);
 void noise_at(const NoiseAtArgs&, int64_t num_values, Team&);
 void sample_tokens(const SampleTokensArgs&, int64_t num_rows, Team&);
 void apply_token_bitmask(const ApplyTokenBitmaskArgs&, int64_t num_masks, Team&);
+void lora_shrink(const LoraShrinkArgs&, int64_t num_rows, Team&);
+void lora_expand(const LoraExpandArgs&, int64_t num_rows, Team&);
 
 }  // namespace octavo

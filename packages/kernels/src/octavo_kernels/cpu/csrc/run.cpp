@@ -47,6 +47,10 @@ void run_op(const Op& op, const Step* step, Team& team) {
       return sample_tokens(*static_cast<const SampleTokensArgs*>(op.args), num_rows, team);
     case OpKind::kApplyTokenBitmask:
       return apply_token_bitmask(*static_cast<const ApplyTokenBitmaskArgs*>(op.args), num_rows, team);
+    case OpKind::kLoraShrink:
+      return lora_shrink(*static_cast<const LoraShrinkArgs*>(op.args), num_rows, team);
+    case OpKind::kLoraExpand:
+      return lora_expand(*static_cast<const LoraExpandArgs*>(op.args), num_rows, team);
   }
 }
 

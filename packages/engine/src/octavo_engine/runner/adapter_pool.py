@@ -1,0 +1,139 @@
+"""AdapterPool: the adapters that lie beside a model's weights, one in each slot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo_engine.adapters.info import AdapterTarget
+from octavo_engine.adapters.weights import AdapterWeights
+from octavo_engine.batch import AdapterSlot
+from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.linear_adapters import LinearAdapters, StepAdapters
+from octavo_engine.models.registry import Model
+from octavo_engine.runner.forward import Forward, Likeliest, OpByOp, make_forward
+from octavo_engine.runner.input_builder import InputBuilder
+from octavo_engine.runner.model_input import ModelInput
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """How many adapters a model holds, of which rank at most, and the dtype of their matrices."""
+
+    num_slots: int
+    max_rank: int
+    dtype: torch.dtype
+
+
+def adapter_targets(model: Model) -> dict[str, AdapterTarget]:
+    """Return the linears of a model that adapters may change, by their names in a checkpoint."""
+    return {
+        prefix + shard.name: AdapterTarget(linear.in_features, shard.num_rows, linear.has_bias)
+        for prefix, linear in model.linears()
+        for shard in linear.shards
+    }
+
+
+class AdapterPool:
+    """Gives every linear of a model room for adapters, and fills it as sequences need them.
+
+    Args:
+        model: whose linears are given the room; a pool that it had is replaced.
+        weights_of: returns the weights of a version.
+        options: how much room.
+        max_num_tokens: tokens that a step can compute.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights_of: Callable[[bytes], AdapterWeights],
+        options: PoolOptions,
+        *,
+        max_num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._weights_of = weights_of
+        self._device = device
+        self._versions: list[bytes | None] = [None] * options.num_slots
+        self._step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
+        self._linears: list[tuple[str, Linear, LinearAdapters]] = []
+        for prefix, linear in model.linears():
+            adapters = LinearAdapters(
+                linear.in_features,
+                linear.shards,
+                step=self._step,
+                num_slots=options.num_slots,
+                max_rank=options.max_rank,
+                dtype=options.dtype,
+                device=device,
+            )
+            linear.adapters = adapters
+            self._linears.append((prefix, linear, adapters))
+        self._op_by_op = AdaptedForward(OpByOp(model, model.greedy), self._step)
+        self._forward = self._op_by_op
+
+    def record(self, inputs: InputBuilder) -> None:
+        """Run steps in the fastest way from now on, on what an InputBuilder makes."""
+        with self._step.largest():
+            forward = make_forward(self._model, inputs, self._device)
+        self._forward = AdaptedForward(forward, self._step)
+
+    def ensure(self, wanted: AdapterSlot) -> None:
+        """Have a version in a slot; nothing is done if it lies there."""
+        slot, version = wanted
+        if self._versions[slot] == version:
+            return
+        weights = self._weights_of(version)
+        self._versions[slot] = None  # until all of it is there
+        for prefix, linear, adapters in self._linears:
+            adapters.fill(slot, weights, prefix, linear.bias)
+        self._versions[slot] = version
+
+    def forward(self, slots: NDArray[np.int64]) -> Forward:
+        """Return what runs a step whose tokens have these slots, -1 for the base model."""
+        has_biases = any(adapters.has_biases for _, _, adapters in self._linears)
+        return (self._op_by_op if has_biases else self._forward).of(slots)
+
+
+class AdaptedForward(Forward):
+    """Runs steps in which some tokens have adapters.
+
+    Args:
+        forward: runs the model.
+        step: what its linears look at.
+    """
+
+    def __init__(self, forward: Forward, step: StepAdapters) -> None:
+        self._forward = forward
+        self._step = step
+        self._slots: NDArray[np.int64] | None = None
+
+    def of(self, slots: NDArray[np.int64]) -> AdaptedForward:
+        """Take the slots of the next step's tokens, [num_tokens]."""
+        self._slots = slots
+        return self
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Run a step."""
+        assert self._slots is not None
+        with self._step.of(self._slots):
+            return self._forward(model_input)
+
+    def greedy(self, model_input: ModelInput) -> Likeliest:
+        """Run a step up to its arg-max."""
+        assert self._slots is not None
+        with self._step.of(self._slots):
+            return self._forward.greedy(model_input)
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Return what to open around a step."""
+        return self._forward.threads()
