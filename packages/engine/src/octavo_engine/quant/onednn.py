@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ROW_MULTIPLE = 16
+_PACKED_ROW_MULTIPLE = 16
+_ROWS_AT_ONCE = 32
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -34,14 +35,20 @@ def pack(weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = True) -> Tensor:
     """Return x [rows, in_features] times a weight, packed or not: [rows, out_features].
 
-    On a CPU the last bits of torch's products depend on how many rows there are, if there are fewer than 16 or a broken
-    number of sixteens. With `batch_invariant` such rows are filled up, so that a token's logits are the same in every
-    batch.
+    On a CPU the last bits of torch's products depend on how many rows there are. With `batch_invariant` they do not, so
+    that a token's logits are the same in every batch. A packed weight's products differ only below 16 rows and at broken
+    numbers of sixteens, which are filled up. Those of a plain weight differ elsewhere too (bfloat16 from 48 rows on,
+    float32 from 64), so all of them are made of products of 32 rows.
     """
+    if not batch_invariant or x.device.type != "cpu":
+        return _multiply(x, weight, bias)
     num_rows = len(x)
-    missing = -num_rows % _ROW_MULTIPLE if batch_invariant and x.device.type == "cpu" else 0
+    is_packed = weight.layout is not torch.strided
+    missing = -num_rows % (_PACKED_ROW_MULTIPLE if is_packed else _ROWS_AT_ONCE)
     filled = F.pad(x, (0, 0, 0, missing)) if missing else x
-    return _multiply(filled, weight, bias)[:num_rows]
+    if is_packed or len(filled) == _ROWS_AT_ONCE:
+        return _multiply(filled, weight, bias)[:num_rows]
+    return torch.cat([_multiply(rows, weight, bias) for rows in torch.split(filled, _ROWS_AT_ONCE)])[:num_rows]
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
