@@ -70,16 +70,16 @@ def wait_for(url, num_requests):
 
 
 def test_requests_in_progress_end_and_new_ones_are_told_to_go_elsewhere():
-    with server() as (process, url), httpx2.Client() as idle:
+    with server(pace=0.5) as (process, url), httpx2.Client() as client:
         posts = [Posted(url), Posted(url, stream=True)]
         wait_for(url, 2)
-        assert idle.get(f"{url}/ready").status_code == 200
+        assert client.get(f"{url}/ready").status_code == 200
         process.send_signal(signal.SIGTERM)
-        while (ready := httpx2.get(f"{url}/ready")).status_code == 200:
+        while (ready := client.get(f"{url}/ready")).status_code == 200:
             pass
         assert ready.status_code == 503
-        assert httpx2.get(f"{url}/health").status_code == 200
-        refused = httpx2.post(f"{url}{TEXT}", json={"prompt": "b"})
+        assert client.get(f"{url}/health").status_code == 200
+        refused = client.post(f"{url}{TEXT}", json={"prompt": "b"})
         assert (refused.status_code, refused.headers["connection"]) == (503, "close")
         assert refused.json()["error"]["code"] == "shutting_down"
         assert int(refused.headers["retry-after"]) > 0
