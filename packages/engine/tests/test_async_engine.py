@@ -1,6 +1,7 @@
 """The asyncio front end on a fake model whose tokens are letters."""
 
 import asyncio
+import sys
 import threading
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -174,16 +175,33 @@ def request(engine: AsyncEngine, prompt: str, request_id: str = "r", **sampling)
     return engine.text.make_request(ids, SamplingParams(temperature=0, **sampling), request_id=request_id)
 
 
+@pytest.fixture(params=["generate", "run"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to read an answer bring the same: `collect` takes them in turn."""
+    monkeypatch.setattr(sys.modules[__name__], "READ", request.param)
+
+
+READ = "generate"
+
+
 async def collect(engine: AsyncEngine, own) -> dict[int, tuple[str, FinishReason, str | int | None]]:
     texts: dict[int, str] = {}
     ends = {}
-    async with aclosing(engine.generate(own)) as stream:
-        async for deltas in stream:
-            for delta in deltas:
-                texts[delta.index] = texts.get(delta.index, "") + delta.text
-                if delta.finish_reason is not None:
-                    assert delta.index not in ends
-                    ends[delta.index] = (delta.finish_reason, delta.stop_reason)
+
+    def take(deltas):
+        assert deltas
+        for delta in deltas:
+            texts[delta.index] = texts.get(delta.index, "") + delta.text
+            if delta.finish_reason is not None:
+                assert delta.index not in ends
+                ends[delta.index] = (delta.finish_reason, delta.stop_reason)
+
+    if READ == "run":
+        await engine.run(own, take)
+    else:
+        async with aclosing(engine.generate(own)) as stream:
+            async for deltas in stream:
+                take(deltas)
     return {i: (texts[i], *ends[i]) for i in ends}
 
 
@@ -264,6 +282,24 @@ def test_cancelling_the_reader_aborts_the_request(engine, gate):
 
     asyncio.run(main())
     assert engine.stats().num_generation_tokens <= 1
+
+
+def test_an_answer_that_cannot_be_taken_ends_that_request_alone(engine, gate):
+    def refuse(deltas):
+        raise ValueError("no room")
+
+    async def main():
+        gate.allow_only(1)
+        failing = asyncio.create_task(engine.run(request(engine, "a", max_tokens=30, ignore_eos=True), refuse))
+        other = asyncio.create_task(collect(engine, request(engine, "b", "other", max_tokens=20)))
+        with pytest.raises(ValueError, match="no room"):
+            await failing
+        gate.open()
+        assert (await other)[0][0] == "cdefghijklmnopqrstuv"
+        await until_idle(engine)
+
+    asyncio.run(main())
+    assert engine.stats().finished == {"abort": 1, "length": 1}
 
 
 def test_a_request_id_in_use_is_refused(engine, gate):

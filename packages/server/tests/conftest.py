@@ -4,8 +4,8 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -213,7 +213,12 @@ class FakeEngine:
     async def timeline(self, request_id: str) -> RequestTimeline | None:
         return self.timelines.get(request_id)
 
-    async def generate(self, request: Request) -> AsyncIterator[list[CompletionDelta]]:
+    async def run(self, request: Request, take: Callable[[list[CompletionDelta]], None]) -> None:
+        async with aclosing(self.generate(request)) as batches:
+            async for batch in batches:
+                take(batch)
+
+    async def generate(self, request: Request) -> AsyncGenerator[list[CompletionDelta]]:
         self.check_ready()
         self.requests.append(request)
         self.num_running += 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 from contextlib import ExitStack
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from octavo_client import Extras, Octavo
 from octavo_engine.errors import InvalidConfig
 from octavo_server import serving
+from octavo_server.outlet import Outlet
 from octavo_server.serving import listen
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -279,3 +281,34 @@ def test_a_port_in_use_is_a_clear_error():
 def test_an_address_that_cannot_be_used_is_a_clear_error(host, port):
     with pytest.raises(InvalidConfig, match="cannot listen on"):
         listen(host, port)
+
+
+def test_a_reader_that_pauses_misses_nothing(engine, serve, wait_until, monkeypatch):
+    waits = []
+    send_unsent = Outlet._send_unsent
+    monkeypatch.setattr(Outlet, "_send_unsent", lambda outlet: waits.append(1) or send_unsent(outlet))
+    url = serve(engine)
+    engine.replies = ["".join(f" {i}" for i in range(150))]
+    body = {
+        "prompt": list("abcdef"),
+        "max_tokens": 150,
+        "logprobs": 20,
+        "n": 8,
+        "return_token_ids": True,
+    }  # more than sockets hold
+    expected = httpx2.post(f"{url}{TEXT}", json=body).json()["choices"]
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((urlsplit(url).hostname, urlsplit(url).port))
+    with connection:
+        connection.sendall(raw_request(TEXT, body | {"stream": True}))
+        wait_until(lambda: engine.num_running == 0)
+        received = b""
+        while b"data: [DONE]" not in received[-100:]:
+            received += connection.recv(65536)
+    texts = [""] * 48
+    for line in re.findall(rb"data: (\{.*\})", received):
+        (choice,) = json.loads(line)["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in expected]
+    assert waits  # the connection was full

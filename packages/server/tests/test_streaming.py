@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from octavo_server.streaming import ChunkWriter, EventStream, to_json
+from octavo_server.streaming import ChunkWriter, EventStream, drawn_from, to_json
 
 USER = {"role": "user", "content": "hi"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -208,7 +208,7 @@ def test_silence_is_filled_with_comments():
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        await EventStream(events(), keep_alive=0.01)({"type": "http"}, receive, send)
+        await EventStream(drawn_from(events()), keep_alive=0.01)({"type": "http"}, receive, send)
         return sent
 
     sent = asyncio.run(run())

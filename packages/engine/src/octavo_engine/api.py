@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -111,6 +111,15 @@ class EngineClient(Protocol):
             RequestFailed: if the engine could not compute this request.
             UnknownAdapter, InvalidAdapter: if its adapter is not served, or could not be read again.
             EngineDead: if the engine has stopped.
+        """
+        ...
+
+    async def run(self, request: Request, take: Callable[[list[CompletionDelta]], None]) -> None:
+        """Run a request to its end; `take` is called on this event loop with what is new as soon as it comes.
+
+        It brings what `generate` would, and costs less: no task wakes for it. `take` must return at once. An exception
+        that it raises aborts the request and is raised here; so does cancelling the caller's task. The same errors as
+        `generate`.
         """
         ...
 

@@ -19,12 +19,13 @@ from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
 from octavo_engine.errors import EngineAsleep, EngineDead, EngineError, InvalidRequest, RequestFailed
-from octavo_engine.mailbox import Letter, Mailbox, post
+from octavo_engine.mailbox import Letter, Mailbox, Reader, post
 from octavo_engine.pins import Pin
+from octavo_engine.relay import Relay
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.standby import MemoryReport, SleepMode
 from octavo_engine.stats import collect_stats
-from octavo_engine.text.assemble import make_assembler
+from octavo_engine.text.answer import AnswerText
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.timeline import RequestTimeline
 from octavo_engine.types import CompletionDelta, EmbeddingOutput, FinishReason, Request, SequenceUpdate, WarmOutput
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from octavo_engine.config import EngineConfig
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Reader)
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class AsyncEngine:
         self._engine = engine
         self._text = text
         self._info = info
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._readers: dict[str, Reader] = {}
         self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
         self._answers: set[Future[Any]] = set()  # asked for and not given
         self._waiting_for_idle: list[Future[None]] = []
@@ -93,22 +95,21 @@ class AsyncEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[list[CompletionDelta]]:
         """Run a request; yield what is new as it comes. See `EngineClient.generate`."""
-        stream = self._text.stream(request)
-        assembler = make_assembler(request.sampling)
-        async with self._submitted(request) as mailbox:
-            while not stream.finished:
-                deltas = []
-                for update in await mailbox.take():
-                    delta = stream.push(update)
-                    if delta is None:
-                        continue
-                    if update.finish_reason is None and delta.finish_reason is not None:
-                        self._abort(request.request_id, delta.index)  # a stop string, which the engine cannot see
-                    deltas.append(delta)
-                if assembler is not None:
-                    deltas = assembler.take(deltas)
-                if deltas:
+        answer = self._answer_text(request)
+        async with self._submitted(request, Mailbox(asyncio.get_running_loop())) as mailbox:
+            while not answer.finished:
+                if deltas := answer.push(await mailbox.take()):
                     yield deltas
+
+    async def run(self, request: Request, take: Callable[[list[CompletionDelta]], None]) -> None:
+        """Run a request to its end; `take` is given what is new as it comes. See `EngineClient.run`."""
+        loop = asyncio.get_running_loop()
+        relay = Relay(loop, self._answer_text(request), take, loop.create_future())
+        async with self._submitted(request, relay):
+            await relay.ended
+
+    def _answer_text(self, request: Request) -> AnswerText:
+        return AnswerText(self._text, request, lambda index: self._abort(request.request_id, index))
 
     async def embed(self, request: Request) -> EmbeddingOutput:
         """Run a request with task `embed`."""
@@ -120,7 +121,7 @@ class AsyncEngine:
 
     async def _pooled(self, request: Request) -> SequenceUpdate:
         """Run a request with task `embed` to its end; return the update that has the vector."""
-        async with self._submitted(request) as mailbox:
+        async with self._submitted(request, Mailbox(asyncio.get_running_loop())) as mailbox:
             while True:
                 for update in await mailbox.take():
                     if update.pooled is not None:
@@ -252,29 +253,29 @@ class AsyncEngine:
             self._watchdog.close()
 
     @contextlib.asynccontextmanager
-    async def _submitted(self, request: Request) -> AsyncIterator[Mailbox]:
+    async def _submitted(self, request: Request, reader: R) -> AsyncIterator[R]:
+        """Run a request, whose updates a reader gets; it is aborted if it has not ended at the end of the block."""
         self.check_health()
         if request.adapter is not None:
             await self._adapters.prepare(request.adapter)
         request_id = request.request_id
-        if request_id in self._mailboxes:
+        if request_id in self._readers:
             raise RequestFailed(f"request id {request_id!r} is in use; ids must be unique among running requests")
-        mailbox = Mailbox(asyncio.get_running_loop())
-        self._mailboxes[request_id] = mailbox
+        self._readers[request_id] = reader
         try:
-            self.check_health()  # again: a loop that ended before the mailbox stood there cannot have told it
-            self._do(lambda: self._add(request, mailbox))
-            yield mailbox
+            self.check_health()  # again: a loop that ended before the reader stood there cannot have told it
+            self._do(lambda: self._add(request, reader))
+            yield reader
         finally:
-            del self._mailboxes[request_id]
+            del self._readers[request_id]
             self._abort(request_id, None)  # unknown to the engine if it has ended
 
-    def _add(self, request: Request, mailbox: Mailbox) -> None:
-        """Queue a request, in the engine's thread; whoever reads its mailbox is told if it is refused."""
+    def _add(self, request: Request, reader: Reader) -> None:
+        """Queue a request, in the engine's thread; its reader is told if it is refused."""
         try:
             self._engine.add(request)
         except (EngineAsleep, InvalidRequest) as error:
-            post(mailbox.loop, [(mailbox, error)])
+            post(reader.loop, [(reader, error)])
 
     def _abort(self, request_id: str, index: int | None) -> None:
         self._command(lambda: self._engine.abort(request_id, index))
@@ -334,8 +335,8 @@ class AsyncEngine:
             _log.exception("the engine loop stopped")
             self._dead = EngineDead(f"the engine stopped: {type(error).__name__}: {error}")
         self._dead = self._dead or EngineDead("the engine was closed")
-        for mailbox in list(self._mailboxes.values()):
-            post(mailbox.loop, [(mailbox, self._dead)])
+        for reader in list(self._readers.values()):
+            post(reader.loop, [(reader, self._dead)])
         for answer in list(self._answers):
             if not answer.done():
                 answer.set_exception(self._dead)
@@ -369,17 +370,17 @@ class AsyncEngine:
         error = EngineAsleep("the request was ended because the engine was put to sleep or given other weights")
         for request_id in self._engine.scheduler.request_ids:
             self._engine.abort(request_id)
-            if (mailbox := self._mailboxes.get(request_id)) is not None:
-                post(mailbox.loop, [(mailbox, error)])
+            if (reader := self._readers.get(request_id)) is not None:
+                post(reader.loop, [(reader, error)])
 
     def _deliver(self, updates: list[SequenceUpdate]) -> None:
         """Hand a step's updates over, in one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
         for update in updates:
-            mailbox = self._mailboxes.get(update.request_id)
-            if mailbox is None or update.finish_reason is FinishReason.ABORT:
+            reader = self._readers.get(update.request_id)
+            if reader is None or update.finish_reason is FinishReason.ABORT:
                 continue  # whoever aborted does not wait for an answer
-            by_loop.setdefault(mailbox.loop, []).append((mailbox, update))
+            by_loop.setdefault(reader.loop, []).append((reader, update))
         for loop, letters in by_loop.items():
             post(loop, letters)
 

@@ -1,4 +1,4 @@
-"""Mailbox: how what the engine's thread brings reaches the task that reads it, with one call a step into its loop."""
+"""How what the engine's thread brings reaches its readers, with one call a step into each event loop; and Mailbox."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from octavo_engine.errors import EngineError
 from octavo_engine.types import SequenceUpdate
 
 
+class Reader(Protocol):
+    """Whoever reads a request's updates."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def put(self, update: SequenceUpdate | EngineError) -> None:
+        """Take an update, or the error that ends the request; called on the loop only."""
+        ...
+
+
 @dataclass(slots=True)
 class Mailbox:
-    """Where a request's updates are put for its reader; filled on the reader's event loop only."""
+    """Where a request's updates are kept until a task takes them; filled on the task's event loop only."""
 
     loop: asyncio.AbstractEventLoop
     updates: list[SequenceUpdate | EngineError] = field(default_factory=list)
@@ -39,15 +50,15 @@ class Mailbox:
         return updates
 
 
-Letter = tuple[Mailbox, SequenceUpdate | EngineError]
+Letter = tuple[Reader, SequenceUpdate | EngineError]
 
 
 def post(loop: asyncio.AbstractEventLoop, letters: Sequence[Letter]) -> None:
-    """Put letters into mailboxes of a loop, from any thread."""
+    """Give letters to readers of a loop, from any thread."""
     with contextlib.suppress(RuntimeError):  # the readers' event loop has closed: nobody is left to tell
         loop.call_soon_threadsafe(_put, letters)
 
 
 def _put(letters: Sequence[Letter]) -> None:
-    for mailbox, update in letters:
-        mailbox.put(update)
+    for reader, update in letters:
+        reader.put(update)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import aclosing
 from typing import NamedTuple
 
 from octavo_engine.text.tokenizer import Tokenizer
@@ -90,8 +89,10 @@ def pieces(choices: Sequence[Choice], deltas: ChoiceDeltas) -> list[Piece]:
 
 async def whole(generation: Generation, choices: Sequence[Choice]) -> list[Piece]:
     """Run a generation to its end and return its choices in order: all, but where a beam search found fewer."""
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for index, delta in batch:
-                choices[index].push(delta)
+
+    def take(batch: ChoiceDeltas) -> None:
+        for index, delta in batch:
+            choices[index].push(delta)
+
+    await generation.run(take)
     return [choice.take() for choice in choices if choice.ended]

@@ -88,7 +88,7 @@ class RequestContext:
         assert task is not None
         request_id = _request_id(scope)
         wire = _Wire(receive, send, request_id)
-        exchange = Exchange(request_id, task, wire.send)
+        exchange = Exchange(request_id, task)
         exchange.begin()
         try:
             await self._serve(exchange, wire, scope)

@@ -8,8 +8,6 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from starlette.types import Send
-
 from octavo_engine.types import Request, RequestTimes
 from octavo_server.errors import ApiError
 from octavo_server.keys import ApiKey
@@ -46,8 +44,6 @@ class Exchange:
     Attributes:
         request_id: the caller's, or one that was made.
         task: serves it.
-        send: takes the parts of an answer that has begun, past the layers that look at its start alone; None if
-            there is no such way.
         key: whom the request comes from; None if no key is needed and none was sent.
         is_admin: whether it came with the admin key.
         budget: what is left of the key's limits; None if it has none.
@@ -58,7 +54,6 @@ class Exchange:
 
     request_id: str
     task: asyncio.Task[None]
-    send: Send | None = None
     key: ApiKey | None = None
     is_admin: bool = False
     budget: KeyBudget | None = None

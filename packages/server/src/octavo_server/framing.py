@@ -25,6 +25,10 @@ class QuickConnection(h11.Connection):
         self._chunks = bool(event.data) and framed == _chunk(event.data)
         return framed
 
+    def frame(self, data: bytes) -> bytes:
+        """Return a part of an answer that has begun as bytes."""
+        return _chunk(data) if self._chunks and data else self.send(h11.Data(data=data)) or b""
+
 
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +22,8 @@ WIRE_REASONS = (FinishReason.STOP, FinishReason.LENGTH)
 
 ChoiceDeltas = list[tuple[int, CompletionDelta]]
 """(number of the choice in the HTTP answer, what is new in it)"""
+
+Take = Callable[[ChoiceDeltas], None]
 
 T = TypeVar("T")
 
@@ -81,28 +82,47 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
         }
 
-    def deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
-        """Run the requests; closing this generator aborts those that have not ended.
+    async def run(self, take: Take) -> None:
+        """Run the requests to their ends; `take` is called with what is new as it comes. Cancelling aborts them.
 
         Raises:
             RequestFailed: if the engine could not compute one of them; the others are aborted.
             EngineDead: if the engine has stopped.
+            Exception: what `take` raised; all are aborted.
         """
-        if self._prompt_only and self._requests[0].sampling.prompt_logprobs is None:
-            return self._run_none()
-        # Every token of every stream passes here: no generator lies between the engine's and the caller.
-        return self._run(0, self._ticket) if len(self._requests) == 1 else self._run_all()
-
-    async def _run_none(self) -> AsyncGenerator[ChoiceDeltas, None]:
         with self._ticket:
-            yield [(choice, _empty(choice)) for choice in range(self.num_choices)]
+            if self._prompt_only and self._requests[0].sampling.prompt_logprobs is None:
+                take([(choice, _empty(choice)) for choice in range(self.num_choices)])
+            elif len(self._requests) == 1:
+                await self._run(0, take)
+            else:
+                await self._run_all(take)
 
-    async def _run(self, place: int, ticket: AbstractContextManager[object]) -> AsyncGenerator[ChoiceDeltas, None]:
+    async def deltas(self) -> AsyncGenerator[ChoiceDeltas, None]:
+        """Run the requests and yield what is new, for those who wait in between; the same errors as `run`."""
+        queue: asyncio.Queue[ChoiceDeltas | None] = asyncio.Queue()
+        work = asyncio.create_task(self.run(queue.put_nowait))
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (deltas := await queue.get()) is not None:
+                yield deltas
+            work.result()
+        finally:
+            await cancel_all([work])
+
+    async def _run_all(self, take: Take) -> None:
+        tasks = [asyncio.create_task(self._run(place, take)) for place in range(len(self._requests))]
+        try:
+            for task in asyncio.as_completed(tasks):
+                await task
+        finally:
+            await cancel_all(tasks)
+
+    async def _run(self, place: int, take: Take) -> None:
         request = self._requests[place]
-        with ticket, self._metrics.track(request) as track:
-            async with aclosing(self._engine.generate(request)) as batches:
-                async for batch in batches:
-                    yield self._observed(place, batch, track)
+        with self._metrics.track(request) as track:
+            # Every token of every stream passes here.
+            await self._engine.run(request, lambda batch: take(self._observed(place, batch, track)))
 
     def _observed(self, place: int, batch: list[CompletionDelta], track: RequestTrack) -> ChoiceDeltas:
         """Count what came of one request; return it with the numbers of its choices."""
@@ -122,34 +142,6 @@ class Generation:
             self._num_cached_tokens[place] = max(self._num_cached_tokens[place], delta.cached.total)
             observed.append((choice, delta))
         return observed
-
-    async def _run_all(self) -> AsyncGenerator[ChoiceDeltas, None]:
-        queue: asyncio.Queue[ChoiceDeltas | Exception | None] = asyncio.Queue()
-
-        async def read(place: int) -> None:
-            try:
-                async with aclosing(self._run(place, nullcontext())) as stream:
-                    async for deltas in stream:
-                        queue.put_nowait(deltas)
-            except Exception as error:  # raised again by the reader of the queue
-                queue.put_nowait(error)
-            else:
-                queue.put_nowait(None)
-
-        with self._ticket:
-            readers = [asyncio.create_task(read(place)) for place in range(len(self._requests))]
-            try:
-                num_open = len(readers)
-                while num_open:
-                    item = await queue.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    if item is None:
-                        num_open -= 1
-                    else:
-                        yield item
-            finally:
-                await cancel_all(readers)
 
 
 def claim(requests: Sequence[Request]) -> Sequence[Request]:

@@ -8,14 +8,15 @@ import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from octavo_engine.errors import InvalidConfig
 from octavo_server.config import DRAIN_SECONDS
@@ -23,6 +24,7 @@ from octavo_server.drain import Drain
 from octavo_server.endpoint import Endpoint, Tls
 from octavo_server.errors import ApiError
 from octavo_server.framing import QuickConnection
+from octavo_server.outlet import WRITE_NOW
 
 HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 20.0
@@ -39,7 +41,21 @@ class _Http(H11Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.conn = QuickConnection(h11.SERVER, HEADER_BYTES)
+        self.conn: QuickConnection = QuickConnection(h11.SERVER, HEADER_BYTES)
+        self._application, self.app = self.app, self._serve
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with a way to send parts of its answer without a task that waits for each."""
+        scope["extensions"] = {**scope.get("extensions", {}), WRITE_NOW: partial(self._write_now, self.cycle)}
+        await self._application(scope, receive, send)
+
+    def _write_now(self, cycle: RequestResponseCycle, part: bytes) -> bool:
+        if cycle.disconnected:
+            return True  # nobody is there to read it
+        if self.flow.write_paused or cycle.response_complete or cycle.scope["method"] == "HEAD":
+            return False
+        self.transport.write(self.conn.frame(part))
+        return True
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from octavo_server.errors import ApiError, to_api_error
 from octavo_server.exchange import current_exchange
 from octavo_server.generation import cancel_all, wait_for_disconnect
+from octavo_server.outlet import WRITE_NOW, Outlet
 from octavo_server.protocol.generation import StreamOptions
 
 DONE = b"data: [DONE]\n\n"
@@ -70,13 +71,29 @@ class ChunkWriter:
         return self._head + b'],"usage":' + to_json(self._usage()) + b"}\n\n" + DONE
 
 
+Produce = Callable[[Outlet], Awaitable[None]]
+"""Writes the events of a stream and returns at its end; cancelled when the client leaves."""
+
+
+def drawn_from(events: AsyncGenerator[bytes, None]) -> Produce:
+    """Let a generator make the events, each when the one before has been sent."""
+
+    async def produce(outlet: Outlet) -> None:
+        async with aclosing(events):
+            async for event in events:
+                outlet.write(event)
+                await outlet.drained()
+
+    return produce
+
+
 class EventStream(Response):
-    """A response of server-sent events; when the client leaves, the events' generator is closed at once.
+    """A response of server-sent events; when the client leaves, whoever produces them is cancelled at once.
 
     An error after the start becomes one last event in OpenAI's error shape, without an end mark.
 
     Args:
-        events: whole events, as bytes.
+        produce: writes whole events, as bytes.
         keep_alive: seconds of silence after which a comment is sent.
         error_event: writes an error after the start.
     """
@@ -85,62 +102,52 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
+        produce: Produce,
         *,
         keep_alive: float,
         error_event: Callable[[ApiError], bytes] = lambda error: b"data: " + to_json(error.body()) + b"\n\n",
     ) -> None:
         self._error_event = error_event
-        self._events = events
+        self._produce = produce
         self._keep_alive = keep_alive
-        self._clock = asyncio.get_running_loop().time
-        self._last_sent = 0.0
         self.status_code = 200
         self.background = None
         self.body = b""
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         exchange = current_exchange()
-        if exchange is not None and exchange.send is not None:
-            send = exchange.send  # every token passes there
-        self._last_sent = self._clock()
-        pump = asyncio.create_task(self._pump(send))
-        others = [asyncio.create_task(wait_for_disconnect(receive)), asyncio.create_task(self._ping(send))]
+        outlet = Outlet(send, scope.get("extensions", {}).get(WRITE_NOW))
+        work = asyncio.create_task(self._work(outlet))
+        others = [asyncio.create_task(wait_for_disconnect(receive)), asyncio.create_task(self._ping(outlet))]
         try:
-            await asyncio.wait({pump, others[0]}, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
+            await asyncio.wait({work, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
         except asyncio.CancelledError:
             if exchange is not None and exchange.ended_by is not None:  # the client is there, and is told why
-                await cancel_all([pump, *others])
-                await self._end(send, exchange.ended_by)
+                await cancel_all([work, *others])
+                outlet.close()
+                await outlet.end(self._error_event(exchange.ended_by))
             raise
         finally:
-            await cancel_all([pump, *others])
+            await cancel_all([work, *others])
+            outlet.close()
 
-    async def _pump(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            try:
-                async for event in events:
-                    self._last_sent = self._clock()
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except Exception as error:  # the boundary: the status is sent, so the error becomes an event
-                await self._end(send, to_api_error(error))
-                return
-        await self._end(send)
+    async def _work(self, outlet: Outlet) -> None:
+        last = b""
+        try:
+            await self._produce(outlet)
+        except Exception as error:  # the boundary: the status is sent, so the error becomes an event
+            last = self._error_event(to_api_error(error))
+        await outlet.end(last)
 
-    async def _end(self, send: Send, error: ApiError | None = None) -> None:
-        self._last_sent = self._clock()
-        event = b"" if error is None else self._error_event(error)
-        await send({"type": "http.response.body", "body": event, "more_body": False})
-
-    async def _ping(self, send: Send) -> None:
+    async def _ping(self, outlet: Outlet) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
-            silence = self._clock() - self._last_sent
+            silence = clock() - outlet.last_sent
             if silence >= self._keep_alive:
-                self._last_sent = self._clock()
-                await send({"type": "http.response.body", "body": _PING, "more_body": True})
+                outlet.write(_PING)
             await asyncio.sleep(self._keep_alive - min(silence, self._keep_alive) or self._keep_alive)

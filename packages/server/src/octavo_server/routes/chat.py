@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,9 +14,10 @@ from octavo_engine.text.processor import TextProcessor
 from octavo_engine.types import Request as EngineRequest
 from octavo_server.chat_answers import ChatAnswer
 from octavo_server.choices import Choice, Piece, pieces, whole
-from octavo_server.generation import Generation, until_disconnect
+from octavo_server.generation import ChoiceDeltas, Generation, until_disconnect
 from octavo_server.logprobs import TokenNames, chat_logprobs
 from octavo_server.mapping import chat_request
+from octavo_server.outlet import Outlet
 from octavo_server.prompt_logprobs import listed
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.chat import ChatBody
@@ -54,8 +54,8 @@ async def create_chat_completion(request: Request) -> Response:
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
         prompt_ids = engine_request.prompt_token_ids if body.return_token_ids else None
-        events = _events(generation, choices, answers, writer, names, prompt_ids)
-        return EventStream(events, keep_alive=state.settings.keep_alive)
+        produce = partial(_stream, generation, choices, answers, writer, names, prompt_ids)
+        return EventStream(produce, keep_alive=state.settings.keep_alive)
     ended = await until_disconnect(request, whole(generation, choices))
     shown = [_choice(piece, answers[piece.index], names) for piece in ended]
     extras: dict[str, Any] = {}
@@ -74,31 +74,37 @@ def _answer_of(body: ChatBody, request: EngineRequest, text: TextProcessor) -> C
     return ChatAnswer(parser, names_call=use is not None and use.choice == "named")
 
 
-async def _events(
+async def _stream(
     generation: Generation,
     choices: list[Choice],
     answers: list[ChatAnswer],
     writer: ChunkWriter,
     names: TokenNames,
     prompt_token_ids: list[int] | None,
-) -> AsyncGenerator[bytes, None]:
+    outlet: Outlet,
+) -> None:
     """Stream the choices; `prompt_token_ids` None means that token ids are not wanted."""
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for piece in pieces(choices, batch):
-                if piece.begins:
-                    members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
-                    yield writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members)
-                deltas, reason = answers[piece.index].deltas(piece)
-                *before, last = deltas or [{}]
-                logprobs = _logprobs(piece, names) if piece.text else None
-                for delta in before:
-                    yield writer.chunk(_chunk(piece.index, delta))
-                if not last and reason is None and logprobs is None and prompt_token_ids is None:
-                    continue  # the text is held back, for it may be the beginning of a mark
-                chunk = _chunk(piece.index, last, logprobs, reason)
-                yield writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids})
-    yield writer.end()
+
+    def write(piece: Piece) -> None:
+        if piece.begins:
+            members = {} if prompt_token_ids is None or piece.index else {"prompt_token_ids": prompt_token_ids}
+            outlet.write(writer.chunk(_chunk(piece.index, {"role": "assistant", "content": ""}), members))
+        deltas, reason = answers[piece.index].deltas(piece)
+        *before, last = deltas or [{}]
+        logprobs = _logprobs(piece, names) if piece.text else None
+        for delta in before:
+            outlet.write(writer.chunk(_chunk(piece.index, delta)))
+        if not last and reason is None and logprobs is None and prompt_token_ids is None:
+            return  # the text is held back, for it may be the beginning of a mark
+        chunk = _chunk(piece.index, last, logprobs, reason)
+        outlet.write(writer.chunk(chunk if prompt_token_ids is None else chunk | {"token_ids": piece.token_ids}))
+
+    def take(batch: ChoiceDeltas) -> None:
+        for piece in pieces(choices, batch):
+            write(piece)
+
+    await generation.run(take)
+    outlet.write(writer.end())
 
 
 def _chunk(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,9 +14,10 @@ from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer
 from octavo_engine.types import Request as EngineRequest
 from octavo_server.choices import Choice, Piece, pieces, whole
-from octavo_server.generation import Generation, until_disconnect
+from octavo_server.generation import ChoiceDeltas, Generation, until_disconnect
 from octavo_server.logprobs import TokenNames, completion_logprobs
 from octavo_server.mapping import completion_requests
+from octavo_server.outlet import Outlet
 from octavo_server.prompt_logprobs import echo_logprobs, listed
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.completions import CompletionBody
@@ -57,7 +57,7 @@ async def create_completion(request: Request) -> Response:
     answer = _Answer(body, generation, requests, _echoes(body, requests, text), text.tokenizer)
     if body.stream:
         writer = ChunkWriter(head, body.stream_options, generation.usage)
-        return EventStream(answer.events(writer), keep_alive=state.settings.keep_alive)
+        return EventStream(partial(answer.stream, writer), keep_alive=state.settings.keep_alive)
     choices = await until_disconnect(request, answer.whole())
     return json_response(head | {"choices": choices, "usage": generation.usage()})
 
@@ -87,15 +87,16 @@ class _Answer:
     async def whole(self) -> list[dict[str, Any]]:
         return [self._whole_choice(piece) for piece in await whole(self._generation, self._choices)]
 
-    async def events(self, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
-        async with aclosing(self._generation.deltas()) as batches:
-            async for batch in batches:
-                for piece in pieces(self._choices, batch):
-                    echo = self._echoes[piece.index]
-                    if piece.begins and (echo or self._body.return_token_ids):
-                        yield writer.chunk(self._beginning(piece.index))
-                    yield writer.chunk(self._choice(piece, start=len(echo)))
-        yield writer.end()
+    async def stream(self, writer: ChunkWriter, outlet: Outlet) -> None:
+        def take(batch: ChoiceDeltas) -> None:
+            for piece in pieces(self._choices, batch):
+                echo = self._echoes[piece.index]
+                if piece.begins and (echo or self._body.return_token_ids):
+                    outlet.write(writer.chunk(self._beginning(piece.index)))
+                outlet.write(writer.chunk(self._choice(piece, start=len(echo))))
+
+        await self._generation.run(take)
+        outlet.write(writer.end())
 
     def _beginning(self, index: int) -> dict[str, Any]:
         """Return what stands in a stream before the text of a choice: the prompt."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -13,8 +12,9 @@ from starlette.responses import Response
 
 from octavo_engine.types import Request as EngineRequest
 from octavo_server.errors import ApiError
-from octavo_server.generation import Generation, until_disconnect
+from octavo_server.generation import ChoiceDeltas, Generation, until_disconnect
 from octavo_server.mapping import generate_request
+from octavo_server.outlet import Outlet
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.generate import GenerateBody
 from octavo_server.protocol.generation import MAX_STOP_STRINGS
@@ -88,10 +88,11 @@ async def _begin(
 async def _whole(
     body: GenerateBody, request: EngineRequest, generation: Generation, texts: list[GeneratedText]
 ) -> dict[str, Any]:
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for index, delta in batch:
-                texts[index].push(delta)
+    def take(batch: ChoiceDeltas) -> None:
+        for index, delta in batch:
+            texts[index].push(delta)
+
+    await generation.run(take)
     best, *others = sorted(texts, key=lambda text: -text.logprob_sum)
     answer: dict[str, Any] = {"generated_text": best.text}
     if body.options.details:
@@ -109,28 +110,28 @@ async def _whole(
 def _stream(
     state: ServerState, body: GenerateBody, request: EngineRequest, generation: Generation, texts: list[GeneratedText]
 ) -> EventStream:
-    events = _events(body, len(request.prompt_token_ids), generation, texts[0])
-    return EventStream(events, keep_alive=state.settings.keep_alive, error_event=_error_event)
+    produce = partial(_write, body, len(request.prompt_token_ids), generation, texts[0])
+    return EventStream(produce, keep_alive=state.settings.keep_alive, error_event=_error_event)
 
 
-async def _events(
-    body: GenerateBody, num_prompt_tokens: int, generation: Generation, text: GeneratedText
-) -> AsyncGenerator[bytes, None]:
-    num_sent = 0
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for _, delta in batch:
-                text.push(delta)
-                for place in range(num_sent, len(text.tokens)):
-                    ends = delta.finish_reason is not None and place + 1 == len(text.tokens)
-                    tops = {"top_tokens": text.top_tokens[place]} if text.top_tokens else {}
-                    shown: dict[str, Any] = {"generated_text": None, "details": None}
-                    if ends:
-                        shown["generated_text"] = text.text
-                    if ends and body.options.details:
-                        shown["details"] = text.ending() | {"input_length": num_prompt_tokens}
-                    yield event({"index": place + 1, "token": text.tokens[place]} | tops | shown)
-                num_sent = len(text.tokens)
+async def _write(
+    body: GenerateBody, num_prompt_tokens: int, generation: Generation, text: GeneratedText, outlet: Outlet
+) -> None:
+    def take(batch: ChoiceDeltas) -> None:
+        for _, delta in batch:
+            num_sent = len(text.tokens)
+            text.push(delta)
+            for place in range(num_sent, len(text.tokens)):
+                ends = delta.finish_reason is not None and place + 1 == len(text.tokens)
+                tops = {"top_tokens": text.top_tokens[place]} if text.top_tokens else {}
+                shown: dict[str, Any] = {"generated_text": None, "details": None}
+                if ends:
+                    shown["generated_text"] = text.text
+                if ends and body.options.details:
+                    shown["details"] = text.ending() | {"input_length": num_prompt_tokens}
+                outlet.write(event({"index": place + 1, "token": text.tokens[place]} | tops | shown))
+
+    await generation.run(take)
 
 
 def _error_event(error: ApiError) -> bytes:

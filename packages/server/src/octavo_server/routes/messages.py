@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,9 +11,10 @@ from starlette.responses import Response
 
 from octavo_server.choices import Choice, pieces, whole
 from octavo_server.errors import ApiError
-from octavo_server.generation import Generation, until_disconnect
+from octavo_server.generation import ChoiceDeltas, Generation, until_disconnect
 from octavo_server.mapping import chat_prompt, chat_request
 from octavo_server.message_blocks import Blocks, sse
+from octavo_server.outlet import Outlet
 from octavo_server.protocol.body import read_body
 from octavo_server.protocol.chat import ChatBody
 from octavo_server.protocol.messages import CountBody, MessagesBody
@@ -39,8 +39,8 @@ async def create_message(request: Request) -> Response:
     blocks = Blocks(text.answer_parser(chat.tool_use, engine_request.prompt_token_ids))
     head = {"id": message_id, "type": "message", "role": "assistant", "model": model}
     if chat.stream:
-        events = _events(head, generation, choice, blocks)
-        return EventStream(events, keep_alive=state.settings.keep_alive, error_event=_error_event)
+        produce = partial(_stream, head, generation, choice, blocks)
+        return EventStream(produce, keep_alive=state.settings.keep_alive, error_event=_error_event)
     (piece,) = await until_disconnect(request, whole(generation, [choice]))
     list(blocks.push(piece))
     return json_response(_message(head, blocks, generation))
@@ -56,18 +56,16 @@ async def count_tokens(request: Request) -> Response:
     return json_response({"input_tokens": len(await chat_prompt(chat, state.engine.text))})
 
 
-async def _events(
-    head: dict[str, Any], generation: Generation, choice: Choice, blocks: Blocks
-) -> AsyncGenerator[bytes, None]:
-    yield sse("message_start", message=_message(head, blocks, generation))
-    async with aclosing(generation.deltas()) as batches:
-        async for batch in batches:
-            for piece in pieces([choice], batch):
-                for event in blocks.push(piece):
-                    yield event
+async def _stream(head: dict[str, Any], generation: Generation, choice: Choice, blocks: Blocks, outlet: Outlet) -> None:
+    def take(batch: ChoiceDeltas) -> None:
+        for piece in pieces([choice], batch):
+            for event in blocks.push(piece):
+                outlet.write(event)
+
+    outlet.write(sse("message_start", message=_message(head, blocks, generation)))
+    await generation.run(take)
     delta = {"stop_reason": blocks.stop_reason, "stop_sequence": blocks.stop_sequence}
-    yield sse("message_delta", delta=delta, usage=_usage(generation))
-    yield sse("message_stop")
+    outlet.write(sse("message_delta", delta=delta, usage=_usage(generation)) + sse("message_stop"))
 
 
 def _message(head: dict[str, Any], blocks: Blocks, generation: Generation) -> dict[str, Any]:

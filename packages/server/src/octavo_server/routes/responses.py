@@ -25,7 +25,7 @@ from octavo_server.response_run import ResponseRun
 from octavo_server.state import state_of
 from octavo_server.store.paging import Page, list_of
 from octavo_server.store.responses import StoredResponse
-from octavo_server.streaming import EventStream, json_response
+from octavo_server.streaming import EventStream, drawn_from, json_response
 
 router = APIRouter()
 
@@ -135,7 +135,7 @@ async def _stored(request: Request, response_id: str) -> StoredResponse:
 
 
 def _stream(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
-    return EventStream(events, keep_alive=state_of(request).settings.keep_alive, error_event=_error_event)
+    return EventStream(drawn_from(events), keep_alive=state_of(request).settings.keep_alive, error_event=_error_event)
 
 
 async def _events(run: ResponseRun, ticket: Ticket) -> AsyncGenerator[bytes, None]:
