@@ -36,9 +36,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invar
     """Return x [rows, in_features] times a weight, packed or not: [rows, out_features].
 
     On a CPU the last bits of torch's products depend on how many rows there are. With `batch_invariant` they do not, so
-    that a token's logits are the same in every batch. A packed weight's products differ only below 16 rows and at broken
-    numbers of sixteens, which are filled up. Those of a plain weight differ elsewhere too (bfloat16 from 48 rows on,
-    float32 from 64), so all of them are made of products of 32 rows.
+    that a token's logits are the same in every batch. A packed weight's products differ below 16 rows and at broken
+    numbers of sixteens alone, which are filled up. Those of a plain weight differ elsewhere too (bfloat16 from 48 rows
+    on, float32 from 64), so all of them are made of products of 32 rows.
     """
     if not batch_invariant or x.device.type != "cpu":
         return _multiply(x, weight, bias)
