@@ -12,6 +12,7 @@ second kernel adds their sums in order; for many rows one program adds all spans
 # ruff: noqa: N803
 # Triton has no types, and its compile-time parameters are written in capitals.
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +22,21 @@ from torch import Tensor
 
 from octavo_kernels._spans import PACKED_STEP, num_spans, splits_rows
 from octavo_kernels._workspace import take
+from octavo_kernels.errors import OptionError
 from octavo_kernels.packed_weight import GROUP, PANEL, PackedWeight
 from octavo_kernels.triton._codes import codes_of, inverse_of, largest_magnitude, stored
 from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 from octavo_kernels.triton._planes import group_numbers, group_scales, plane_constants, plane_layout
 from octavo_kernels.triton._tiles import dot_precision, sum_spans, tile_of
+from octavo_kernels.tuning import Config, Key, row_bucket, tuning_cache
 
 _GROUP = tl.constexpr(GROUP)
 _PANEL = tl.constexpr(PANEL)
 _STEP_GROUPS = tl.constexpr(PACKED_STEP // GROUP)
 _INT8_MAX = tl.constexpr(127.0)
+
+TUNABLE = ("columns", "groups", "num_warps", "num_stages")
+"""What a tuned configuration says of a tile."""
 
 
 class Tile(NamedTuple):
@@ -50,8 +56,9 @@ def packed_linear(
     int8_activations: bool,
     out: Tensor,
     workspace: Tensor | None,
+    tile: Tile | None = None,
 ) -> None:
-    """Fill out as `octavo_kernels.packed_linear` says."""
+    """Fill out as `octavo_kernels.packed_linear` says; with a tile that is tried, or the one known to be best."""
     check_dtypes("packed_linear", x=x)
     num_tokens, out_features = out.shape
     num_steps = triton.cdiv(weight.in_features, PACKED_STEP)
@@ -62,7 +69,7 @@ def packed_linear(
         if workspace is None:
             workspace = torch.empty(spans * num_tokens * out_features * 4, dtype=torch.uint8, device=x.device)
         target = take(workspace, 0, torch.float32, spans, num_tokens, out_features)[0]
-    tile = choose_tile(num_tokens, x.dtype)
+    tile = tile or _tuned_tile(x, weight)
     tiles = triton.cdiv(num_tokens, tile.rows) * triton.cdiv(out_features, tile.columns)
     wide = interpreted() and (x.dtype == torch.bfloat16 or int8_activations)
     _product[(tiles, spans if split else 1)](
@@ -102,6 +109,45 @@ def choose_tile(num_tokens: int, dtype: torch.dtype) -> Tile:
     if splits_rows(num_tokens):
         return Tile(32, 64, 1, 4, 4)
     return Tile(64, 64, 1, 4, 3) if num_tokens <= 64 else Tile(128, 64, 1, 8, 3)
+
+
+def tuning_key(x: Tensor, weight: PackedWeight) -> Key:
+    """Return what a product's configuration is kept by."""
+    shape = f"{weight.format.value} {weight.out_features}x{weight.in_features}"
+    return Key("packed_linear", _device_name(x.device), str(x.dtype).removeprefix("torch."), row_bucket(len(x)), shape)
+
+
+def _tuned_tile(x: Tensor, weight: PackedWeight) -> Tile:
+    """Return the default tile with what the tuning cache says in its place; rows stay, and with them a row's bits."""
+    default = choose_tile(len(x), x.dtype)
+    if interpreted() or x.dtype == torch.float32:
+        return default
+    return tile_from(default, tuning_cache().find(tuning_key(x, weight)))
+
+
+def tile_from(default: Tile, config: Config | None) -> Tile:
+    """Return a tile with the sizes of a configuration.
+
+    Raises: OptionError (a name that a tile has not, or rows, which are fixed; groups that do not divide a step).
+    """
+    unknown = {*(config or {})} - {*TUNABLE}
+    if unknown:
+        raise OptionError(
+            f"packed_linear (triton): a tuned configuration has {', '.join(sorted(unknown))}, expected "
+            f"{', '.join(TUNABLE)}; measure again with python -m octavo_kernels.tune"
+        )
+    tile = default._replace(**(config or {}))
+    if tile.groups not in (1, 2, 4):  # a span's last iteration would reach into the next span
+        raise OptionError(
+            f"packed_linear (triton): a tuned configuration has groups {tile.groups}, expected 1, 2 or 4; "
+            "measure again with python -m octavo_kernels.tune"
+        )
+    return tile
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _operand_dtype(x: Tensor, weight: PackedWeight) -> torch.dtype:
