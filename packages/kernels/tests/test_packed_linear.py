@@ -71,7 +71,7 @@ def test_products_equal_those_of_the_values(device, interpreted, spans, weight_f
     weight = random_weight(weight_format, 70, in_features, device)
     bias = torch.linspace(-1, 1, 70, device=device)
     values = ok.unpack_weight(weight).double()
-    for num_tokens in (0, 1, 33):
+    for num_tokens in (17,) if interpreted else (0, 1, 17, 33):
         x = random_rows(num_tokens, in_features, kind, device)
         wide = torch.full((num_tokens, 73), float("nan"), dtype=kind, device=device)
         workspace = torch.full((ok.packed_linear_workspace(num_tokens, weight),), 255, dtype=torch.uint8, device=device)
