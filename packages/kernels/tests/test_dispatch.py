@@ -114,8 +114,8 @@ def test_gpu_tensors_without_triton_fall_back(monkeypatch):
     assert ok.choose("paged_attention", "cuda") is Backend.CPU
     with pytest.warns(ok.BackendFallbackWarning, match="paged_attention"):
         _dispatch.implementation("paged_attention", torch.device("cuda"))
-    linear = _dispatch.implementation("packed_linear", torch.device("cuda"))
-    assert linear.__module__ == "octavo_kernels.cpu.fallback.matmul"  # native code serves tensors on the CPU alone
+    argmax = _dispatch.implementation("packed_argmax", torch.device("cuda"))
+    assert argmax.__module__ == "octavo_kernels.cpu.fallback.matmul"  # native code serves tensors on the CPU alone
     assert list(ok.fallbacks()) == ["paged_attention"]
 
 

@@ -148,6 +148,7 @@ def test_rows_may_lie_apart(device):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("in_features", [32, 64, 576])
 @pytest.mark.parametrize("out_features", OUT_FEATURES)
+@pytest.mark.usefixtures("not_triton")
 def test_products_equal_the_reference(device, oracle, weight_format, int8, out_features, in_features, bias):
     weight = random_weight(weight_format, out_features, in_features, device=device)
     added = torch.linspace(-1, 1, out_features, device=device) if bias else None
@@ -193,6 +194,7 @@ def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
 
 @block_formats
 @pytest.mark.parametrize("sign", [1, -1], ids=["largest", "least"])
+@pytest.mark.usefixtures("not_triton")
 def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, weight_format, sign):
     """Inputs of 23 bits and codes at their limits: no sum of 32 of them may overflow or be rounded before its end."""
     block_bytes = BLOCK_BYTES[weight_format]
@@ -212,6 +214,7 @@ def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, wei
 
 @block_formats
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["even", "a few large inputs"])
+@pytest.mark.usefixtures("not_triton")
 def test_products_in_full_are_as_near_the_truth_as_float32(device, weight_format, spread):
     """Against float64, no further off than twice what one product by torch in float32 is."""
     weight = random_weight(weight_format, 256, 1536, device=device)
@@ -237,6 +240,7 @@ def test_products_of_very_small_and_very_large_inputs(device, weight_format, sca
     torch.testing.assert_close(ok.packed_linear(x, weight).double(), truth, rtol=2e-5, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # Triton's interpreter is NumPy
 @pytest.mark.parametrize("value", [0.0, 1e-42, -1e-39], ids=["zero", "subnormal", "reciprocal overflows"])
 def test_groups_whose_scale_has_no_reciprocal_count_as_zero(device, value):
     weight = random_weight(WeightFormat.Q4_1, 33, 64, device=device)
@@ -249,6 +253,7 @@ def test_groups_whose_scale_has_no_reciprocal_count_as_zero(device, value):
 
 @modes
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.usefixtures("not_triton")
 def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format, int8, value):
     weight = random_weight(weight_format, 100, 64, device=device)
     x = random_rows(5, 64, device).contiguous()
@@ -264,6 +269,7 @@ def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format,
 
 
 @modes
+@pytest.mark.usefixtures("not_triton")
 def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_format, int8):
     weight = random_weight(weight_format, 100, 576, device=device)
     x = random_rows(65, 576, device)
@@ -313,6 +319,7 @@ def test_torch_alone_gives_a_row_the_same_bits_in_every_batch(torch_alone, weigh
 
 @modes
 @pytest.mark.parametrize("out_features", [1, 33, 1000])
+@pytest.mark.usefixtures("not_triton")
 def test_argmax_is_the_products_largest(device, weight_format, int8, out_features):
     weight = random_weight(weight_format, out_features, 576, device=device)
     for num_tokens in (0, 1, 5, 17):

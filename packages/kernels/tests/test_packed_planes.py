@@ -136,6 +136,7 @@ def test_q4_k_lies_as_the_layout_says(device):
 @plane_formats
 @int8_or_not
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 256), (31, 512), (100, 768)], ids=str)
+@pytest.mark.usefixtures("not_triton")
 def test_products_equal_the_reference(device, oracle, weight_format, int8, out_features, in_features):
     weight = random_weight(weight_format, out_features, in_features, device=device)
     bias = torch.linspace(-1, 1, out_features, device=device)
@@ -162,6 +163,7 @@ def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
 
 @plane_formats
 @pytest.mark.parametrize("byte", [0x00, 0xFF], ids=["least codes", "largest codes"])
+@pytest.mark.usefixtures("not_triton")
 def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, weight_format, byte):
     """Inputs of 23 bits and codes at their limits: no sum of 32 of them may overflow or be rounded before its end."""
     stored = torch.full((33, weight_format.planes.stored_bytes), byte, dtype=torch.uint8)
@@ -177,6 +179,7 @@ def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, wei
 
 @plane_formats
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["even", "a few large inputs"])
+@pytest.mark.usefixtures("not_triton")
 def test_products_in_full_are_as_near_the_truth_as_float32(device, weight_format, spread):
     weight = random_weight(weight_format, 128, 1536, device=device)
     generator = torch.Generator().manual_seed(5)
@@ -193,6 +196,7 @@ def test_products_in_full_are_as_near_the_truth_as_float32(device, weight_format
 
 @plane_formats
 @int8_or_not
+@pytest.mark.usefixtures("not_triton")
 def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_format, int8):
     weight = random_weight(weight_format, 70, 768, device=device)
     x = random_rows(65, 768, device)
@@ -210,6 +214,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_
 @plane_formats
 @int8_or_not
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.usefixtures("not_triton")
 def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format, int8, value):
     weight = random_weight(weight_format, 40, 256, device=device)
     x = random_rows(3, 256, device).contiguous()

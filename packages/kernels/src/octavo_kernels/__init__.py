@@ -36,7 +36,14 @@ from octavo_kernels.int_weight import (
 )
 from octavo_kernels.logprobs import token_logprobs
 from octavo_kernels.lora import lora_expand, lora_shrink, lora_spans
-from octavo_kernels.matmul import pack_weight, packed_argmax, packed_embedding, packed_linear, unpack_weight
+from octavo_kernels.matmul import (
+    pack_weight,
+    packed_argmax,
+    packed_embedding,
+    packed_linear,
+    packed_linear_workspace,
+    unpack_weight,
+)
 from octavo_kernels.merge import merge_states
 from octavo_kernels.mla import mla_decode
 from octavo_kernels.moe import fused_moe, moe_workspace
@@ -114,6 +121,7 @@ __all__ = [
     "packed_argmax",
     "packed_embedding",
     "packed_linear",
+    "packed_linear_workspace",
     "packed_num_bytes",
     "paged_attention",
     "philox",

@@ -149,6 +149,8 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "token_logprobs",
                 "rejection_sample",
                 "apply_token_bitmask",
+                "packed_linear",
+                "packed_embedding",
                 "weight_only_linear",
                 "quantize_rows",
                 "scaled_linear",

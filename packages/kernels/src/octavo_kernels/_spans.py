@@ -6,6 +6,8 @@ _SPLIT_ROWS = 32
 _PROGRAMS = 264  # two for each of an H200's 132 processors
 _COLUMNS = 64
 _LEAST_BLOCKS = 8
+PACKED_STEP = 128
+"""Inputs that spans of a packed weight are made of: four groups."""
 
 
 def num_spans(out_features: int, num_blocks: int) -> int:

@@ -1,8 +1,9 @@
 """Products by weights that stay packed, as a checkpoint stores them: dense, or in GGUF's blocks of 32 or 256.
 
-Each output of a product is reduced in an order that depends on in_features alone, never on the number of rows, on
-where a row stands among them or on threads: a row computed alone equals the same row in any batch, bit for bit. (The
-reference computes in fp64.)
+Each output of a product is reduced in an order that depends on the weight's shape alone, never on the number of rows,
+on where a row stands among them or on threads: a row computed alone equals the same row in any batch, bit for bit.
+(The reference computes in fp64. In Triton the order is as fixed, but rows in fp16 and bf16 share their bits only with
+batches of one tile height: up to 16 rows, 32, 64, and more.)
 """
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from octavo_kernels import _check
 from octavo_kernels._dispatch import implementation
+from octavo_kernels._spans import PACKED_STEP, spans_workspace
+from octavo_kernels._workspace import check_workspace
 from octavo_kernels.host_memory import host_empty
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.recording import empty_result
@@ -67,6 +70,7 @@ def packed_linear(
     *,
     int8_activations: bool = False,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Return x times the transposed weight, plus the bias.
 
@@ -77,14 +81,18 @@ def packed_linear(
 
     Without it the product is exact to fp32: a chain of fp32 additions, or, for block formats where bytes are multiplied
     fast, inputs as three digits of 8 bits in groups of 32 whose sums are exact (the scheme of Ootomo, Ozaki and Yokota,
-    arXiv 2306.11975, with one scale per group). Inputs below 2**-104 are then rounded to multiples of 2**-126.
+    arXiv 2306.11975, with one scale per group). Inputs below 2**-104 are then rounded to multiples of 2**-126. Triton
+    multiplies codes as whole numbers in the dtype of x, exactly, and applies scales to the sums of a group in fp32; for
+    fp32 by tensor cores in three parts of tf32.
 
     Args:
-        x: [num_tokens, in_features] fp32; the stride of rows is free.
+        x: [num_tokens, in_features] fp32, fp16 or bf16; the stride of rows is free. Native code on CPUs is for fp32.
         weight: packed by `pack_weight`.
         bias: [out_features] fp32, or None.
         int8_activations: for block formats only.
-        out: [num_tokens, out_features] fp32, the stride of rows is free; allocated when None.
+        out: [num_tokens, out_features] in the dtype of x, the stride of rows is free; allocated when None.
+        workspace: for Triton, memory for the sums of spans, [at least packed_linear_workspace(num_tokens, weight)]
+            uint8, which the call overwrites; allocated when None. Other backends leave it alone.
 
     Returns:
         out.
@@ -95,16 +103,23 @@ def packed_linear(
 
     """
     op = "packed_linear"
-    device = _check.same_device(op, x=x, weight=weight.data, bias=bias, out=out)
-    _check_product(op, x, weight, int8_activations)
+    device = _check.same_device(op, x=x, weight=weight.data, bias=bias, out=out, workspace=workspace)
+    _check_product(op, x, weight, int8_activations, torch.float32, torch.float16, torch.bfloat16)
     if bias is not None:
         _check.shape(op, "bias", bias, (weight.out_features,))
         _check.dtype(op, "bias", bias, torch.float32)
         _check.last_dim_contiguous(op, bias=bias)
-    out = _output(op, out, (len(x), weight.out_features), device)
+    out = _output(op, out, (len(x), weight.out_features), x.dtype, device)
+    if workspace is not None:
+        workspace = check_workspace(op, workspace, packed_linear_workspace(len(x), weight), device)
     if len(x):
-        implementation(op, device)(x, weight, bias, int8_activations, out)
+        implementation(op, device)(x, weight, bias, int8_activations, out, workspace)
     return out
+
+
+def packed_linear_workspace(num_tokens: int, weight: PackedWeight) -> int:
+    """Return the bytes of workspace that `packed_linear` wants in Triton for so many tokens, 0 where it needs none."""
+    return spans_workspace(num_tokens, weight.out_features, -(-weight.in_features // PACKED_STEP))
 
 
 def packed_embedding(weight: PackedWeight, token_ids: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -126,7 +141,7 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, *, out: Tensor | N
     device = _check.same_device(op, weight=weight.data, token_ids=token_ids, out=out)
     _check.rank(op, "token_ids", token_ids, ("num_tokens",))
     _check.dtype(op, "token_ids", token_ids, torch.int64)
-    out = _output(op, out, (len(token_ids), weight.in_features), device)
+    out = _output(op, out, (len(token_ids), weight.in_features), torch.float32, device)
     if len(token_ids):
         implementation(op, device)(weight, token_ids, out)
     return out
@@ -151,7 +166,7 @@ def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = F
     """
     op = "packed_argmax"
     device = _check.same_device(op, x=x, weight=weight.data)
-    _check_product(op, x, weight, int8_activations)
+    _check_product(op, x, weight, int8_activations, torch.float32)
     ids = empty_result((len(x),), torch.int64, device)
     best = empty_result((len(x),), torch.float32, device)
     if len(x):
@@ -159,18 +174,18 @@ def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = F
     return ids, best
 
 
-def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: bool) -> None:
+def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: bool, *dtypes: torch.dtype) -> None:
     _check.shape(op, "x", x, ("num_tokens", weight.in_features))
-    _check.dtype(op, "x", x, torch.float32)
+    _check.dtype(op, "x", x, *dtypes)
     _check.last_dim_contiguous(op, x=x)
     served = not int8_activations or weight.format.dtype is None
     _check.option(op, "int8_activations", int8_activations, served, f"False for {weight.format.value} weights")
 
 
-def _output(op: str, out: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _output(op: str, out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if out is None:
-        return empty_result(shape, torch.float32, device)
+        return empty_result(shape, dtype, device)
     _check.shape(op, "out", out, shape)
-    _check.dtype(op, "out", out, torch.float32)
+    _check.dtype(op, "out", out, dtype)
     _check.last_dim_contiguous(op, out=out)
     return out

@@ -75,6 +75,62 @@ def _grouped(kernel, tile, **gates):
     }
 
 
+def _packed(tile, kind, *, dtype="bf16", rounded=False, bias=None, **gates):
+    """Return a product by a packed weight of a kind; tile is rows, outputs, groups at once, warps and stages."""
+    block_m, block_n, unrolled, num_warps, num_stages = tile
+    views = {"words_ptr": "*i32", "halves_ptr": "*fp16", "bytes_ptr": "*i8"}
+    dense = kind["INPUTS"] == 0
+    absent = {} if bias else {"bias_ptr": None}
+    if dense:
+        views = {"words_ptr": f"*{dtype}"}
+        absent |= dict.fromkeys(("halves_ptr", "bytes_ptr"))
+    pointers = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"} | ({"bias_ptr": "*fp32"} if bias else {})
+    precision = "tf32x3" if dtype == "fp32" else "ieee"
+    return {
+        "kernel": "octavo_kernels.triton.matmul:_product",
+        "types": views | pointers,
+        "constants": absent | kind | {
+            "ROUNDED": rounded, "UNROLLED": unrolled, "BLOCK_M": block_m, "BLOCK_N": block_n, "WIDE_DOT": False,
+            "PRECISION": precision,
+        },
+        "aligned": ["in_features", "panel_words"],
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        **({"targets": ["sm_90"]} | gates),
+    }  # fmt: skip
+
+
+def _packed_rows(kind):
+    return {
+        "kernel": "octavo_kernels.triton.matmul:_rows",
+        "types": {
+            "words_ptr": "*i32", "halves_ptr": "*fp16", "bytes_ptr": "*i8", "ids_ptr": "*i64", "out_ptr": "*fp32",
+        },
+        "constants": kind | {"BLOCK_N": 1},
+        "aligned": ["in_features", "panel_words"],
+        "num_warps": 1,
+    }  # fmt: skip
+
+
+def _kind(inputs, num_groups, scales, low, high, zero, places, *, minimum=False, nibbles=False, leveled=False):
+    """Return a packed format as the kernels' constants; places are those of scales, codes, groups and blocks."""
+    sizes = dict(zip(("SCALES_AT", "CODES_AT", "GROUP_WORDS", "BLOCK_WORDS"), places, strict=True))
+    return {
+        "INPUTS": inputs, "NUM_GROUPS": num_groups, "SCALES": scales, "LOW": low, "HIGH": high, "ZERO": zero,
+        "MINIMUM": minimum, "NIBBLES": nibbles, "LEVELED": leveled, **sizes,
+    }  # fmt: skip
+
+
+# test_compile checks that these are what a launch passes.
+PACKED = {
+    "q4_0": _kind(32, 1, 0, 4, 0, 8, (16, 16, 128, 144)),
+    "q8_0": _kind(32, 1, 0, 8, 0, 128, (16, 16, 256, 272)),
+    "q2_k": _kind(16, 8, 2, 2, 0, 0, (32, 160, 64, 672), minimum=True, nibbles=True),
+    "q4_k": _kind(32, 8, 1, 4, 0, 0, (32, 160, 128, 1184), minimum=True),
+    "q6_k": _kind(16, 8, 2, 4, 2, 32, (16, 144, 192, 1680)),
+    "iq4_xs": _kind(32, 8, 1, 4, 0, 128, (16, 80, 128, 1104), leveled=True),
+    "bf16": _kind(0, 1, 0, 0, 0, 0, (0, 0, 0, 0)),
+}
 _GGUF = {"group": 32, "absent": ("zeros_ptr", "bias_ptr")}
 
 KERNELS: dict[str, Any] = {
@@ -82,6 +138,14 @@ KERNELS: dict[str, Any] = {
     "W4A16, many rows": _weight_only((128, 64, 8, 3), dtype="fp16", wgmma=True),
     "W4A16 in groups of 32, many rows": _weight_only((64, 64, 8, 3), wgmma=True, **_GGUF),
     "W8A16, many rows": _weight_only((128, 64, 8, 3), bits=8, wgmma=True),
+    "packed q4_0, 16 rows": _packed((16, 64, 4, 4, 4), PACKED["q4_0"], wgmma=False, targets=["sm_90", "gfx942"]),
+    "packed q8_0, 64 rows": _packed((64, 64, 1, 4, 3), PACKED["q8_0"], dtype="fp16", bias=True, wgmma=True),
+    "packed q4_0, many rows": _packed((128, 64, 1, 8, 3), PACKED["q4_0"], wgmma=True),
+    "packed q2_k, many rows": _packed((128, 64, 1, 8, 3), PACKED["q2_k"], wgmma=True),
+    "packed iq4_xs, 16 rows of fp32": _packed((16, 32, 1, 4, 3), PACKED["iq4_xs"], dtype="fp32", wgmma=False),
+    "packed q4_k by rounded rows": _packed((128, 64, 1, 8, 3), PACKED["q4_k"], rounded=True, wgmma=True),
+    "packed bf16, many rows": _packed((128, 64, 1, 8, 3), PACKED["bf16"], wgmma=True),
+    "rows of packed q6_k": _packed_rows(PACKED["q6_k"]),
     "sums of spans": {
         "kernel": "octavo_kernels.triton._tiles:_sum_spans",
         "types": {"partial": "*fp32", "out": "*bf16"},

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from octavo_kernels._dispatch import note_fallback
 from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.fallback import matmul as fallback
 from octavo_kernels.cpu.launch import launch, pointer
@@ -36,10 +37,21 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
     packed_embedding(weight, torch.arange(weight.out_features), out)
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_activations: bool, out: Tensor) -> None:
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    int8_activations: bool,
+    out: Tensor,
+    spans: Tensor | None,
+) -> None:
     """Fill out with x times the weight, plus the bias."""
-    if library_for("packed_linear") is None:
-        return fallback.packed_linear(x, weight, bias, int8_activations, out)
+    served = library_for("packed_linear") is not None
+    if served and x.dtype != torch.float32:
+        note_fallback("packed_linear", "x is not float32; convert it with .float()")
+        served = False
+    if not served:
+        return fallback.packed_linear(x, weight, bias, int8_activations, out, spans)
     workspace = None if weight.format.dtype is not None else _workspace(_rounded_bytes(x))
     args = abi.PackedLinearArgs(
         x=x.data_ptr(),

@@ -64,10 +64,18 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
     out.copy_(values.flatten(1))
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_activations: bool, out: Tensor) -> None:
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    int8_activations: bool,
+    out: Tensor,
+    workspace: Tensor | None,  # noqa: ARG001 - sums in fp64 need no order
+) -> None:
     """Fill out with the product, rounded once."""
     if int8_activations:
-        product = _int8_product(x, weight) if weight.format.planes is None else _int8_plane_product(x, weight)
+        by_format = _int8_product if weight.format.planes is None else _int8_plane_product
+        product = by_format(x.float(), weight)
     else:
         product = _product(x, weight)
     out.copy_(product if bias is None else product + bias.double())
@@ -83,7 +91,7 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
 def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: Tensor, best: Tensor) -> None:
     """Fill ids and best from the products, each rounded to fp32 as `packed_linear` rounds it."""
     products = torch.empty((len(x), weight.out_features), device=x.device)
-    packed_linear(x, weight, None, int8_activations, products)
+    packed_linear(x, weight, None, int8_activations, products, None)
     best.copy_(products.amax(dim=-1))  # NaN if any is
     ids.copy_((products == best[:, None]).to(torch.uint8).argmax(dim=-1))
 

@@ -1,6 +1,7 @@
 """What every launch needs: dtypes that kernels take, sizes that tiles can have, and programs that a device holds."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,3 +59,10 @@ def num_resident_programs(device: torch.device) -> int:
 def rows_of_a_program(num_rows: int, columns: int) -> int:
     """Return how many rows a program takes that could take one: one on a GPU, many at once in the interpreter."""
     return min(next_power_of_2(num_rows), max(1, 2**18 // columns)) if interpreted() else 1
+
+
+def seconds_of(launch: Callable[[], None]) -> float:
+    """Return how long a launch takes, compiled before and with nothing of its in the device's cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(launch)) / 1e3

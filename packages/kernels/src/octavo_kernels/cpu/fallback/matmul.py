@@ -75,9 +75,16 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
         rows.copy_(_values(weight, part)[: len(rows)])
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, int8_activations: bool, out: Tensor) -> None:
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    int8_activations: bool,
+    out: Tensor,
+    workspace: Tensor | None,  # noqa: ARG001 - Triton's
+) -> None:
     """Fill out with the product."""
-    for columns, product in _products(x, weight, int8_activations):
+    for columns, product in _products(x.float(), weight, int8_activations):
         if bias is None:
             out[:, columns] = product
         else:

@@ -1,0 +1,167 @@
+"""Launch configurations: where they are found, in which order, what is kept, and what a broken file says."""
+
+import json
+
+import pytest
+import torch
+
+import octavo_kernels as ok
+from octavo_kernels import WeightFormat, tune, tuning
+from octavo_kernels.tuning import Key, Measured, TuningCache
+
+KEY = Key("packed_linear", "NVIDIA H200", "bfloat16", "16", "q4_0 64x32")
+SHIPPED = {"columns": 64, "groups": 4, "num_warps": 4, "num_stages": 4}
+
+
+def shipped_folder(tmp_path, **entries):
+    """A folder with one file for the H200; entries: a configuration's columns by shape."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    listed = [
+        {"op": KEY.op, "dtype": KEY.dtype, "rows": KEY.rows, "shape": shape, "config": {"columns": columns}}
+        for shape, columns in entries.items()
+    ]
+    (folder / "h200.json").write_text(json.dumps({"version": 1, "device": "H200", "entries": listed}))
+    return folder
+
+
+def test_the_users_configuration_comes_before_shipped_ones_and_these_before_the_default(tmp_path):
+    folder = shipped_folder(tmp_path, **{"*": 32, KEY.shape: 64})
+    cache = TuningCache(tmp_path / "cache" / "tuned.json", folder)
+    other = KEY._replace(shape="q4_0 128x32")
+    assert cache.find(KEY) == {"columns": 64}
+    assert cache.find(other) == {"columns": 32}  # shipped for any shape
+    cache.keep(KEY, Measured({"columns": 128}, 1e-6))
+    assert cache.find(KEY) == {"columns": 128}
+    assert cache.find(other) == {"columns": 32}
+    for missing in (
+        KEY._replace(device="NVIDIA H20", shape="s"),
+        KEY._replace(rows="32"),
+        KEY._replace(dtype="float16"),
+        KEY._replace(op="weight_only_linear"),
+    ):
+        assert cache.find(missing) is None
+
+
+def test_what_was_kept_is_there_for_later_processes_and_others_work_stays(tmp_path):
+    file = tmp_path / "deep" / "tuned.json"
+    first, second = TuningCache(file), TuningCache(file)
+    other = KEY._replace(rows="64")
+    first.keep(KEY, Measured({"columns": 32}, 2e-6))
+    second.keep(other, Measured({"columns": 64, "num_stages": 3}, 3e-6))
+    later = TuningCache(file)
+    assert later.find(KEY) == {"columns": 32}
+    assert later.find(other) == {"columns": 64, "num_stages": 3}
+    assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
+    assert [entry["seconds"] for entry in json.loads(file.read_text())["entries"]] == [2e-6, 3e-6]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ('{"version": 2, "entries": []}', "no entries of that version"),
+        ('{"version": 1, "entries": [{"op": "packed_linear"}]}', "KeyError"),
+        (
+            json.dumps({"version": 1, "entries": [{**KEY._asdict(), "config": {"columns": 48}, "seconds": 1.0}]}),
+            "columns is 48, expected a power of two",
+        ),
+    ],
+    ids=["no JSON", "another version", "a name is missing", "no power of two"],
+)
+def test_a_file_that_does_not_fit_is_refused_with_its_name(tmp_path, content, reason):
+    file = tmp_path / "tuned.json"
+    file.write_text(content)
+    with pytest.raises(ok.OptionError, match=rf"tuning cache: .*tuned\.json .*{reason}.*; delete it"):
+        TuningCache(file)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
+def test_what_is_shipped_serves_its_devices_and_says_that_nobody_measured_it(tmp_path, device):
+    cache = TuningCache(tmp_path / "none.json")
+    for rows in ("16", "32", "64", "more"):
+        found = cache.find(KEY._replace(device=device, rows=rows))
+        assert found is not None
+        assert found.keys() == SHIPPED.keys()
+    files = sorted(tuning._SHIPPED.glob("*.json"))
+    assert [path.stem for path in files] == ["a100", "h100", "h200"]
+    assert not any(json.loads(path.read_text())["measured"] for path in files)
+    assert cache.find(KEY._replace(device="NVIDIA L4")) is None
+
+
+def test_the_fastest_configuration_wins_and_what_cannot_be_launched_does_not():
+    times = {32: 3.0, 64: float("inf"), 128: 2.0, 256: 2.0}
+    best = tuning.measure([{"columns": columns} for columns in times], lambda config: times[config["columns"]])
+    assert best == Measured({"columns": 128}, 2.0)
+    with pytest.raises(ok.OptionError, match="none of 1 configurations can be launched"):
+        tuning.measure([{"columns": 64}], lambda config: times[config["columns"]])
+
+
+def test_rows_share_a_configuration_by_the_height_of_their_tile():
+    assert [tuning.row_bucket(count) for count in (1, 16, 17, 32, 33, 64, 65)] == [
+        "16", "16", "32", "32", "64", "64", "more",
+    ]  # fmt: skip
+
+
+def test_the_users_file_lies_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.user_file() == tmp_path / "octavo" / "kernels" / "tuned.json"
+
+
+def test_tuning_a_product_tries_every_candidate_and_keeps_the_best(monkeypatch, tmp_path):
+    """With a timer that likes one tile, and a device that cannot hold another."""
+    matmul = pytest.importorskip("octavo_kernels.triton.matmul")
+    tried = []
+
+    class OutOfResources(Exception):
+        pass
+
+    def launched(x, weight, bias, int8_activations, out, workspace, tile):
+        tried.append(tile)
+
+    def seconds(launch):
+        launch()
+        if tried[-1].columns == 32:
+            raise OutOfResources
+        return 1e-6 if tried[-1][1:] == (64, 2, 8, 3) else 2e-6
+
+    monkeypatch.setattr(matmul, "packed_linear", launched)
+    data = torch.zeros(ok.packed_num_bytes(WeightFormat.Q4_0, 64, 32), dtype=torch.uint8)
+    weight = ok.PackedWeight(data, WeightFormat.Q4_0, 64, 32)
+    x = torch.zeros(3, 32, dtype=torch.bfloat16)
+    cache = TuningCache(tmp_path / "tuned.json")
+    best = tune.tune_packed_linear(x, weight, cache, seconds)
+    assert best == Measured({"columns": 64, "groups": 2, "num_warps": 8, "num_stages": 3}, 1e-6)
+    assert len(tried) == len(set(tried)) == len(list(tune.candidates()))
+    assert matmul.tuning_key(x, weight) == KEY._replace(device="cpu")
+    assert TuningCache(tmp_path / "tuned.json").find(matmul.tuning_key(x, weight)) == best.config
+    assert matmul.tile_from(matmul.choose_tile(3, x.dtype), best.config)[1:] == (64, 2, 8, 3)
+    with pytest.raises(ok.OptionError, match="a tuned configuration has groups 8, expected 1, 2 or 4"):
+        matmul.tile_from(matmul.choose_tile(3, x.dtype), {"groups": 8})
+    with pytest.raises(ok.OptionError, match="a tuned configuration has rows, expected columns, groups"):
+        matmul.tile_from(matmul.choose_tile(3, x.dtype), {"rows": 16})
+
+
+def test_a_launch_asks_the_cache_in_halves_and_never_in_fp32(monkeypatch, tmp_path):
+    matmul = pytest.importorskip("octavo_kernels.triton.matmul")
+    cache = TuningCache(tmp_path / "tuned.json")
+    weight = ok.PackedWeight(torch.zeros(2 * 576, dtype=torch.uint8), WeightFormat.Q4_0, 64, 32)
+    cache.keep(KEY, Measured({"columns": 128}, 1e-6))
+    monkeypatch.setattr(matmul, "tuning_cache", lambda: cache)
+    monkeypatch.setattr(matmul, "interpreted", lambda: False)
+    monkeypatch.setattr(matmul, "_device_name", lambda device: KEY.device)
+    halves = torch.zeros(3, 32, dtype=torch.bfloat16)
+    default = matmul.choose_tile(3, torch.bfloat16)
+    assert matmul._tuned_tile(halves, weight) == default._replace(columns=128)
+    assert matmul._tuned_tile(halves.float(), weight) == matmul.choose_tile(3, torch.float32)
+    monkeypatch.setattr(matmul, "_device_name", lambda device: "NVIDIA L4")
+    assert matmul._tuned_tile(halves, weight) == default
+
+
+def test_the_program_says_what_it_wants(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(["--shape", "64x32"]) == 1
+    assert "no GPU is visible, expected one to measure on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--shape", "64"])
+    assert "'64' is no shape, expected two numbers as in 4096x14336" in capsys.readouterr().err
