@@ -39,48 +39,49 @@ def gptq(weight: Tensor, hessian: Tensor, settings: GPTQSettings) -> Codes:
         UnsupportedModel: if a scale would not be a number of fp16, or the Hessian is not finite.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True) if settings.act_order else None
-    work = weight.clone() if order is None else weight[:, order]
+    work = (weight if order is None else weight[:, order]).T.contiguous().clone()  # [in_features, out_features]
     upper = _inverse_factor(hessian if order is None else hessian[order][:, order], settings.damping)
     size = settings.group_size
     block = size * max(1, _BLOCK // size) if size < _BLOCK else _BLOCK
     codes = torch.empty(work.shape, dtype=torch.uint8)
+    num_inputs = len(work)
     grids: list[Grid] = []
-    for start in range(0, work.shape[1], block):
-        span = slice(start, min(start + block, work.shape[1]))
+    for start in range(0, num_inputs, block):
+        span = slice(start, min(start + block, num_inputs))
         errors = _round_block(work, span, upper, settings, codes, grids)
-        work[:, span.stop :] -= errors @ upper[span, span.stop :]
-    groups = torch.arange(work.shape[1]) // size
+        work[span.stop :].addmm_(upper[span, span.stop :].T, errors, alpha=-1)
+    groups = torch.arange(num_inputs) // size
     scales = torch.stack([grid.scales for grid in grids]).half()
     zeros = torch.stack([grid.zeros for grid in grids]).to(torch.int16)
     if order is not None:
         back = order.argsort()
-        codes, groups = codes[:, back], groups[back]
-    return Codes(codes.T.contiguous(), scales, zeros, groups, settings.bits)
+        codes, groups = codes[back], groups[back]
+    return Codes(codes, scales, zeros, groups, settings.bits)
 
 
 def _round_block(
     work: Tensor, span: slice, upper: Tensor, settings: GPTQSettings, codes: Tensor, grids: list[Grid]
 ) -> Tensor:
-    """Round some columns in turn, each after those before it were made up for; return the errors, per diagonal.
+    """Round some inputs' weights in turn, after those before were made up for; return the errors, per diagonal.
 
     Args:
-        work: [out_features, in_features] fp32; columns of `span` are corrected in place.
-        span: the columns.
+        work: [in_features, out_features] fp32; those of `span` are corrected in place.
+        span: the inputs.
         upper: [in_features, in_features] fp32, the factor of the inverse Hessian.
         settings: how grids are chosen; one is appended to `grids` for each group that begins.
-        codes: [out_features, in_features] uint8, filled in the columns of `span`.
+        codes: [in_features, out_features] uint8, filled in `span`.
         grids: of the groups so far.
     """
-    errors = torch.empty(len(work), span.stop - span.start)
-    for column in range(span.start, span.stop):
-        if column % settings.group_size == 0:
-            group = work[:, column : column + settings.group_size]
+    errors = torch.empty_like(work[span])
+    for row in range(span.start, span.stop):
+        if row % settings.group_size == 0:
+            group = work[row : row + settings.group_size].T
             grids.append(Grid.around(group, settings.bits, symmetric=settings.symmetric))
-        found = grids[-1].codes(work[:, column])
-        codes[:, column] = found.to(torch.uint8)
-        error = (work[:, column] - grids[-1].values(found)) / upper[column, column]
-        work[:, column : span.stop].addr_(error, upper[column, column : span.stop], alpha=-1)
-        errors[:, column - span.start] = error
+        found = grids[-1].codes(work[row])
+        codes[row] = found.to(torch.uint8)
+        error = errors[row - span.start]
+        torch.sub(work[row], grids[-1].values(found), out=error).div_(float(upper[row, row]))
+        work[row : span.stop].addr_(upper[row, row : span.stop], error, alpha=-1)
     return errors
 
 
