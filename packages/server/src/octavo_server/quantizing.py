@@ -50,11 +50,8 @@ def quantize(
     num_sequences: NumSequences = 64,
     sequence_length: SequenceLength = 512,
     num_eval_sequences: NumEvalSequences = 16,
-    threads: options.Threads = None,
 ) -> None:
     """Write a checkpoint with linears of few bits, by GPTQ or AWQ, and print its perplexity and the model's."""
-    import torch
-
     from octavo_engine.quant.calibrate.options import QuantizeOptions
     from octavo_engine.quant.calibrate.quantize import quantize_checkpoint
     from octavo_engine.weights.source import open_source
@@ -69,8 +66,6 @@ def quantize(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )
-    if threads is not None:
-        torch.set_num_threads(threads)
     source = open_source(model)
     cut = _cut(source, wanted, text, eval_text, num_eval_sequences)
     console, started = Console(), time.monotonic()
