@@ -6,7 +6,7 @@
 
 All start from the float32 values of one model; only its linears differ. The text is that of `perplexity.py`, which
 nothing was calibrated on. GGUF's types are quantised by the gguf package: those that it can only read, and those
-whose blocks do not divide the model's inputs, are named and left out. Contestants that `--only` leaves out keep what the
+whose blocks do not divide the model's inputs, are named and left out. What `--only` leaves out keeps what the
 JSON has of them.
 """
 
