@@ -84,7 +84,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         batch_invariant=numerics.deterministic,
     )
     make_model = partial(
-        load_model, device=device, dtype=numerics.dtype, quant=quant, batch_invariant=numerics.deterministic
+        load_model,
+        device=device,
+        dtype=numerics.dtype,
+        quant=quant,
+        batch_invariant=numerics.deterministic,
+        quantization=config.quantization,
     )
     return _assemble(config, source, numerics, _Place(make_model, KVStorage), progress, started)
 
@@ -245,11 +250,13 @@ class _Numerics(NamedTuple):
     kv_dtype: torch.dtype
     mode: str
     deterministic: bool
+    quantization: str | None
 
     @property
     def root(self) -> bytes:
-        """What distinguishes KV of the same tokens and weights."""
-        return f"{self.dtype} {self.kv_dtype} {self.mode}".encode()
+        """What distinguishes KV of the same tokens and files."""
+        rounded = "" if self.quantization is None else f" {self.quantization}"
+        return f"{self.dtype} {self.kv_dtype} {self.mode}{rounded}".encode()
 
 
 def _describe(
@@ -373,8 +380,14 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
     device = _resolve_device(config.device)
     dtype = _resolve_dtype(config.dtype, device, model_config)
     deterministic = resolve_deterministic(config.deterministic, device)
+    rounded = config.quantization
+    if rounded is not None and (dtype != torch.float32 or not has_native_products(device)):
+        raise InvalidConfig(
+            f"quantization {rounded!r} needs the native CPU kernels and float32, device is {device} and dtype "
+            f"{_name(dtype)}; leave both auto on a CPU, or use a checkpoint that is quantised already"
+        )
     if config.mode == "exact":
-        return _Numerics(device, dtype, dtype, config.mode, deterministic)
+        return _Numerics(device, dtype, dtype, config.mode, deterministic, rounded)
     if device.type != "cpu":
         raise InvalidConfig(f"mode 'fast' is for CPUs, the device is {device}; use mode exact, or device cpu")
     if dtype != torch.float32:
@@ -384,7 +397,7 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
             "mode 'fast' needs the native CPU kernels, which this installation does not have or OCTAVO_CPU_ISA=none "
             "turns off; use mode exact"
         )
-    return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic)
+    return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic, rounded)
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free_bytes: int) -> MemoryPlan:

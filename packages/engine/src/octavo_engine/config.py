@@ -10,6 +10,7 @@ from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODES = ("exact", "fast")
+QUANTIZATIONS = ("int8", "int4")
 QUEUE_POLICIES = ("arrival", "fair")
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
@@ -25,6 +26,9 @@ class EngineConfig:
         mode: `exact` loses nothing: stored weights as they are, activations and KV cache in `dtype`. `fast` is for
             CPUs: activations are rounded to 8 bits per group of 32 before products by weights in GGUF's block formats
             (products by dense weights stay in float32), and the KV cache is bfloat16.
+        quantization: rounds the linears of a model that is not quantised as it is read: `int8` to 8 bits with a scale
+            per group of 32 inputs, `int4` to 4 bits with a scale and a least value. For CPUs with native kernels. None
+            leaves them as they are stored.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
@@ -69,6 +73,7 @@ class EngineConfig:
     model: str | None = None
     dtype: str = "auto"
     mode: str = "exact"
+    quantization: str | None = None
     device: str = "auto"
     deterministic: bool | None = None
     max_model_len: int | None = None
@@ -112,6 +117,13 @@ class EngineConfig:
             )
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization is not None and self.tensor_parallel_size > 1:
+            raise InvalidConfig(
+                f"quantization {self.quantization!r} needs tensor_parallel_size 1, got {self.tensor_parallel_size}; "
+                "use a checkpoint that is quantised already"
+            )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:
                 raise InvalidConfig(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")

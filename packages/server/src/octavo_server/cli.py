@@ -1,4 +1,4 @@
-"""The `octavo` command: serve, run, chat, version; what only one of them needs is imported by it."""
+"""The `octavo` command: serve, run, chat, quantize, version; what only one of them needs is imported by it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from octavo_server.loading import engine_report, load_adapters, load_engine
 from octavo_server.logs import REQUESTS, set_up_logging
 from octavo_server.protocol.generation import GenerationBody
 from octavo_server.protocol.violations import describe_violations
+from octavo_server.quantizing import quantize as quantize_model
 from octavo_server.store.store import Store, state_folder
 from octavo_server.terminal import Conversation, stream_chat, stream_completion
 
@@ -49,6 +51,7 @@ def serve(
     served_model_name: options.ServedModelName = None,
     dtype: options.Dtype = "auto",
     mode: options.Mode = "exact",
+    quantization: options.Quantization = None,
     device: options.Device = "auto",
     deterministic: options.Deterministic = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
@@ -129,6 +132,7 @@ def serve(
             model=model,
             dtype=dtype,
             mode=mode,
+            quantization=quantization,
             device=device,
             deterministic=deterministic,
             tensor_parallel_size=tensor_parallel_size,
@@ -240,6 +244,7 @@ def run(
     stats: options.Stats = False,
     dtype: options.Dtype = "auto",
     mode: options.Mode = "exact",
+    quantization: options.Quantization = None,
     device: options.Device = "auto",
     deterministic: options.Deterministic = None,
     max_model_len: options.MaxModelLen = None,
@@ -257,6 +262,7 @@ def run(
             model=model,
             dtype=dtype,
             mode=mode,
+            quantization=quantization,
             device=device,
             deterministic=deterministic,
             max_model_len=max_model_len,
@@ -289,6 +295,7 @@ def chat(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     mode: options.Mode = "exact",
+    quantization: options.Quantization = None,
     device: options.Device = "auto",
     deterministic: options.Deterministic = None,
     max_model_len: options.MaxModelLen = None,
@@ -303,6 +310,7 @@ def chat(
             model=model,
             dtype=dtype,
             mode=mode,
+            quantization=quantization,
             device=device,
             deterministic=deterministic,
             max_model_len=max_model_len,
@@ -315,6 +323,15 @@ def chat(
             Conversation(engine, console, sampling, system).run()
         finally:
             engine.close()
+
+
+@app.command()
+@wraps(quantize_model)
+def quantize(**values: Any) -> None:
+    """Run the command, whose options are in its own module."""
+    with _clear_errors(Console(stderr=True)):
+        set_up_logging("warning")
+        quantize_model(**values)
 
 
 @app.command()

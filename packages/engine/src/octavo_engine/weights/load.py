@@ -14,6 +14,7 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model, model_class
 from octavo_engine.quant.base import QuantMethod, WeightSlot
 from octavo_engine.quant.choose import choose_method
+from octavo_engine.quant.online import quantize_online
 from octavo_engine.quant.quantized import Quantized
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import FolderSource
@@ -46,6 +47,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quant: QuantMethod[Any] | None = None,
     batch_invariant: bool = True,
+    quantization: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Make a source's model and fill it with its weights.
@@ -56,10 +58,12 @@ def load_model(
         dtype: of activations.
         quant: how matrices are held; None chooses by device and dtype. Of a quantised checkpoint, those without codes.
         batch_invariant: whether a token's bits may not depend on the tokens beside it.
+        quantization: `int8` or `int4` rounds linears as they are read, see `quantize_online`; the method must hold
+            GGUF's blocks. None leaves them as they are.
         progress: called after each weight with the number that was read and the total.
 
     Raises:
-        UnsupportedModel: if no class runs the architecture.
+        UnsupportedModel: if no class runs the architecture, or linears that are to be rounded are quantised already.
         CorruptModelFile: if a tensor is missing, unexpected, repeated or of the wrong shape; names it.
     """
     device = torch.device(device)
@@ -68,7 +72,11 @@ def load_model(
         quant = Quantized(quant, batch_invariant=batch_invariant)
     options = LayerOptions(dtype, device, quant, batch_invariant)
     model = model_class(source.config.architecture)(source.config, options)
-    load_weights(model, source.weights(), where=source.name, num_weights=source.num_weights, progress=progress)
+    weights: Iterable[tuple[str, Weight]] = source.weights()
+    if quantization is not None:
+        linears = {f"{prefix}{shard.name}.weight" for prefix, linear in model.linears() for shard in linear.shards}
+        weights = quantize_online(weights, linears, quantization, source.name)
+    load_weights(model, weights, where=source.name, num_weights=source.num_weights, progress=progress)
     model.finish()
     return model
 

@@ -1,0 +1,158 @@
+"""quantize_checkpoint: rounds the linears of a model to few bits and writes it as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedModel
+from octavo_engine.models.registry import Model
+from octavo_engine.quant.calibrate.awq import scale_layers
+from octavo_engine.quant.calibrate.batches import make_batches
+from octavo_engine.quant.calibrate.folder import FolderWriter, describe, write_description
+from octavo_engine.quant.calibrate.gptq import GPTQSettings, gptq
+from octavo_engine.quant.calibrate.grid import Codes, round_to_nearest
+from octavo_engine.quant.calibrate.layouts import layout_of
+from octavo_engine.quant.calibrate.observed import Observed
+from octavo_engine.quant.calibrate.options import QuantizeOptions
+from octavo_engine.quant.calibrate.statistics import InputStatistics
+from octavo_engine.quant.calibrate.walk import Halt, walk
+from octavo_engine.weights.load import Weight, load_model
+from octavo_engine.weights.source import FolderSource, Source
+
+Progress = Callable[[int, int], None]
+"""(linears rounded, linears in all)"""
+
+
+class Written(NamedTuple):
+    """What was written: linears, and bytes of all weights."""
+
+    num_linears: int
+    num_bytes: int
+
+
+def quantize_checkpoint(
+    source: Source,
+    sequences: Sequence[Sequence[int]],
+    folder: Path,
+    options: QuantizeOptions,
+    progress: Progress | None = None,
+) -> Written:
+    """Round the linears of a source's layers and write the model.
+
+    Embeddings, head, norms and biases are written in fp16, or in bf16 where the source has them so. Linears of a GGUF
+    file may be of block types already; they are expanded first.
+
+    Args:
+        source: the model; a folder must not be quantised yet.
+        sequences: token ids of the calibration text, of one length; `rtn` does not look at them.
+        folder: where to write; new or empty.
+        options: how.
+        progress: called after each linear.
+
+    Raises:
+        UnsupportedModel: if the source is quantised, or the layout cannot hold one of its linears.
+        InvalidConfig: if the folder is not empty, or there are no sequences.
+        CorruptModelFile: if the source's weights cannot be read or are not finite.
+    """
+    if isinstance(source, FolderSource) and source.scheme is not None:
+        raise UnsupportedModel(f"{source.path}: this checkpoint is quantised; give the one that it was made of")
+    if not sequences and options.method != "rtn":
+        raise InvalidConfig(f"method {options.method!r} needs text to calibrate on, got none; give more of it")
+    layout = layout_of(options)
+    described = describe(source, layout.settings())
+    quant = Observed()
+    model = load_model(source, quant=quant, batch_invariant=False)
+    linears = {
+        f"{prefix}{shard.name}": (shard.num_rows, linear.in_features)
+        for prefix, linear in model.linears()
+        for shard in linear.shards
+    }
+    for name, shape in linears.items():
+        layout.check(name, shape)
+    writer = FolderWriter(folder)
+    divisors: dict[str, Tensor] = {}
+    num_done = 0
+    with torch.inference_mode():
+        for name, codes in _rounded(model, quant, sequences, options, divisors):
+            for part, tensor in layout.tensors(codes).items():
+                writer.add(f"{name}.{part}", tensor)
+            num_done += 1
+            if progress is not None:
+                progress(num_done, len(linears))
+    for name, weight in source.weights():
+        if name.removesuffix(".weight") not in linears:
+            writer.add(name, _as_written(name, weight, divisors.get(name)))
+    writer.finish()
+    write_description(source, folder, described)  # last: what is half written cannot be loaded
+    return Written(num_done, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def _rounded(
+    model: Model,
+    quant: Observed,
+    sequences: Sequence[Sequence[int]],
+    options: QuantizeOptions,
+    divisors: dict[str, Tensor],
+) -> Iterator[tuple[str, Codes]]:
+    """Yield the codes of each of the checkpoint's linears; `divisors` is `scale_layers`'s."""
+    if options.method == "rtn":
+        for prefix, linear in model.linears():
+            weight = linear.parameters.weight
+            _check_finite(prefix, weight)
+            yield from _shards(prefix, linear.shards, _nearest(weight, options))
+        return
+    batches = make_batches(model, sequences)
+    if options.method == "awq":
+        for prefix, shards, weight in scale_layers(walk(model, quant, batches), options, divisors):
+            yield from _shards(prefix, shards, _nearest(weight, options))
+        return
+    for halt in walk(model, quant, batches):
+        codes = _gptq(halt, options)
+        halt.parameters.weight.copy_(codes.values())
+        yield from _shards(halt.prefix, halt.shards, codes)
+
+
+def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
+    weight = halt.parameters.weight
+    _check_finite(halt.prefix, weight)
+    settings = GPTQSettings(
+        options.bits,
+        options.group_size or weight.shape[1],
+        options.symmetric,
+        options.act_order,
+        options.damping,
+    )
+    return gptq(weight, InputStatistics.of(halt.inputs).hessian, settings)
+
+
+def _nearest(weight: Tensor, options: QuantizeOptions) -> Codes:
+    return round_to_nearest(weight, options.bits, options.group_size or weight.shape[1], symmetric=options.symmetric)
+
+
+def _shards(prefix: str, shards: Sequence[tuple[str, int]], codes: Codes) -> Iterator[tuple[str, Codes]]:
+    start = 0
+    for name, num_rows in shards:
+        yield f"{prefix}{name}", codes.rows(slice(start, start + num_rows))
+        start += num_rows
+
+
+def _check_finite(prefix: str, weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise CorruptModelFile(f"{prefix}*.weight: expected finite numbers, found NaN or infinity")
+
+
+def _as_written(name: str, weight: Weight, divisor: Tensor | None) -> Tensor:
+    """Return a weight that is not rounded, in 16 bits, divided if it takes scales back."""
+    if isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and divisor is None:
+        return weight.contiguous()
+    values = weight.float() if isinstance(weight, Tensor) else weight.values()
+    if divisor is not None:
+        values = values / divisor
+    if not bool((values.abs() <= torch.finfo(torch.float16).max).all()):
+        raise CorruptModelFile(f"{name}: expected numbers that fp16 holds, up to 65504, found NaN or larger ones")
+    return values.half()
