@@ -16,6 +16,9 @@ ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_defa
 ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=False)]
 Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
 Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
+KVCacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, int8, or fp8 on a GPU.")
+]
 Device = Annotated[str, typer.Option(help="A torch device, or auto.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Limit on prompt and output together, in tokens.")]
 Deterministic = Annotated[
