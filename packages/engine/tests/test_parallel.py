@@ -153,11 +153,9 @@ def test_what_the_runner_does_is_done_by_all_ranks(make: Make) -> None:
 
 def test_ranks_keep_codes_with_the_scales_of_their_heads(make: Make) -> None:
     """A vector is rounded by itself, so whoever has its head writes the same codes."""
-    options = {"kv_cache_dtype": "int8", "max_model_len": 64}
-    answers = tokens_of(make(2, **options), PROMPTS)
-    whole = make(1, **options)
-    check_greedy(whole, PROMPTS, answers)
-    assert whole.info.kv_cache_bytes == make(2, **options).info.kv_cache_bytes
+    whole, parts = make(1, kv_cache_dtype="int8"), make(2, kv_cache_dtype="int8")
+    check_greedy(whole, PROMPTS, tokens_of(parts, PROMPTS))
+    assert parts.info.kv_cache_bytes == whole.info.kv_cache_bytes
 
 
 def test_tokens_do_not_depend_on_company(make: Make) -> None:
