@@ -6,8 +6,8 @@
 
 The text is the standard library's own documentation, cut into windows of 512 tokens. Perplexity is the exponential of
 the mean negative log-likelihood (natural log) of every token after the first of its window, given the window's earlier
-tokens, whose keys and values are read from the KV cache. All contestants run each window in turn; agreement is the share of positions at which two have the same most
-likely next token.
+tokens, whose keys and values are read from the KV cache. All contestants run each window in turn; agreement is the
+share of positions at which two have the same most likely next token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Score:
 
 
 def octavo(model: str | None, mode: str, window: int) -> Logits:
-    """Load our model in a mode, `exact`, or with a KV cache of another dtype, `exact/int8`; its logits come from the runner's own model and KV cache, one step per window."""
+    """Load our model in a mode, or in one with a KV cache of another dtype: `exact/int8`.
+
+    Its logits come from the runner's own model and KV cache, one step per window.
+    """
     mode, _, kv_cache_dtype = mode.partition("/")
     config = EngineConfig(
         model=model,
