@@ -92,7 +92,7 @@ void write_codes(const float* x, float scale, int64_t size, int8_t* codes) {
   }
   for (; i < size; ++i) {
     const float rounded = std::nearbyint(x[i] * inverse);
-    codes[i] = static_cast<int8_t>(rounded > 127.0f ? 127.0f : rounded < -127.0f ? -127.0f : rounded);
+    codes[i] = static_cast<int8_t>(!(rounded < 127.0f) ? 127.0f : rounded < -127.0f ? -127.0f : rounded);
   }
 }
 
