@@ -2,11 +2,12 @@
 
     python benchmarks/perplexity.py --oracle gguf --out benchmarks/results/perplexity
     python benchmarks/perplexity.py --tokens 2048 --modes exact
+    python benchmarks/perplexity.py --modes exact exact/bfloat16 exact/int8 --out benchmarks/results/perplexity_kv
 
 The text is the standard library's own documentation, cut into windows of 512 tokens. Perplexity is the exponential of
 the mean negative log-likelihood (natural log) of every token after the first of its window, given the window's earlier
-tokens. All contestants run each window in turn; agreement is the share of positions at which two have the same most
-likely next token.
+tokens, whose keys and values are read from the KV cache. All contestants run each window in turn; agreement is the
+share of positions at which two have the same most likely next token.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from workload import english_ids
 
 from octavo_engine import EngineConfig
 from octavo_engine.build import build_engine
-from octavo_engine.runner.model_input import GroupInput, KVLayer, ModelInput
-from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.runner.model_input import GroupInput, ModelInput
+from octavo_engine.runner.model_runner import ModelRunner, caches_of
 from octavo_engine.weights.locate import locate_model
 
 Logits = Callable[[list[int]], Tensor]
@@ -54,8 +55,19 @@ class Score:
 
 
 def octavo(model: str | None, mode: str, window: int) -> Logits:
-    """Load our model in a mode; its logits come from the runner's own model and KV cache, one step per window."""
-    config = EngineConfig(model=model, mode=mode, max_num_seqs=1, max_model_len=window, prefix_cache=False)
+    """Load our model in a mode, or in one with a KV cache of another dtype: `exact/int8`.
+
+    Its logits come from the runner's own model and KV cache, one step per window.
+    """
+    mode, _, kv_cache_dtype = mode.partition("/")
+    config = EngineConfig(
+        model=model,
+        mode=mode,
+        kv_cache_dtype=kv_cache_dtype or "auto",
+        max_num_seqs=1,
+        max_model_len=window,
+        prefix_cache=False,
+    )
     built = build_engine(config)
     runner = built.engine._executor._runner  # the scheduler asks for the logits of last tokens only
     assert isinstance(runner, ModelRunner)
@@ -75,7 +87,6 @@ def window_input(runner: ModelRunner, token_ids: list[int]) -> ModelInput:
     positions = torch.arange(num_tokens)
     blocks = torch.arange(1, -(-num_tokens // block_size) + 1, dtype=torch.int32)  # block 0 is reserved
     group = GroupInput(block_table=blocks[None], slot_mapping=positions + block_size)
-    layers = range(runner.model.config.num_layers)
     return ModelInput(
         token_ids=torch.tensor(token_ids),
         positions=positions,
@@ -84,7 +95,7 @@ def window_input(runner: ModelRunner, token_ids: list[int]) -> ModelInput:
         max_query_len=num_tokens,
         logits_indices=positions,
         groups=(group,),
-        kv_layers=tuple(KVLayer(*runner.storage.layer(layer), 0) for layer in layers),
+        kv_layers=caches_of(runner.model, runner.storage)[0],
     )
 
 
@@ -126,7 +137,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="file, folder or hub id; the demo model if left out")
-    parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
+    parser.add_argument("--modes", nargs="+", default=["exact", "fast"], help="MODE or MODE/KV_CACHE_DTYPE")
     parser.add_argument("--oracle", help="folder of a Transformers model in fp32, or gguf for our model's own file")
     parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--window", type=int, default=512)

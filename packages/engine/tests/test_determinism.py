@@ -65,15 +65,16 @@ PATHS: dict[str, Callable[[], Llama]] = {
     "float32 by torch": lambda: model_of(torch.float32, torch.float32, alone=True),
     "bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True),
     "float16": lambda: model_of(torch.float16, torch.float16, alone=True),
+    "int8 KV cache": lambda: model_of(torch.float32, torch.float32, alone=False),
 }
 
 
-def engine_of(model: Llama, **shape: Any) -> Engine:
+def engine_of(model: Llama, kv_dtype: torch.dtype, **shape: Any) -> Engine:
     """Return an engine; by default one with room, without a prefix cache."""
     options = {"num_blocks": 400, "max_num_batched_tokens": 1024, "max_num_seqs": 16, "prefix_cache": False} | shape
     runner = ModelRunner(
         model,
-        KVStorage(model.kv_cache_specs(model.norm.weight.dtype), options["num_blocks"], 8),
+        KVStorage(model.kv_cache_specs(kv_dtype), options["num_blocks"], 8),
         max_num_seqs=options["max_num_seqs"],
         max_num_batched_tokens=options["max_num_batched_tokens"],
         max_model_len=CONFIG.max_position_embeddings,
@@ -134,14 +135,15 @@ def test_answers_do_not_depend_on_company(path: str) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     model = PATHS[path]()
+    kv_dtype = torch.int8 if path.startswith("int8") else model.norm.weight.dtype
     stem = [rng.randrange(VOCAB_SIZE) for _ in range(130)]
     requests = [random_request(rng, str(number), stem) for number in range(7)]
     alone: dict[tuple[str, int], list[Any]] = {}
-    roomy = engine_of(model)
+    roomy = engine_of(model, kv_dtype)
     for request in requests:
         alone |= run(roomy, [request])
     shape = {"num_blocks": rng.choice((48, 100)), "max_num_batched_tokens": rng.choice((7, 40)), "prefix_cache": True}
-    together = run(engine_of(model, **shape), requests, rng)
+    together = run(engine_of(model, kv_dtype, **shape), requests, rng)
     for place, answer in alone.items():
         assert together[place] == answer, f"{shape}, {place} of {requests[int(place[0])]}"
     assert together.keys() == alone.keys()

@@ -151,6 +151,13 @@ def test_what_the_runner_does_is_done_by_all_ranks(make: Make) -> None:
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
 
 
+def test_ranks_keep_codes_with_the_scales_of_their_heads(make: Make) -> None:
+    """A vector is rounded by itself, so whoever has its head writes the same codes."""
+    whole, parts = make(1, kv_cache_dtype="int8"), make(2, kv_cache_dtype="int8")
+    check_greedy(whole, PROMPTS, tokens_of(parts, PROMPTS))
+    assert parts.info.kv_cache_bytes == whole.info.kv_cache_bytes
+
+
 def test_tokens_do_not_depend_on_company(make: Make) -> None:
     """Bit for bit: the ranks' parts are added in one order, whatever the number of tokens."""
     llm = make(4, max_num_batched_tokens=48, prefix_cache=False)

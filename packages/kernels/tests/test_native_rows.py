@@ -102,6 +102,43 @@ def test_rotation_of_a_token_has_the_same_bits_beside_any_others(interleaved):
         assert torch.equal(v_cache, sum(one[3] for one in alone))
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("known", [False, True], ids=["scale per vector", "scale per head"])
+def test_codes_of_a_token_have_the_same_bits_beside_any_others(known):
+    angles = torch.rand(64, 12)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+    fresh = torch.randn(33, 4, 40), torch.randn(33, 2, 40), torch.randn(33, 2, 40)
+    positions, slots = torch.randint(0, 64, (33,)), torch.randperm(48)[:33]
+
+    def write(rows):
+        q, k, v = (x[rows].clone() for x in fresh)
+        codes = torch.zeros(2, 3, 2, 16, 40, dtype=torch.int8)
+        scales = torch.full((2, 2), 0.02) if known else torch.zeros(2, 3, 2, 16)
+        ok.rope_kv_write_quant(q, k, v, positions[rows], cos_sin, *codes, slots[rows], *scales)
+        return codes, scales
+
+    alone = [write(slice(row, row + 1)) for row in range(33)]
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        codes, scales = write(slice(0, 33))
+        assert torch.equal(codes, sum(one[0] for one in alone))
+        if not known:
+            assert torch.equal(scales, sum(one[1] for one in alone))
+
+
+def test_codes_that_native_code_does_not_write_are_counted(monkeypatch):
+    from octavo_kernels import _dispatch
+
+    monkeypatch.setattr(_dispatch, "_log", _dispatch._FallbackLog())
+    q, k, v = torch.randn(3, 2, 4, 16)
+    positions, cos_sin, slots = torch.arange(2), torch.ones(8, 16), torch.tensor([3, 7])
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        caches, scales = torch.zeros(2, 2, 4, 8, 16).to(codes), torch.zeros(2, 2, 4, 8)
+        ok.rope_kv_write_quant(q, k, v, positions, cos_sin, *caches, slots, *scales)
+    assert ok.fallbacks()["rope_kv_write_quant"].num_calls == 1
+    assert "expected int8" in ok.fallbacks()["rope_kv_write_quant"].reason
+
+
 def test_other_dtypes_are_counted_as_fallbacks(monkeypatch):
     from octavo_kernels import _dispatch
 

@@ -98,6 +98,7 @@ def written_codes(inputs, codes, scale_form, *, interleaved=False, layout="hnd",
     return q, k, caches, scales
 
 
+@pytest.mark.parametrize("values_dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(
     ("scale_form", "rot_dim", "head_dim", "interleaved", "layout"),
@@ -109,12 +110,15 @@ def written_codes(inputs, codes, scale_form, *, interleaved=False, layout="hnd",
         ("all", 32, 32, True, "hnd"),
     ],
 )
-def test_codes_hold_what_k_and_v_hold(oracle, device, scale_form, rot_dim, head_dim, interleaved, layout, codes):
-    inputs = make_inputs(device, torch.float16, rot_dim, head_dim, with_norm=rot_dim != 48)
+def test_codes_hold_what_k_and_v_hold(
+    oracle, device, scale_form, rot_dim, head_dim, interleaved, layout, codes, values_dtype
+):
+    inputs = make_inputs(device, values_dtype, rot_dim, head_dim, with_norm=rot_dim != 48)
     q, k, caches, scales = written_codes(inputs, codes, scale_form, interleaved=interleaved, layout=layout)
     expected = run(*inputs, torch.float64, "hnd", interleaved, call=oracle)
-    torch.testing.assert_close(q, expected[0].half(), rtol=2e-3, atol=1e-6)
-    torch.testing.assert_close(k, expected[1].half(), rtol=2e-3, atol=1e-6)
+    tolerances = {"rtol": 2e-3, "atol": 1e-6} if values_dtype == torch.float16 else {"rtol": 2e-5, "atol": 1e-5}
+    torch.testing.assert_close(q, expected[0].to(values_dtype), **tolerances)
+    torch.testing.assert_close(k, expected[1].to(values_dtype), **tolerances)
     untouched = torch.ones(4, 16, dtype=torch.bool, device=device)
     largest = 127 if codes == torch.int8 else 448
     for token, slot in enumerate(inputs[-1].tolist()):
@@ -135,6 +139,20 @@ def test_codes_hold_what_k_and_v_hold(oracle, device, scale_form, rot_dim, head_
     assert (caches.float().movedim(3, 1)[untouched] == torch.tensor(77.0).to(codes).float()).all()
     if scale_form == "slot":
         assert scales.movedim(2, -1)[:, untouched].isnan().all()
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_vectors_without_a_scale_have_codes_of_zero(device, codes):
+    inputs = make_inputs(device, torch.float32, 0, 48, with_norm=False)
+    k = inputs[0]["k"]
+    k[0, 0], k[0, 1, 40], k[2, 0, 3], k[2, 1, 47] = 0.0, 1e-39, NAN, -float("inf")
+    k[0, 1, :40] = k[0, 1, 41:] = 0.0
+    _, _, caches, scales = written_codes(inputs, codes, "slot")
+    assert not caches[1, 0, :, 0].any()  # a zero vector, and one whose scale has no reciprocal
+    assert not caches[3, 0, :, 15].any()
+    assert scales[0, 1, :, 0].tolist()[0] == 0.0
+    assert scales[0, 3, 0, 15].isnan()
+    assert scales[0, 3, 1, 15].isinf()  # so that what attention makes of them is not finite, and seen
 
 
 def test_attention_reads_what_was_written(oracle, device):

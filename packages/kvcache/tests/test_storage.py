@@ -102,6 +102,31 @@ def test_copies_between_tiers_have_the_effect_of_one_after_the_other(copies, exp
     assert blocks(storage, 0)[0] == expected
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_scales_are_copied_and_swapped_with_their_block(dtype):
+    storage = KVStorage([KVCacheSpec(2, 16, dtype)] * 3, num_blocks=6, block_size=4, num_host_blocks=3)
+    assert storage.bytes_per_block == 3 * KVCacheSpec(2, 16, dtype).bytes_per_block(4)
+    vectors = [cache for index in range(3) for cache in storage.layer(index)]
+    scales = [scale for index in range(3) for scale in storage.scales(index)]
+    assert all(cache.dtype == getattr(torch, dtype) and cache.shape == (6, 2, 4, 16) for cache in vectors)
+    assert all(scale.shape == (6, 2, 4) and scale.is_contiguous() for scale in scales)
+    assert not any(scale[0].any() for scale in scales)
+    for number, tensor in enumerate(vectors + scales):
+        tensor[1:] = torch.arange(1, 6).view(-1, *[1] * (tensor.dim() - 1)).add(8 * number).to(tensor.dtype)
+    storage.apply([BlockCopy(2, 5), BlockCopy(3, 1, DEVICE, HOST), BlockCopy(4, 3), BlockCopy(1, 4, HOST, DEVICE)])
+    for number, tensor in enumerate(vectors + scales):
+        expected = (torch.tensor([1, 2, 4, 3, 2]) + 8 * number).to(tensor.dtype).float()
+        assert (tensor[1:].float() == expected.view(-1, *[1] * (tensor.dim() - 1))).all(), number
+
+
+def test_elements_that_are_no_codes_have_no_scales():
+    storage = KVStorage([FULL, KVCacheSpec(2, 4, "int8")], 4, 4)
+    assert storage.scales(0) is None
+    assert storage.scales(1) is not None
+    with pytest.raises(IndexError, match="layer 2 does not exist"):
+        storage.scales(2)
+
+
 def test_groups_of_one_shape_share_tensors():
     storage = KVStorage([WINDOW, WINDOW, FULL], num_blocks=4, block_size=4)
     pointers = [storage.layer(index)[0].data_ptr() for index in range(3)]

@@ -73,8 +73,8 @@ def test_engine_options_reach_the_configuration(octavo):
 
 @pytest.mark.parametrize("command", [["run", "hi"], ["chat"]], ids=lambda command: command[0])
 def test_the_mode_reaches_the_configuration(octavo, command):
-    octavo(*command, "--mode", "fast")
-    assert [config.mode for config in octavo.configs] == ["fast"]
+    octavo(*command, "--mode", "fast", "--kv-cache-dtype", "int8")
+    assert [(config.mode, config.kv_cache_dtype) for config in octavo.configs] == [("fast", "int8")]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,10 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["serve", "--tool-parser", "hermez"], "tool_parser 'hermez' is not one of auto, gpt_oss, hermes"),
         (["serve", "--reasoning-parser", "x"], "reasoning_parser 'x' is not one of auto, none, think"),
         (["run", "hi", "--mode", "faster"], "mode 'faster' is not one of exact, fast"),
+        (
+            ["run", "hi", "--kv-cache-dtype", "int4"],
+            "kv_cache_dtype 'int4' is not one of auto, float32, bfloat16, int8",
+        ),
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
         (["serve", "--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),

@@ -21,6 +21,7 @@ from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.base import Executor
 from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
+from octavo_engine.kv_dtype import resolve_kv_dtype, warn_of_unused_scales
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
@@ -74,6 +75,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         torch.set_num_threads(config.num_threads)
     source = open_source(config.model)
     numerics = _resolve_numerics(config, source.config)
+    warn_of_unused_scales(source, numerics.kv_dtype)
     device = numerics.device
     if config.tensor_parallel_size > 1:
         return _build_split(config, source, numerics, progress, started)
@@ -387,7 +389,8 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
             f"{_name(dtype)}; leave both auto on a CPU, or use a checkpoint that is quantised already"
         )
     if config.mode == "exact":
-        return _Numerics(device, dtype, dtype, config.mode, deterministic, rounded)
+        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, device, dtype)
+        return _Numerics(device, dtype, kv_dtype, config.mode, deterministic, rounded)
     if device.type != "cpu":
         raise InvalidConfig(f"mode 'fast' is for CPUs, the device is {device}; use mode exact, or device cpu")
     if dtype != torch.float32:
@@ -397,7 +400,8 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
             "mode 'fast' needs the native CPU kernels, which this installation does not have or OCTAVO_CPU_ISA=none "
             "turns off; use mode exact"
         )
-    return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic, rounded)
+    kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, device, torch.bfloat16)
+    return _Numerics(device, dtype, kv_dtype, config.mode, deterministic, rounded)
 
 
 def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free_bytes: int) -> MemoryPlan:

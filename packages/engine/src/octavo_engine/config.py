@@ -9,6 +9,7 @@ from octavo_engine.preemption import PREEMPTION_MODES
 from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
 _MODES = ("exact", "fast")
 QUANTIZATIONS = ("int8", "int4")
 QUEUE_POLICIES = ("arrival", "fair")
@@ -29,6 +30,9 @@ class EngineConfig:
         quantization: rounds the linears of a model that is not quantised as it is read: `int8` to 8 bits with a scale
             per group of 32 inputs, `int4` to 4 bits with a scale and a least value. For CPUs with native kernels. None
             leaves them as they are stored.
+        kv_cache_dtype: of keys and values in the KV cache; `auto` is what `mode` says. `int8` and `fp8` (e4m3, on GPUs
+            of compute capability 8.9 or newer) take about a quarter of float32's memory: each cached vector is rounded
+            by a scale of its own, whatever else runs.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
@@ -74,6 +78,7 @@ class EngineConfig:
     dtype: str = "auto"
     mode: str = "exact"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     deterministic: bool | None = None
     max_model_len: int | None = None
@@ -105,6 +110,11 @@ class EngineConfig:
             raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
         if self.lora_dtype not in _DTYPES:
             raise InvalidConfig(f"lora_dtype {self.lora_dtype!r} is not one of {', '.join(_DTYPES)}")
+        if self.kv_cache_dtype not in _KV_CACHE_DTYPES:
+            raise InvalidConfig(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(_KV_CACHE_DTYPES)}; "
+                "auto is the default"
+            )
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise InvalidConfig(
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "

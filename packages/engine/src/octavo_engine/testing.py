@@ -77,15 +77,17 @@ def make_runner(
     num_blocks: int = 64,
     block_size: int = 4,
     max_num_seqs: int = 8,
+    kv_dtype: torch.dtype = torch.float32,
     watch: Callable[[ModelInput, Tensor], None] | None = None,
 ) -> ModelRunner:
     """Return a runner on the CPU with a KV cache full of NaN, so that a read of an unwritten slot shows.
 
-    `watch` is shown the input and the hidden states of every step.
+    Where `kv_dtype` is one of codes, their scales are NaN. `watch` is shown the input and the hidden states of every
+    step.
     """
-    storage = KVStorage(model.kv_cache_specs(torch.float32), num_blocks, block_size)
+    storage = KVStorage(model.kv_cache_specs(kv_dtype), num_blocks, block_size)
     for layer in range(storage.num_layers):
-        for cache in storage.layer(layer):
+        for cache in storage.scales(layer) or storage.layer(layer):
             cache.fill_(float("nan"))
     max_model_len = model.config.max_position_embeddings
     runner = ModelRunner(

@@ -96,7 +96,6 @@ _FOR_GPUS = frozenset(
     {
         "shared_prefix_attention",
         "mla_decode",
-        "rope_kv_write_quant",
         "rms_norm_quant",
         "add_rms_norm_quant",
         "silu_and_mul_quant",

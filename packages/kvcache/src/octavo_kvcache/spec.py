@@ -9,6 +9,11 @@ from octavo_kvcache.errors import InvalidArgument, UnsupportedSpec
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per element of the dtypes that need no scales."""
 
+CODE_DTYPES = ("int8", "float8_e4m3fn")
+"""The dtypes of one byte whose elements are codes: every cached vector has a scale of four bytes beside them."""
+
+_SCALE_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
@@ -17,7 +22,7 @@ class KVCacheSpec:
     Attributes:
         num_kv_heads: heads of K and of V.
         head_dim: elements per head, the same for K and V.
-        dtype: name of the element type, a key of `DTYPE_BYTES`.
+        dtype: name of the element type, a key of `DTYPE_BYTES` or one of `CODE_DTYPES`.
         kind: "full" (every token is kept) or "window" (only what a window still sees).
         window: tokens that a query sees, itself included; for kind "window" only.
 
@@ -36,8 +41,8 @@ class KVCacheSpec:
     def __post_init__(self) -> None:
         if self.kind not in ("full", "window"):
             raise UnsupportedSpec(f"kind must be 'full' or 'window', got {self.kind!r}; no other kind is implemented")
-        if self.dtype not in DTYPE_BYTES:
-            raise UnsupportedSpec(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
+        if self.dtype not in DTYPE_BYTES and self.dtype not in CODE_DTYPES:
+            raise UnsupportedSpec(f"dtype must be one of {', '.join((*DTYPE_BYTES, *CODE_DTYPES))}, got {self.dtype!r}")
         if self.num_kv_heads < 1 or self.head_dim < 1:
             raise InvalidArgument(
                 f"num_kv_heads and head_dim must be positive, got {self.num_kv_heads}, {self.head_dim}"
@@ -47,9 +52,15 @@ class KVCacheSpec:
         if self.kind == "window" and (self.window is None or self.window < 1):
             raise InvalidArgument(f"window must be at least 1 token for kind 'window', got {self.window}")
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether each cached vector has a scale."""
+        return self.dtype in CODE_DTYPES
+
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes that one block of `block_size` tokens takes in this layer, K and V together."""
-        return 2 * self.num_kv_heads * block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        """Bytes that one block of `block_size` tokens takes in this layer, K and V together, with their scales."""
+        vector = self.head_dim + _SCALE_BYTES if self.has_scales else self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_kv_heads * block_size * vector
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 try:
     import torch
@@ -18,8 +19,19 @@ from octavo_kvcache.spec import KVCacheSpec, group_specs
 from octavo_kvcache.transfer import transfer_blocks
 
 
+class _Layer(NamedTuple):
+    """What a layer is kept in: vectors [num_blocks, 2, num_kv_heads, block_size, head_dim], and the scales of codes."""
+
+    vectors: torch.Tensor
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+
+
 class KVStorage:
     """One tensor [num_blocks, 2, num_kv_heads, block_size, head_dim] per layer; index 0 of dimension 1 is K, 1 is V.
+
+    Where elements are codes, two tensors [num_blocks, num_kv_heads, block_size] beside it hold the scales of the keys'
+    and of the values' vectors; they are a part of their block wherever it is copied.
 
     Layers of different groups use one tensor together where their shapes allow it, since a block belongs to one group
     at a time: the k-th layer of each group lies in the same tensor.
@@ -61,16 +73,16 @@ class KVStorage:
         self.device = torch.device(device)
         self._num_blocks = {DEVICE: num_blocks, HOST: num_host_blocks}
         self._tensors: dict[str, list[torch.Tensor]] = {DEVICE: [], HOST: []}
-        self._tensor_of_layer: dict[int, torch.Tensor] = {}
+        self._layers: dict[int, _Layer] = {}
         self._allocate(specs)
 
     @property
     def num_layers(self) -> int:
-        return len(self._tensor_of_layer)
+        return len(self._layers)
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block over all layers, scales included."""
         return sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors[DEVICE])
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,10 +92,20 @@ class KVStorage:
             IndexError: there is no such layer.
 
         """
-        if index not in self._tensor_of_layer:
-            raise IndexError(f"layer {index} does not exist; the storage has {self.num_layers} layers")
-        tensor = self._tensor_of_layer[index]
-        return tensor[:, 0], tensor[:, 1]
+        vectors = self._layer(index).vectors
+        return vectors[:, 0], vectors[:, 1]
+
+    def scales(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the scales of a layer's keys and values, each [num_blocks, num_kv_heads, block_size] float32.
+
+        None where its elements are no codes.
+
+        Raises:
+            IndexError: there is no such layer.
+
+        """
+        _, k_scale, v_scale = self._layer(index)
+        return None if k_scale is None or v_scale is None else (k_scale, v_scale)
 
     def apply(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks in all layers, with the effect of one copy after the other.
@@ -105,6 +127,11 @@ class KVStorage:
             else:  # nothing that is written is read: the last copy to a block counts
                 transfer_blocks(self._tensors[src_tier], self._tensors[dst_tier], {c.dst: c.src for c in run})
 
+    def _layer(self, index: int) -> _Layer:
+        if index not in self._layers:
+            raise IndexError(f"layer {index} does not exist; the storage has {self.num_layers} layers")
+        return self._layers[index]
+
     def _copy(self, origins: dict[int, int]) -> None:
         src = torch.tensor(list(origins.values()), dtype=torch.int64, device=self.device)
         dst = torch.tensor(list(origins), dtype=torch.int64, device=self.device)
@@ -124,19 +151,26 @@ class KVStorage:
             )
 
     def _allocate(self, specs: Sequence[KVCacheSpec]) -> None:
-        by_shape: dict[tuple[int, int, str], list[torch.Tensor]] = {}
+        by_shape: dict[tuple[int, int, str], list[_Layer]] = {}
         for group in group_specs(specs):
             spec = group.spec
-            tensors = by_shape.setdefault((spec.num_kv_heads, spec.head_dim, spec.dtype), [])
-            for position, layer in enumerate(group.layers):
-                if position == len(tensors):
-                    tensors.append(self._make_tensor(spec))
-                self._tensor_of_layer[layer] = tensors[position]
+            layers = by_shape.setdefault((spec.num_kv_heads, spec.head_dim, spec.dtype), [])
+            for position, index in enumerate(group.layers):
+                if position == len(layers):
+                    layers.append(self._make_layer(spec))
+                self._layers[index] = layers[position]
 
-    def _make_tensor(self, spec: KVCacheSpec) -> torch.Tensor:
-        """Make a tensor, and the host tier's beside it."""
-        block_shape = (2, spec.num_kv_heads, self.block_size, spec.head_dim)
+    def _make_layer(self, spec: KVCacheSpec) -> _Layer:
         dtype = getattr(torch, spec.dtype)
+        shape = (spec.num_kv_heads, self.block_size)
+        if not spec.has_scales:
+            return _Layer(self._make_tensor((2, *shape, spec.head_dim), dtype), None, None)
+        # Whatever copies blocks takes codes as bytes: not every op of torch knows FP8.
+        codes = self._make_tensor((2, *shape, spec.head_dim), torch.int8).view(dtype)
+        return _Layer(codes, self._make_tensor(shape, torch.float32), self._make_tensor(shape, torch.float32))
+
+    def _make_tensor(self, block_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Make a tensor of blocks, and the host tier's beside it."""
         tensor = _empty((self.num_blocks, *block_shape), dtype, self.device)
         tensor[NULL_BLOCK].zero_()
         self._tensors[DEVICE].append(tensor)

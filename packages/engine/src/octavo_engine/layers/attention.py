@@ -11,8 +11,8 @@ from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.quant.base import Shard, WeightSlot
-from octavo_engine.runner.model_input import ModelInput
-from octavo_kernels import paged_attention, rope_kv_write
+from octavo_engine.runner.model_input import KVLayer, ModelInput
+from octavo_kernels import paged_attention, rope_kv_write, rope_kv_write_quant
 
 
 class Attention:
@@ -56,9 +56,7 @@ class Attention:
         group = model_input.groups[kv.group]
         qkv = self.qkv(x).view(len(x), -1, self._head_dim)  # [num_tokens, num_heads + 2 num_kv_heads, head_dim]
         q, k, v = torch.split(qkv, self._split, dim=1)
-        rope_kv_write(
-            q, k, v, model_input.positions, self._cos_sin, kv.k_cache, kv.v_cache, group.slot_mapping
-        )  # fmt: skip
+        _write(q, k, v, model_input.positions, self._cos_sin, kv, group.slot_mapping)
         out = paged_attention(
             q,
             kv.k_cache,
@@ -69,6 +67,8 @@ class Attention:
             max_query_len=model_input.max_query_len,
             scale=self._scale,
             window=self._window,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
             batch_invariant=self._batch_invariant,
         )
         return self.out(out.view(len(x), -1))
@@ -87,3 +87,15 @@ class Attention:
         """Yield where the checkpoint's tensors go."""
         yield from self.qkv.slots(prefix)
         yield from self.out.slots(prefix)
+
+
+def _write(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slot_mapping: Tensor
+) -> None:
+    """Rotate q and k in place, and write k and v to a layer's cache, as codes where it has scales."""
+    if kv.k_scale is None or kv.v_scale is None:
+        rope_kv_write(q, k, v, positions, cos_sin, kv.k_cache, kv.v_cache, slot_mapping)
+    else:
+        rope_kv_write_quant(
+            q, k, v, positions, cos_sin, kv.k_cache, kv.v_cache, slot_mapping, kv.k_scale, kv.v_scale
+        )  # fmt: skip

@@ -9,11 +9,16 @@ from torch import Tensor
 
 
 class KVLayer(NamedTuple):
-    """The cache of one layer, k and v [num_blocks, num_kv_heads, block_size, head_dim], and its KV group's index."""
+    """The cache of one layer, k and v [num_blocks, num_kv_heads, block_size, head_dim], and its KV group's index.
+
+    Where its elements are codes, k_scale and v_scale [num_blocks, num_kv_heads, block_size] fp32 go with them.
+    """
 
     k_cache: Tensor
     v_cache: Tensor
     group: int
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class GroupInput(NamedTuple):

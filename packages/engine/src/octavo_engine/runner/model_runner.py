@@ -307,4 +307,7 @@ def caches_of(model: Model, storage: KVStorage) -> tuple[tuple[KVLayer, ...], in
     dtype = storage.layer(0)[0].dtype
     groups = group_specs(model.kv_cache_specs(dtype))
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
-    return tuple(KVLayer(*storage.layer(layer), group_of[layer]) for layer in sorted(group_of)), len(groups)
+    layers = (
+        KVLayer(*storage.layer(layer), group_of[layer], *(storage.scales(layer) or ())) for layer in sorted(group_of)
+    )
+    return tuple(layers), len(groups)

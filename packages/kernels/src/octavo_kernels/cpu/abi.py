@@ -95,10 +95,12 @@ class RopeKvWriteArgs(ctypes.Structure):
     """Arguments of ROPE_KV_WRITE."""
 
     _fields_ = _fields(
-        "q k v positions cos_sin k_cache v_cache slot_mapping q_norm_weight k_norm_weight",
+        "q k v positions cos_sin k_cache v_cache slot_mapping q_norm_weight k_norm_weight k_scale v_scale",
         "q_token_stride q_head_stride k_token_stride k_head_stride v_token_stride v_head_stride "
         "k_block_stride k_cache_head_stride k_slot_stride v_block_stride v_cache_head_stride v_slot_stride "
-        "num_heads num_kv_heads head_dim rot_dim block_size cache_dtype interleaved only_write",
+        "k_scale_block_stride k_scale_head_stride k_scale_slot_stride "
+        "v_scale_block_stride v_scale_head_stride v_scale_slot_stride "
+        "num_heads num_kv_heads head_dim rot_dim block_size cache_dtype interleaved only_write known_scales",
         "eps unused",
     )
 

@@ -122,15 +122,20 @@ struct RopeKvWriteArgs {  // rows: tokens
   const int64_t* slot_mapping;  // [tokens], -1 writes nothing
   const float* q_norm_weight;   // [head_dim] or null
   const float* k_norm_weight;   // [head_dim] or null
+  float* k_scale;               // int8 caches: [num_blocks, num_kv_heads, block_size], written; null for the others
+  float* v_scale;
   int64_t q_token_stride, q_head_stride;
   int64_t k_token_stride, k_head_stride;
   int64_t v_token_stride, v_head_stride;
   int64_t k_block_stride, k_cache_head_stride, k_slot_stride;
   int64_t v_block_stride, v_cache_head_stride, v_slot_stride;
+  int64_t k_scale_block_stride, k_scale_head_stride, k_scale_slot_stride;
+  int64_t v_scale_block_stride, v_scale_head_stride, v_scale_slot_stride;
   int64_t num_heads, num_kv_heads, head_dim, rot_dim, block_size;
   int64_t cache_dtype;
   int64_t interleaved;
   int64_t only_write;  // 1: no norm and no rotation; q, positions, cos_sin unused (the op write_kv)
+  int64_t known_scales;  // 1: scales are [num_kv_heads], and read
   float eps;
   float unused;
 };

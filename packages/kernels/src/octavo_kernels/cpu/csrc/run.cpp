@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 struct Job {
   const Op* ops;
