@@ -19,6 +19,8 @@ from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.base import Executor
+from octavo_engine.executor.inline import InlineExecutor
+from octavo_engine.executor.overlapped import OverlappedExecutor
 from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
 from octavo_engine.models.config import ModelConfig
@@ -26,9 +28,12 @@ from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
 from octavo_engine.runner.adapter_plan import AdapterPlan
+from octavo_engine.runner.cuda_device import CudaDevice
+from octavo_engine.runner.device import Device
 from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.runner.overlapped_runner import OverlappedRunner
 from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
@@ -152,6 +157,7 @@ def _assemble(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
     )
     host_plan = _plan_host(config, plan, device)
+    gpu = _overlapping(device) if place.team is None else None  # other ranks take one step after the other
     parts = ModelParts(
         make_model,
         partial(
@@ -162,8 +168,9 @@ def _assemble(
             device=device,
             num_host_blocks=host_plan.num_blocks,
         ),
-        _runner_maker(config, plan, device, grammars, adapters),
+        _runner_maker(config, plan, device, grammars, adapters, gpu),
         numerics.root,
+        InlineExecutor if gpu is None else OverlappedExecutor,
     )
     digest.result()
     weights, storage = parts.weights(source, model), parts.make_storage()
@@ -188,9 +195,12 @@ def _runner_maker(
     device: torch.device,
     grammars: GrammarCompiler,
     adapters: AdapterPlan,
+    gpu: Device | None,
 ) -> Callable[[Model, KVStorage], ModelRunner]:
+    make_runner = ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu)
+
     def make(model: Model, storage: KVStorage) -> ModelRunner:
-        return ModelRunner(
+        return make_runner(
             model,
             storage,
             max_num_seqs=config.max_num_seqs,
@@ -202,6 +212,11 @@ def _runner_maker(
         )
 
     return make
+
+
+def _overlapping(device: torch.device) -> Device | None:
+    """Return a device as that on which a step may begin before the one before has been read; None if it is none."""
+    return CudaDevice(device) if device.type == "cuda" else None
 
 
 def _scheduler(

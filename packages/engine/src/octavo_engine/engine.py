@@ -12,6 +12,7 @@ from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
+from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
 from octavo_engine.types import Request, SequenceUpdate
@@ -77,6 +78,11 @@ class Engine:
         if self._adapters is None:
             return AdapterStats()
         return self.scheduler.adapters.stats(self._adapters.num_loaded, self._adapters.num_reads)
+
+    @property
+    def overlap_stats(self) -> OverlapStats:
+        """Which steps did not wait for earlier ones."""
+        return self._executor.overlap
 
     @property
     def adapters(self) -> Adapters:
