@@ -30,6 +30,7 @@ from octavo_engine.quant.choose import choose_method, has_native_products, nativ
 from octavo_engine.runner.adapter_plan import AdapterPlan
 from octavo_engine.runner.cuda_device import CudaDevice
 from octavo_engine.runner.device import Device
+from octavo_engine.runner.device_memory import FreeMemory
 from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
@@ -37,6 +38,7 @@ from octavo_engine.runner.overlapped_runner import OverlappedRunner
 from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.sizing import free_memory_beside
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.processor import TextProcessor
@@ -150,8 +152,10 @@ def _assemble(
     specs = model.kv_cache_specs(numerics.kv_dtype)
     bytes_per_block = sum(s.bytes_per_block(config.block_size) for s in specs) * config.tensor_parallel_size
     adapters = AdapterPlan.of(config, model, numerics.dtype)
-    free_bytes = max(0, available_bytes() - adapters.num_bytes)
-    plan = _plan(config, source.config, bytes_per_block=bytes_per_block, free_bytes=free_bytes)
+    free = free_memory_beside(
+        model, config, numerics.device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=adapters.num_bytes
+    )
+    plan = _plan(config, source.config, bytes_per_block=bytes_per_block, free=free)
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
@@ -402,7 +406,7 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
     return _Numerics(device, dtype, torch.bfloat16, config.mode, deterministic)
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free_bytes: int) -> MemoryPlan:
+def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free: FreeMemory) -> MemoryPlan:
     return plan_memory(
         bytes_per_block=bytes_per_block,
         block_size=config.block_size,
@@ -411,7 +415,9 @@ def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: i
         max_model_len=config.max_model_len,
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
-        free_bytes=free_bytes,
+        free_bytes=free.num_bytes,
+        share=free.share,
+        what=free.reason,
     )
 
 

@@ -202,7 +202,7 @@ class OverlappedRunner(ModelRunner):
             self._results.send(slot, len(draws.rows), changed=changed)
         tenures = self._state.tenures[draws.rows]
         launched = _Launched(self, kept, self._gpu.record(), slot, draws, changed, tenures)
-        self._state.unread[draws.rows] = draws.positions
+        self._state.positions[draws.rows] = draws.positions
         self._in_flight.append(launched)
         return launched
 
@@ -265,7 +265,6 @@ class OverlappedRunner(ModelRunner):
             answer.add_drawn(step.draws.places, drawn)
         step.outcome = step.kept.widen(answer.output())
         self._append(rows[staying], positions[staying], Drawn(drawn.token_ids[staying], drawn.sound[staying]))
-        self._state.read(rows[staying], positions[staying])
 
 
 def _arrays_of(model_input: ModelInput) -> list[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""RowState: each row's last token on the device, and what the host has not read of it."""
+"""RowState: each row's last token on the device, and where in its sequence that token stands."""
 
 from __future__ import annotations
 
@@ -17,30 +17,24 @@ class RowState:
         device: where the model is.
 
     Attributes:
-        last_tokens: [max_num_rows] int64 on the device; holds the token that each row drew last, where `unread` says
-            that one is under way, else anything.
-        unread: [max_num_rows] int64, the position of that token; -1 where the host knows all tokens of a row.
+        last_tokens: [max_num_rows] int64 on the device, the token that each row drew last ahead of the host.
+        positions: [max_num_rows] int64, of that token; -1 where there is none. The host may have read it since.
         tenures: [max_num_rows] int64, how often the row has changed hands, so that an answer that comes after its
             sequence has left is not taken for the next one's.
     """
 
     def __init__(self, max_num_rows: int, device: torch.device) -> None:
         self.last_tokens = torch.zeros(max_num_rows, dtype=torch.int64, device=device)
-        self.unread = np.full(max_num_rows, -1, np.int64)
+        self.positions = np.full(max_num_rows, -1, np.int64)
         self.tenures = np.zeros(max_num_rows, np.int64)
 
     def hand_over(self, rows: Iterable[int]) -> None:
         """Take note that rows are others' from now on, whose tokens the host knows."""
         for row in rows:
-            self.unread[row] = -1
+            self.positions[row] = -1
             self.tenures[row] += 1
 
     def on_device(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether the tokens at some positions of some rows are known to the device alone."""
-        unread: NDArray[np.bool_] = self.unread[rows] == positions
-        return unread
-
-    def read(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        """Take note that the host knows the tokens at some positions of different rows."""
-        known = rows[self.unread[rows] == positions]
-        self.unread[known] = -1
+        """Return whether the tokens at some positions of some rows are the device's to give."""
+        there: NDArray[np.bool_] = self.positions[rows] == positions
+        return there
