@@ -27,6 +27,7 @@ def test_work_waits_for_later_events_and_keeps_its_order() -> None:
 def test_host_memory_is_poison_until_its_download_is_done() -> None:
     device = LateDevice(num_late=9)
     source, whole, real = torch.tensor([4, 5]), device.host_bytes(16).view(torch.int64), device.host_bytes(8)
+    whole.fill_(3)  # as a step before left it
     device.download(source, whole)
     device.download(torch.tensor([1.0, 2.0]), real.view(torch.float32))
     event = device.record()

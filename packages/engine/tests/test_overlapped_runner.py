@@ -208,6 +208,17 @@ def test_result_that_is_read_too_early_is_poison(model: Llama, monkeypatch: pyte
     ]
 
 
+def test_drained_engine_holds_nothing_of_what_was_aborted(model: Llama) -> None:
+    engine = setup_of(model, LateDevice(num_late=3)).engine
+    engine.add(request("a", [1, 2, 3]))
+    assert engine.step() == []
+    assert [len(update.token_ids) for update in engine.step()] == [1]
+    engine.abort("a")
+    assert (engine.has_work, engine.scheduler.cache.stats().num_used > 0) == (True, True)
+    engine.drain()
+    assert (engine.has_work, engine.scheduler.cache.stats().num_used) == (False, 0)
+
+
 def test_parcel_that_is_packed_too_early_is_noticed(model: Llama) -> None:
     setup = setup_of(model, LateDevice(num_late=3))
     setup.runner._parcels._sources[1:] = setup.runner._parcels._sources[:1]  # type: ignore[attr-defined]

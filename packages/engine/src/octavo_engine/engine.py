@@ -123,6 +123,11 @@ class Engine:
             return self._take_oldest()
         return []
 
+    def drain(self) -> None:
+        """Read the steps in flight, of whose sequences nobody wants to hear any more: all were aborted."""
+        while self._in_flight:
+            self._take_oldest()
+
     def close(self) -> None:
         """Release the executor."""
         self._executor.close()
