@@ -14,6 +14,7 @@ from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.quant import choose
+from octavo_engine.runner.late_device import LateDevice
 from octavo_kvcache import CacheManager
 
 MakeGGUF = Callable[..., Path]
@@ -115,3 +116,21 @@ def test_the_host_tier_is_described(make_gguf: MakeGGUF) -> None:
     assert info.host_kv_reason == "host_kv_bytes was given"
     with pytest.raises(InvalidConfig, match="preemption_mode 'swap' needs memory of the host: the device's memory"):
         info_of(path, preemption_mode="swap")
+
+
+def test_device_that_computes_late_gives_the_same_tokens(make_gguf: MakeGGUF, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(path: Path) -> tuple[list[tuple[int, ...]], int]:
+        with LLM(str(path), num_blocks=40, max_num_seqs=4, show_progress=False) as llm:
+            before = llm.generate([PROMPT, {"prompt_token_ids": [9, 8]}], GREEDY)
+            llm.sleep(level=1)
+            llm.wake_up()
+            outputs = before + llm.generate([PROMPT], SamplingParams(n=2, seed=1, max_tokens=6, ignore_eos=True))
+            tokens = [tuple(one.token_ids) for output in outputs for one in output.outputs]
+            return tokens, llm.stats().overlap.num_overlapped
+
+    path = make_gguf()
+    inline = answers(path)
+    monkeypatch.setattr(build, "_overlapping", lambda device: LateDevice(num_late=3))
+    late = answers(path)
+    assert late[0] == inline[0]
+    assert (inline[1], late[1] > 10) == (0, True)

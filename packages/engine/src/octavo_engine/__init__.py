@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         WorkerLost,
     )
     from octavo_engine.llm import LLM
+    from octavo_engine.overlap import OverlapStats
     from octavo_engine.pins import Pin
     from octavo_engine.standby import MemoryReport
     from octavo_engine.structured.params import StructuredOutputsParams
@@ -85,6 +86,7 @@ _EXPORTS = {
         "WorkerLost",
     ),
     "llm": ("LLM",),
+    "overlap": ("OverlapStats",),
     "pins": ("Pin",),
     "standby": ("MemoryReport",),
     "structured.params": ("StructuredOutputsParams",),
@@ -133,6 +135,7 @@ __all__ = [
     "InvalidRequest",
     "MemoryReport",
     "ModelNotFound",
+    "OverlapStats",
     "Pin",
     "PinLimitReached",
     "PromptTooLong",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from octavo_engine.adapters.info import AdapterInfo, AdapterStats
 from octavo_engine.branch import Branch
+from octavo_engine.overlap import OverlapStats
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.standby import MemoryReport, SleepMode
@@ -63,7 +64,8 @@ class EngineStats:
     a process that held a part of the model was lost, after which everything was computed again.
     `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
     that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
-    wanted backend. `adapters` counts what adapters took.
+    wanted backend. `adapters` counts what adapters took, `overlap` the steps that were launched before earlier ones
+    had been read.
     """
 
     num_running: int
@@ -81,6 +83,7 @@ class EngineStats:
     num_lost_steps: int = 0
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     adapters: AdapterStats = field(default_factory=AdapterStats)
+    overlap: OverlapStats = field(default_factory=OverlapStats)
 
     @property
     def num_cached_prompt_tokens(self) -> int:

@@ -99,6 +99,11 @@ class ScheduledBatch:
         return len(self.new) + len(self.cached)
 
     @property
+    def rows(self) -> list[int]:
+        """The rows that take part in the step, in order."""
+        return [new.row for new in self.new] + [cached.row for cached in self.cached]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(r.num_scheduled_tokens for r in self.new) + sum(r.num_scheduled_tokens for r in self.cached)

@@ -19,6 +19,8 @@ from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig, InvalidRequest
 from octavo_engine.executor.base import Executor
+from octavo_engine.executor.inline import InlineExecutor
+from octavo_engine.executor.overlapped import OverlappedExecutor
 from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
 from octavo_engine.kv_dtype import resolve_kv_dtype, warn_of_unused_scales
@@ -27,12 +29,17 @@ from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.quant.choose import choose_method, has_native_products, native_isa
 from octavo_engine.runner.adapter_plan import AdapterPlan
+from octavo_engine.runner.cuda_device import CudaDevice
+from octavo_engine.runner.device import Device
+from octavo_engine.runner.device_memory import FreeMemory
 from octavo_engine.runner.memory import HostPlan, MemoryPlan, available_bytes, plan_host_tier, plan_memory
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
+from octavo_engine.runner.overlapped_runner import OverlappedRunner
 from octavo_engine.runner.transfer_speed import measure_transfer
 from octavo_engine.sampling_params import SamplingParams
 from octavo_engine.scheduler import Scheduler
+from octavo_engine.sizing import free_memory_beside
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.answer_format import AnswerFormat
 from octavo_engine.text.processor import TextProcessor
@@ -152,13 +159,16 @@ def _assemble(
     specs = model.kv_cache_specs(numerics.kv_dtype)
     bytes_per_block = sum(s.bytes_per_block(config.block_size) for s in specs) * config.tensor_parallel_size
     adapters = AdapterPlan.of(config, model, numerics.dtype)
-    free_bytes = max(0, available_bytes() - adapters.num_bytes)
-    plan = _plan(config, source.config, bytes_per_block=bytes_per_block, free_bytes=free_bytes)
+    free = free_memory_beside(
+        model, config, numerics.device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=adapters.num_bytes
+    )
+    plan = _plan(config, source.config, bytes_per_block=bytes_per_block, free=free)
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
     )
     host_plan = _plan_host(config, plan, device)
+    gpu = _overlapping(device) if place.team is None else None  # other ranks take one step after the other
     parts = ModelParts(
         make_model,
         partial(
@@ -169,8 +179,9 @@ def _assemble(
             device=device,
             num_host_blocks=host_plan.num_blocks,
         ),
-        _runner_maker(config, plan, device, grammars, adapters),
+        _runner_maker(config, plan, device, grammars, adapters, gpu),
         numerics.root,
+        InlineExecutor if gpu is None else OverlappedExecutor,
     )
     digest.result()
     weights, storage = parts.weights(source, model), parts.make_storage()
@@ -195,9 +206,12 @@ def _runner_maker(
     device: torch.device,
     grammars: GrammarCompiler,
     adapters: AdapterPlan,
+    gpu: Device | None,
 ) -> Callable[[Model, KVStorage], ModelRunner]:
+    make_runner = ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu)
+
     def make(model: Model, storage: KVStorage) -> ModelRunner:
-        return ModelRunner(
+        return make_runner(
             model,
             storage,
             max_num_seqs=config.max_num_seqs,
@@ -209,6 +223,11 @@ def _runner_maker(
         )
 
     return make
+
+
+def _overlapping(device: torch.device) -> Device | None:
+    """Return a device as that on which a step may begin before the one before has been read; None if it is none."""
+    return CudaDevice(device) if device.type == "cuda" else None
 
 
 def _scheduler(
@@ -404,7 +423,7 @@ def _resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> _Numer
     return _Numerics(device, dtype, kv_dtype, config.mode, deterministic, rounded)
 
 
-def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free_bytes: int) -> MemoryPlan:
+def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: int, free: FreeMemory) -> MemoryPlan:
     return plan_memory(
         bytes_per_block=bytes_per_block,
         block_size=config.block_size,
@@ -413,7 +432,9 @@ def _plan(config: EngineConfig, model_config: ModelConfig, *, bytes_per_block: i
         max_model_len=config.max_model_len,
         num_blocks=config.num_blocks,
         kv_cache_bytes=config.kv_cache_bytes,
-        free_bytes=free_bytes,
+        free_bytes=free.num_bytes,
+        share=free.share,
+        what=free.reason,
     )
 
 

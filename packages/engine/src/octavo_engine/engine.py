@@ -12,6 +12,7 @@ from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
+from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
 from octavo_engine.types import Request, SequenceUpdate
@@ -79,6 +80,11 @@ class Engine:
         return self.scheduler.adapters.stats(self._adapters.num_loaded, self._adapters.num_reads)
 
     @property
+    def overlap_stats(self) -> OverlapStats:
+        """Which steps did not wait for earlier ones."""
+        return self._executor.overlap
+
+    @property
     def adapters(self) -> Adapters:
         """The adapters that are served.
 
@@ -116,6 +122,11 @@ class Engine:
         if batch is None or len(self._in_flight) >= self._executor.max_in_flight:
             return self._take_oldest()
         return []
+
+    def drain(self) -> None:
+        """Read the steps in flight, of whose sequences nobody wants to hear any more: all were aborted."""
+        while self._in_flight:
+            self._take_oldest()
 
     def close(self) -> None:
         """Release the executor."""

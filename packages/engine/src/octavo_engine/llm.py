@@ -389,7 +389,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
-        return collect_stats(self._engine.scheduler, self._engine.adapter_stats)
+        return collect_stats(self._engine.scheduler, self._engine.adapter_stats, self._engine.overlap_stats)
 
     def close(self) -> None:
         """Release the model's memory; the LLM cannot be used afterwards."""

@@ -128,6 +128,7 @@ class OfflineRuns:
         finally:
             for request_id in by_id:
                 self._engine.abort(request_id)  # after an error or an interrupt nothing goes on unseen
+            self._engine.drain()
         outputs = [r.output() if r.error is None else None for r in running]
         return _all_or_raise(outputs, [r.error for r in running if r.error is not None])
 
@@ -156,6 +157,7 @@ class OfflineRuns:
         finally:
             for request in requests:
                 self._engine.abort(request.request_id)  # after an error or an interrupt nothing goes on unseen
+            self._engine.drain()
         return [by_id[request.request_id] for request in requests]
 
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 
 from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.api import EngineStats
+from octavo_engine.overlap import OverlapStats
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.scheduler import Scheduler
 
 
-def collect_stats(scheduler: Scheduler, adapters: AdapterStats | None = None) -> EngineStats:
-    """Return the present figures of a scheduler, its cache and the kernels, with those of adapters."""
+def collect_stats(
+    scheduler: Scheduler, adapters: AdapterStats | None = None, overlap: OverlapStats | None = None
+) -> EngineStats:
+    """Return the present figures of a scheduler, its cache and the kernels, with those of adapters and the executor."""
     counters = scheduler.counters
     return EngineStats(
         num_running=scheduler.num_running,
@@ -30,6 +33,7 @@ def collect_stats(scheduler: Scheduler, adapters: AdapterStats | None = None) ->
         num_lost_steps=counters.num_lost_steps,
         fallbacks=_kernel_fallbacks(),
         adapters=adapters or AdapterStats(),
+        overlap=overlap or OverlapStats(),
     )
 
 

@@ -264,6 +264,7 @@ class _EngineCollector(Collector):
         yield fallbacks
         yield _preemptions(stats)
         yield _held_up(stats)
+        yield _waited(stats)
         yield _sleep_state(self._engine.sleep_level)
 
 
@@ -327,6 +328,17 @@ def _held_up(stats: EngineStats) -> Metric:
     return family
 
 
+def _waited(stats: EngineStats) -> Metric:
+    family = CounterMetricFamily(
+        "octavo_steps_waited",
+        "Steps that waited for the results of earlier ones, by what needed them.",
+        labels=("reason",),
+    )
+    for reason, count in stats.overlap.num_waited.items():
+        family.add_metric((reason,), count)
+    return family
+
+
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     cache = stats.cache
     usable = max(cache.num_usable, 1)
@@ -351,6 +363,11 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     cache = stats.cache
     yield "engine_steps", "Steps of the engine.", stats.num_steps
     yield "lost_steps", "Steps in which a process with a part of the model was lost.", stats.num_lost_steps
+    yield (
+        "overlapped_steps",
+        "Steps launched before the results of earlier ones were read.",
+        stats.overlap.num_overlapped,
+    )
     yield "num_preemptions", "Sequences that had to give up their blocks and wait.", stats.num_preemptions
     yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
     yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens

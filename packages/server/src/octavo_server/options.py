@@ -18,6 +18,7 @@ Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
 Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
 Quantization = Annotated[
     str | None, typer.Option(help="Round the linears of a model that is not quantised as it is read: int8 or int4.")
+]
 KVCacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, int8, or fp8 on a GPU.")
 ]

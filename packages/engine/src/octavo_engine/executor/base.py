@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.overlap import OverlapStats
 
 
 class Pending(Protocol):
@@ -21,6 +22,11 @@ class Executor(Protocol):
     @property
     def max_in_flight(self) -> int:
         """Steps that may be submitted before the oldest one's result is read; at least 1."""
+        ...
+
+    @property
+    def overlap(self) -> OverlapStats:
+        """Which steps were launched before the one before was read."""
         ...
 
     def submit(self, batch: ScheduledBatch) -> Pending:

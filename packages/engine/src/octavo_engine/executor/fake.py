@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from octavo_engine.batch import CachedRow, ModelOutput, NewRow, RowMove, ScheduledBatch
+from octavo_engine.overlap import OverlapStats
 from octavo_kvcache import DEVICE
 
 NextToken = Callable[[Sequence[int], int], int]
@@ -94,6 +95,11 @@ class FakeExecutor:
     def max_in_flight(self) -> int:
         """Steps that may be in flight."""
         return self.num_late + 1
+
+    @property
+    def overlap(self) -> OverlapStats:
+        """Nothing: what is late here are answers."""
+        return OverlapStats()
 
     def submit(self, batch: ScheduledBatch) -> _LateAnswer:
         """Run the step now, as a device in order would, and keep the answer for later."""

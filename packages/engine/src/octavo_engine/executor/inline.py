@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.executor.base import Pending
+from octavo_engine.overlap import OverlapStats
 
 
 class Runner(Protocol):
@@ -47,7 +49,12 @@ class InlineExecutor:
         """One: a step is over when submit returns."""
         return 1
 
-    def submit(self, batch: ScheduledBatch) -> Done:
+    @property
+    def overlap(self) -> OverlapStats:
+        """Nothing: no step overlaps with another."""
+        return OverlapStats()
+
+    def submit(self, batch: ScheduledBatch) -> Pending:
         """Run the step."""
         assert self._runner is not None, "submit without a runner"
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from octavo_engine.batch import ScheduledBatch
-from octavo_engine.executor.inline import Done, InlineExecutor, Runner
+from octavo_engine.executor.base import Pending
+from octavo_engine.executor.inline import InlineExecutor, Runner
 
 
 class Team(Protocol):
@@ -37,7 +38,7 @@ class WorkersExecutor(InlineExecutor):
         super().__init__(runner)
         self._team = team
 
-    def submit(self, batch: ScheduledBatch) -> Done:
+    def submit(self, batch: ScheduledBatch) -> Pending:
         """Run the step.
 
         Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from octavo_engine.errors import InvalidConfig
 
 _HOST_BYTES = 4 << 30  # what a GPU's sequences get in the host's memory unless more is asked for: it is pinned
-_CPU_SHARE = 0.25  # of the memory that is available: pages are touched only as blocks are used
+CPU_SHARE = 0.25  # of the memory that is available: pages are touched only as blocks are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,12 @@ def plan_memory(
     num_blocks: int | None,
     kv_cache_bytes: int | None,
     free_bytes: int,
+    share: float = CPU_SHARE,
+    what: str | None = None,
 ) -> MemoryPlan:
     """Choose the number of blocks: what was asked for, else a share of the free memory up to what can be used.
 
-    Block 0 is reserved and counted in.
+    Block 0 is reserved and counted in. `share` is of `free_bytes`, which `what` describes for the reason.
 
     Raises:
         InvalidConfig: if the context asked for is more than the model's or does not fit; lists the ways out with
@@ -75,8 +77,8 @@ def plan_memory(
     elif kv_cache_bytes is not None:
         chosen, reason = kv_cache_bytes // bytes_per_block, "kv_cache_bytes was given"
     else:
-        chosen = int(free_bytes * _CPU_SHARE) // bytes_per_block
-        reason = f"{_CPU_SHARE:.0%} of the {free_bytes / 2**30:.1f} GiB of free memory"
+        chosen = int(free_bytes * share) // bytes_per_block
+        reason = f"{share:.0%} of {what or f'the {free_bytes / 2**30:.1f} GiB of free memory'}"
         if chosen > useful:
             chosen, reason = useful, f"what {max_num_seqs} sequences of {wanted_len} tokens can use"
     capacity = (chosen - 1) * block_size
@@ -116,11 +118,11 @@ def plan_host_tier(
     if host_kv_bytes is None and not on_gpu:
         return HostPlan(0, 0, "the device's memory is the host's, so a larger KV cache takes its place")
     if host_kv_bytes is None:
-        chosen = min(_HOST_BYTES, int(free_bytes * _CPU_SHARE)) // bytes_per_block
-        reason = f"the least of {_HOST_BYTES >> 30} GiB, {_CPU_SHARE:.0%} of the free memory, and the KV cache"
+        chosen = min(_HOST_BYTES, int(free_bytes * CPU_SHARE)) // bytes_per_block
+        reason = f"the least of {_HOST_BYTES >> 30} GiB, {CPU_SHARE:.0%} of the free memory, and the KV cache"
         num_blocks = min(chosen, num_device_blocks)
         if num_blocks < 2:
-            return HostPlan(0, 0, f"{_CPU_SHARE:.0%} of the free memory holds no block")
+            return HostPlan(0, 0, f"{CPU_SHARE:.0%} of the free memory holds no block")
     elif host_kv_bytes == 0:
         return HostPlan(0, 0, "host_kv_bytes is 0")
     else:

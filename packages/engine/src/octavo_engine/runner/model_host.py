@@ -54,13 +54,15 @@ class LoadedWeights:
 class ModelParts:
     """How what a model takes in memory is made: the weights of a source, the KV cache, and the runner on both.
 
-    `numerics` distinguishes KV of the same tokens and weights; it ends the root of the prefix cache.
+    `numerics` distinguishes KV of the same tokens and weights; it ends the root of the prefix cache. `make_executor`
+    makes what runs batches, on the first runner and on others later.
     """
 
     make_model: Callable[[Source], Model]
     make_storage: Callable[[], KVStorage]
     make_runner: Callable[[Model, KVStorage], Runner]
     numerics: bytes
+    make_executor: Callable[[Runner | None], InlineExecutor] = InlineExecutor
 
     def weights(self, source: Source, model: Model) -> LoadedWeights:
         """Return the weights of a source that were loaded."""
@@ -93,7 +95,7 @@ class LocalModel:
         parts: ModelParts,
         device: torch.device,
     ) -> None:
-        self.executor = InlineExecutor(parts.make_runner(weights.model, storage))
+        self.executor = parts.make_executor(parts.make_runner(weights.model, storage))
         self.weights: LoadedWeights | None = weights
         self._storage: KVStorage | None = storage
         self._path = weights.path

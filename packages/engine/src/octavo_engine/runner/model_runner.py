@@ -105,6 +105,10 @@ class ModelRunner:
 
     def _run(self, batch: ScheduledBatch) -> ModelOutput:
         self._update(batch)
+        return self._compute(batch)
+
+    def _compute(self, batch: ScheduledBatch) -> ModelOutput:
+        """Run a step whose rows are up to date."""
         if not batch.num_rows:
             return ModelOutput(token_ids=())
         step = DecodeStep.of(batch)

@@ -17,7 +17,7 @@ from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
 from octavo_kernels import sample_tokens
 
-_BARRED = "the request's bans, allowed tokens and processors together leave no token to draw"
+BARRED = "the request's bans, allowed tokens and processors together leave no token to draw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     sound = np.isfinite(best)
     if given_best is not None and not sound.all():
         barred = np.flatnonzero(~sound & np.isfinite(given_best))
-        errors = dict.fromkeys(barred.tolist(), _BARRED) | errors
+        errors = dict.fromkeys(barred.tolist(), BARRED) | errors
     if batch.trial is not None:
         errors = _try(batch.trial, token_ids, sound, logits, batch) | errors
     sound[[*errors]] = False
@@ -139,7 +139,7 @@ def _try(
     token_ids[places], best = _draw(logits, batch.drawing(places), places)
     barred = places[sound[places] & ~np.isfinite(best)]
     sound[places] &= np.isfinite(best)
-    return dict.fromkeys(barred.tolist(), _BARRED) | dict(mask.errors)
+    return dict.fromkeys(barred.tolist(), BARRED) | dict(mask.errors)
 
 
 def _largest(logits: Tensor) -> NDArray[np.float32]:

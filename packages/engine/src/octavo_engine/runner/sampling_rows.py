@@ -126,6 +126,14 @@ class SamplingRows:
         """Return whether all of some rows take the plain arg-max of their logits."""
         return not self._special or self._special.isdisjoint(rows)
 
+    def obstacle(self, rows: NDArray[np.int64]) -> str | None:
+        """Return why the host must see a draw of some rows before their next one can begin; None if it need not."""
+        if self.takes_best(rows.tolist()):
+            return None
+        if self._wants_logprobs[rows].any():
+            return "logprobs"
+        return "rules" if self._rules.follow_tokens(rows) else None
+
     def batch(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingBatch | None:
         """Collect what the next draw of some rows needs; None if all of them take the plain arg-max.
 

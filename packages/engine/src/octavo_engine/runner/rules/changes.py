@@ -68,5 +68,8 @@ class Addition:
 
 
 def on_device(array: NDArray[Any], like: Tensor) -> Tensor:
-    """Return an array as a tensor where another one is."""
-    return torch.from_numpy(array).to(like.device)
+    """Return an array as a tensor where another one is, without waiting for what that device is doing."""
+    tensor = torch.from_numpy(array)
+    if like.device.type == "cuda":  # a copy from memory that is not pinned would wait
+        return tensor.pin_memory().to(like.device, non_blocking=True)
+    return tensor.to(like.device)

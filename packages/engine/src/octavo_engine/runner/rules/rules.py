@@ -21,6 +21,9 @@ from octavo_engine.runner.rules.mirostat import MirostatRule
 from octavo_engine.runner.rules.penalties import PenaltyRule
 from octavo_engine.runner.rules.processors import ProcessorsRule
 
+_FIXED = (AllowedTokensRule, LogitBiasRule, MinTokensRule)
+"""What these do to logits depends on the position at most, never on a token, and takes no look at the logits."""
+
 
 def make_rules(
     token_ids: NDArray[np.int32],
@@ -96,6 +99,10 @@ class LogitRules:
                 if change is not None:
                     changes.append(change)
         return tuple(changes)
+
+    def follow_tokens(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether any of some rows uses a rule that must know its last token, or works on the host."""
+        return any(uses[rows].any() for rule, uses in self._used if not isinstance(rule, _FIXED))
 
     def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Take in one token for each of some different rows."""

@@ -1,0 +1,64 @@
+"""CudaDevice: a GPU as a Device: work goes to the current stream, downloads to a stream of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class CudaEvent:
+    """An `Event` on a GPU."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all work before it is over."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Hold up the caller, but no other thread of Python, until it is."""
+        self._event.synchronize()
+
+
+class CudaDevice:
+    """A `Device` whose work runs on the caller's current stream, beside which results are copied to the host.
+
+    Whatever else the process does on that stream, loading weights or moving blocks to the host, keeps its place in the
+    order. None of the calls waits for the GPU.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def host_bytes(self, num_bytes: int) -> Tensor:
+        """Allocate pinned host memory."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def upload(self, source: Tensor, destination: Tensor) -> None:
+        """Copy host memory to the GPU, in the stream's order."""
+        destination.copy_(source, non_blocking=True)
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Queue the kernels that the work launches."""
+        work()
+
+    def download(self, source: Tensor, destination: Tensor) -> None:
+        """Copy to the host, once the work launched so far is over; later work does not wait for it."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            destination.copy_(source, non_blocking=True)
+
+    def record(self) -> CudaEvent:
+        """Return the point that all work and all copies so far lead to."""
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._copies)
+        return CudaEvent(event)
