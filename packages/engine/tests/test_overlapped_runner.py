@@ -35,6 +35,7 @@ BLOCK_SIZE = 4
 MAX_NUM_SEQS = 6
 MAX_NUM_BATCHED_TOKENS = 24
 STOP = 5
+GREEDY = SamplingParams(temperature=0)
 
 DELAYS = [pytest.param(0, id="at once"), pytest.param(1, id="one late"), pytest.param(4, id="four late")]
 
@@ -272,12 +273,14 @@ def decode(step_id: int, *rows: tuple[int, int]) -> ScheduledBatch:
     return ScheduledBatch(step_id=step_id, cached=tuple(CachedRow(row, position, 1, True) for row, position in rows))
 
 
-def enter(row: int, tokens: tuple[int, ...], block_ids: tuple[int, ...], **options: Any) -> NewRow:
+def enter(
+    row: int, tokens: tuple[int, ...], block_ids: tuple[int, ...], sampling: SamplingParams = GREEDY, **options: Any
+) -> NewRow:
     return NewRow(
         row=row,
         token_ids=tokens,
         num_prompt_tokens=len(tokens),
-        sampling=SamplingParams(temperature=0),
+        sampling=sampling,
         seed=0,
         sequence_index=0,
         stop_token_ids=frozenset(),
@@ -323,6 +326,35 @@ def test_answer_of_a_sequence_that_left_is_not_the_next_ones(model: Llama) -> No
     assert entered.result() == expected.execute(entering)
     assert runner.launch(decode(2, (0, 3))).result() == expected.execute(decode(2, (0, 3)))
     assert runner._rows.token_ids[0, :4].tolist() == expected._rows.token_ids[0, :4].tolist()
+
+
+RULED = SamplingParams(temperature=0, presence_penalty=1.0)
+AHEAD_THEN_HERE = [
+    ScheduledBatch(step_id=0, new=(enter(0, (1, 2), (5, 6)),)),
+    decode(1, (0, 2)),
+    ScheduledBatch(step_id=2, new=(enter(0, (7, 8, 9), (7, 8)), enter(1, (4,), (9,), RULED)), finished=(0,)),
+    ScheduledBatch(step_id=3, cached=(CachedRow(0, 3, 1, True),), finished=(1,)),
+]
+HERE_THEN_AHEAD = [
+    ScheduledBatch(step_id=0, new=(enter(0, (1, 2), (5, 6)), enter(1, (4,), (9,), RULED))),
+    decode(1, (0, 2), (1, 1)),
+    ScheduledBatch(step_id=2, new=(enter(0, (7, 8, 9), (7, 8)),), finished=(0,)),
+    decode(3, (0, 3), (1, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(AHEAD_THEN_HERE, id="entered with the host"), pytest.param(HERE_THEN_AHEAD, id="entered without it")],
+)
+def test_row_that_changed_hands_goes_on_where_its_predecessor_would_have(
+    model: Llama, steps: list[ScheduledBatch]
+) -> None:
+    """Steps with and without the host fill buffers of their own, each of which saw only one of the two sequences."""
+    runner, expected = setup_of(model, LateDevice(num_late=1)).runner, setup_of(model, None).runner
+    assert [runner.execute(step) for step in steps] == [expected.execute(step) for step in steps]
+    for cache in runner.storage.layer(0):
+        assert cache[7].isfinite().all()  # its fourth token too is in its own block
 
 
 def test_executor_counts_on_when_it_gets_another_runner(model: Llama) -> None:

@@ -37,8 +37,9 @@ class DecodeInputs:
         self._set_row_ids(())
 
     def forget(self) -> None:
-        """Take note that the buffers hold something else."""
-        self._set_row_ids(())
+        """Take note that the buffers hold something else, or that rows have changed hands without a look at them."""
+        if self._row_ids:
+            self._set_row_ids(())
 
     def fill(self, step: DecodeStep, rows: Rows) -> None:
         """Fill the buffers; `rows` is up to date with the step."""

@@ -167,6 +167,7 @@ class OverlappedRunner(ModelRunner):
 
     def _run_here(self, batch: ScheduledBatch) -> ModelOutput:
         """Run a step whose rows are up to date as a ModelRunner does, after all before it."""
+        self._staging.decoding.forget()  # it would not see what enters a row now
         self._read_all()
         outputs: list[ModelOutput] = []
 
@@ -182,6 +183,7 @@ class OverlappedRunner(ModelRunner):
 
     def _run_ahead(self, kept: Kept, step: StepRows) -> _Launched:
         """Launch a step whose rows are up to date."""
+        self._inputs.decoding.forget()  # it would not see what enters a row now
         staged, draws = self._stage(kept.batch, step)
         sampling = self._sampling.batch(draws.rows, draws.positions) if len(draws.rows) else None
         token_sources = np.full(len(staged.token_ids), -1, np.int64)
