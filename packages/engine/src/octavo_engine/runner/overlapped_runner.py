@@ -192,7 +192,7 @@ class OverlappedRunner(ModelRunner):
         on_device = self._state.on_device(rows, last_positions)
         token_sources[step.last_tokens(computing[on_device])] = rows[on_device]
 
-        slot, self._next_slot = self._next_slot, (self._next_slot + 1) % self.max_in_flight
+        slot = self._next_slot
         arrays = [*_arrays_of(staged), token_sources, draws.rows, *arrays_of(sampling, draws.shared)]
         tensors = iter(self._parcels.send(slot, arrays))
         model_input = _on_device(staged, tensors)
@@ -206,6 +206,7 @@ class OverlappedRunner(ModelRunner):
         launched = _Launched(self, kept, self._gpu.record(), slot, draws, changed, tenures)
         self._state.positions[draws.rows] = draws.positions
         self._in_flight.append(launched)
+        self._next_slot = (slot + 1) % self.max_in_flight  # a failed step's slot is free
         return launched
 
     def _stage(self, batch: ScheduledBatch, step: StepRows) -> tuple[ModelInput, _Draws]:
