@@ -220,6 +220,34 @@ def test_drained_engine_holds_nothing_of_what_was_aborted(model: Llama) -> None:
     assert (engine.has_work, engine.scheduler.cache.stats().num_used) == (False, 0)
 
 
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        pytest.param(LateEvent, "wait", id="waiting for a step"),
+        pytest.param(OverlappedRunner, "_run_ahead", id="launching one"),
+        pytest.param(OverlappedExecutor, "submit", id="submitting one"),
+    ],
+)
+def test_interrupted_engine_serves_the_next_request(
+    model: Llama, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine = setup_of(model, LateDevice(num_late=3)).engine
+    engine.add(request("a", [1, 2, 3]))
+    assert engine.step() == []
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, method, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine.abort("a")
+    engine.drain()
+    assert (engine.has_work, engine.scheduler.cache.stats().num_used) == (False, 0)
+    after = run(engine, [request("b", [9, 8, 7])], {}, random.Random(0))
+    assert after == run(setup_of(model, None).engine, [request("b", [9, 8, 7])], {}, random.Random(0))
+
+
 def test_parcel_that_is_packed_too_early_is_noticed(model: Llama) -> None:
     setup = setup_of(model, LateDevice(num_late=3))
     setup.runner._parcels._sources[1:] = setup.runner._parcels._sources[:1]  # type: ignore[attr-defined]

@@ -8,10 +8,11 @@ from typing import Any
 
 from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.adapters.store import Adapters
-from octavo_engine.batch import ScheduledBatch
+from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
+from octavo_engine.executor.inline import Done
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
@@ -118,7 +119,7 @@ class Engine:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
         batch = self.scheduler.schedule()
         if batch is not None:
-            self._in_flight.append((batch, self._executor.submit(batch)))
+            self._submit(batch)
         if batch is None or len(self._in_flight) >= self._executor.max_in_flight:
             return self._take_oldest()
         return []
@@ -132,16 +133,33 @@ class Engine:
         """Release the executor."""
         self._executor.close()
 
+    def _submit(self, batch: ScheduledBatch) -> None:
+        """Submit a step. One that could not even be submitted has failed, so that its sequences come to their ends."""
+        try:
+            pending = self._executor.submit(batch)
+        except BaseException:  # an interrupt too: the scheduler waits for the step's answer
+            self._in_flight.append((batch, Done(RuntimeError("the step was interrupted"))))
+            raise
+        self._in_flight.append((batch, pending))
+
     def _take_oldest(self) -> list[SequenceUpdate]:
         if not self._in_flight:
             return []
-        batch, pending = self._in_flight.popleft()
+        batch, pending = self._in_flight[0]
+        outcome: ModelOutput | Exception
         try:
-            output = pending.result()
-        except WorkerLost as error:
-            _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
-            return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
-        except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
-            _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
-            return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
-        return self.scheduler.update(batch, output)
+            outcome = pending.result()
+        except Exception as error:
+            outcome = error
+        self._in_flight.popleft()  # not before: what was interrupted while it waited is read again
+        if not isinstance(outcome, Exception):
+            return self.scheduler.update(batch, outcome)
+        reason = f"{type(outcome).__name__}: {outcome}"
+        if isinstance(outcome, WorkerLost):
+            _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, outcome)
+            return self.scheduler.start_over(batch, reason)
+        # Whatever the step raised, it ends the requests of this step and no others.
+        _log.error(
+            "step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows, exc_info=outcome
+        )
+        return self.scheduler.fail(batch, reason)

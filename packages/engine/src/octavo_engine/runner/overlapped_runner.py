@@ -126,10 +126,12 @@ class OverlappedRunner(ModelRunner):
         kept = self._broken.leave_out(batch)
         try:
             return self._launch(kept)
-        except Exception as error:
+        except BaseException as error:
             self._broken.add(kept.batch.rows)
             with suppress(Exception):  # the first error is the one that is reported
                 self._gpu.record().wait()
+            if not isinstance(error, Exception):  # an interrupt is the caller's
+                raise
             return Done(error)
 
     def read(self, step: _Launched) -> None:
@@ -253,14 +255,16 @@ class OverlappedRunner(ModelRunner):
 
     def _read_oldest(self) -> None:
         """Wait for the oldest step in flight; append what it drew to rows that are still its own, keep the answer."""
-        step = self._in_flight.popleft()
-        rows, positions = step.draws.rows, step.draws.positions
-        staying = self._state.tenures[rows] == step.tenures
+        step = self._in_flight[0]
         try:
             step.event.wait()
         except Exception as error:
-            self._broken.add(rows[staying].tolist())
             step.outcome = error
+        self._in_flight.popleft()  # not before: a wait that was interrupted is made again
+        rows, positions = step.draws.rows, step.draws.positions
+        staying = self._state.tenures[rows] == step.tenures
+        if step.outcome is not None:
+            self._broken.add(rows[staying].tolist())
             return
         drawn = self._results.drawn(step.slot, len(rows), changed=step.changed)
         answer = Answer(step.kept.batch.num_rows)
