@@ -127,6 +127,25 @@ def test_elements_that_are_no_codes_have_no_scales():
         storage.scales(2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_copies_on_a_gpu_do_not_wait_for_it(dtype):
+    storage = KVStorage([KVCacheSpec(2, 16, dtype)] * 2, num_blocks=6, block_size=4, device="cuda", num_host_blocks=3)
+    copies = [BlockCopy(2, 5), BlockCopy(3, 1, DEVICE, HOST), BlockCopy(4, 3), BlockCopy(1, 4, HOST, DEVICE)]
+    for index in range(2):
+        for cache in storage.layer(index):
+            cache.copy_(torch.arange(6).view(-1, 1, 1, 1).expand_as(cache))
+    storage.apply(copies)  # compiles, and pins memory for block ids
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        storage.apply([BlockCopy(5, 2)])
+        storage.apply(copies)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert blocks(storage, 1)[0] == [0, 1, 2, 3, 4, 2]
+
+
 def test_groups_of_one_shape_share_tensors():
     storage = KVStorage([WINDOW, WINDOW, FULL], num_blocks=4, block_size=4)
     pointers = [storage.layer(index)[0].data_ptr() for index in range(3)]

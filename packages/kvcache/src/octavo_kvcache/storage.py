@@ -16,7 +16,7 @@ except ImportError as error:
 from octavo_kvcache.block import DEVICE, HOST, NULL_BLOCK, BlockCopy
 from octavo_kvcache.errors import InvalidArgument, UnsupportedSpec
 from octavo_kvcache.spec import KVCacheSpec, group_specs
-from octavo_kvcache.transfer import transfer_blocks
+from octavo_kvcache.transfer import ids_on, transfer_blocks
 
 
 class _Layer(NamedTuple):
@@ -110,7 +110,7 @@ class KVStorage:
     def apply(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks in all layers, with the effect of one copy after the other.
 
-        On a GPU this returns before copies to and from the host are made; what is asked of the GPU next comes after.
+        On a GPU this returns before the copies are made; what is asked of the GPU next comes after.
 
         Raises:
             UnsupportedSpec: tiers other than DEVICE and HOST, or a copy from the host to the host.
@@ -133,8 +133,7 @@ class KVStorage:
         return self._layers[index]
 
     def _copy(self, origins: dict[int, int]) -> None:
-        src = torch.tensor(list(origins.values()), dtype=torch.int64, device=self.device)
-        dst = torch.tensor(list(origins), dtype=torch.int64, device=self.device)
+        src, dst = ids_on(self.device, origins.values()), ids_on(self.device, origins)
         octavo_kernels.copy_blocks(self._tensors[DEVICE], src, dst)  # reads everything before it writes anything
 
     def _check(self, copy: BlockCopy) -> None:

@@ -1,7 +1,7 @@
 """transfer_blocks: copies blocks between tensors of the device and tensors of the host."""
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -38,7 +38,7 @@ def move(source: Tensor, destination: Tensor, src_ids: Sequence[int], dst_ids: S
 
 def gather(source: Tensor, destination: Tensor, src_ids: Sequence[int], dst_ids: Sequence[int]) -> None:
     """Copy from a GPU: bring the blocks together there, then copy them in as few pieces as their places allow."""
-    buffer = source.index_select(0, torch.tensor(src_ids, device=source.device))
+    buffer = source.index_select(0, ids_on(source.device, src_ids))
     for place, dst, length in runs(range(len(dst_ids)), dst_ids):
         destination[dst : dst + length].copy_(buffer[place : place + length], non_blocking=True)
 
@@ -48,7 +48,15 @@ def scatter(source: Tensor, destination: Tensor, src_ids: Sequence[int], dst_ids
     buffer = destination.new_empty((len(src_ids), *destination.shape[1:]))
     for src, place, length in runs(src_ids, range(len(src_ids))):
         buffer[place : place + length].copy_(source[src : src + length], non_blocking=True)
-    destination.index_copy_(0, torch.tensor(dst_ids, device=destination.device), buffer)
+    destination.index_copy_(0, ids_on(destination.device, dst_ids), buffer)
+
+
+def ids_on(device: torch.device, block_ids: Iterable[int]) -> Tensor:
+    """Return block ids as a tensor [num_blocks] int64 on a device, without waiting for what that device is doing."""
+    ids = torch.tensor(list(block_ids), dtype=torch.int64)
+    if device.type == "cuda":  # a copy from memory that is not pinned would wait
+        return ids.pin_memory().to(device, non_blocking=True)
+    return ids.to(device)
 
 
 def runs(src_ids: Sequence[int], dst_ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
