@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.runner.rules.base import apply_all
+from octavo_engine.runner.rules.changes import on_device
 from octavo_engine.runner.rules.grammar import Trial
 from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_engine.types import TokenLogprobs
@@ -85,7 +84,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
         shared: [rows], which of the sources each row goes by; None if each has its own.
     """
     if shared is not None and (batch.changes or batch.trial):  # rows of one source may be changed in different ways
-        logits, shared = logits[_to(shared, logits)], None
+        logits, shared = logits[on_device(shared, logits)], None
     logprobs = None if batch.logprobs is None else batch.logprobs.raw(logits, shared)
     given_best = _largest(logits) if batch.changes else None
     errors = apply_all(batch.changes, logits)
@@ -101,7 +100,7 @@ def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | Non
     sound[[*errors]] = False
     entries = None
     if batch.logprobs is not None and logprobs is not None:
-        entries = batch.logprobs.entries(logprobs, _to(token_ids, logits), len(sound))
+        entries = batch.logprobs.entries(logprobs, on_device(token_ids, logits), len(sound))
     return Drawn(token_ids, sound, entries, errors)
 
 
@@ -111,14 +110,14 @@ def _draw(
     """Return the tokens that logits [sources, vocab_size], which are not modified, give, and the logits of these."""
     token_ids, best = sample_tokens(
         logits,
-        _to(batch.temperature, logits),
-        seeds=_to(batch.seeds, logits),
-        sequence_index=_to(batch.sequence_index, logits),
-        positions=_to(batch.positions, logits),
-        top_k=_to(batch.top_k, logits),
-        top_p=_to(batch.top_p, logits),
-        min_p=_to(batch.min_p, logits),
-        source_rows=None if shared is None else _to(shared, logits),
+        on_device(batch.temperature, logits),
+        seeds=on_device(batch.seeds, logits),
+        sequence_index=on_device(batch.sequence_index, logits),
+        positions=on_device(batch.positions, logits),
+        top_k=on_device(batch.top_k, logits),
+        top_p=on_device(batch.top_p, logits),
+        min_p=on_device(batch.min_p, logits),
+        source_rows=None if shared is None else on_device(shared, logits),
     )
     return token_ids.cpu().numpy(), best.cpu().numpy()
 
@@ -151,7 +150,3 @@ def _largest(logits: Tensor) -> NDArray[np.float32]:
         logits.numpy().max(axis=-1) if logits.device.type == "cpu" else logits.amax(dim=-1).cpu().numpy()
     )
     return largest
-
-
-def _to(array: NDArray[Any], like: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(like.device)

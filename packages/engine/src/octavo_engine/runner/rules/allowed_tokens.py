@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.batch import NewRow
-from octavo_engine.runner.rules.changes import Restriction
+from octavo_engine.runner.rules.changes import Restriction, on_device
 
 
 class AllowedTokensRule:
@@ -25,7 +25,7 @@ class AllowedTokensRule:
         if token_ids is None:
             return False
         allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-        allowed[torch.tensor(token_ids, dtype=torch.int64, device=self._device)] = True
+        allowed[on_device(np.array(token_ids, np.int64), allowed)] = True
         self._allowed[new.row] = allowed
         return True
 
