@@ -41,16 +41,20 @@ class OverlappedExecutor(InlineExecutor):
     """
 
     def __init__(self, runner: Runner | None) -> None:
-        super().__init__(runner)
-        self._max_in_flight = 1 if runner is None else _launcher(runner).max_in_flight
+        super().__init__(None)
+        self._launcher: Launcher | None = None
+        self._max_in_flight = 1
         self._past = OverlapStats()  # of the runners before
+        self.use(runner)
 
     def use(self, runner: Runner | None) -> None:
         """Run what comes on another runner, which has seen no row yet; None lets go of the one that there is."""
         self._past = self.overlap
         super().use(runner)
+        self._launcher = None
         if runner is not None:
-            self._max_in_flight = _launcher(runner).max_in_flight
+            assert isinstance(runner, Launcher), f"{type(runner).__name__} cannot launch a step"
+            self._launcher, self._max_in_flight = runner, runner.max_in_flight
 
     @property
     def max_in_flight(self) -> int:
@@ -60,9 +64,9 @@ class OverlappedExecutor(InlineExecutor):
     @property
     def overlap(self) -> OverlapStats:
         """Which steps did not wait for the one before, since the start."""
-        if self._runner is None:
+        if self._launcher is None:
             return self._past
-        now, past = _launcher(self._runner).overlap, self._past
+        now, past = self._launcher.overlap, self._past
         reasons = now.num_waited.keys() | past.num_waited.keys()
         return OverlapStats(
             past.num_overlapped + now.num_overlapped,
@@ -71,10 +75,9 @@ class OverlappedExecutor(InlineExecutor):
 
     def submit(self, batch: ScheduledBatch) -> Pending:
         """Start the step."""
-        assert self._runner is not None, "submit without a runner"
-        return _launcher(self._runner).launch(batch)
+        assert self._launcher is not None, "submit without a runner"
+        return self._launcher.launch(batch)
 
-
-def _launcher(runner: Runner) -> Launcher:
-    assert isinstance(runner, Launcher), f"{type(runner).__name__} cannot launch a step"
-    return runner
+    def close(self) -> None:
+        """Drop the runner and with it the model."""
+        self.use(None)
