@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,10 @@ def test_an_unknown_kv_dtype_names_the_known_ones() -> None:
         EngineConfig(kv_cache_dtype="int4")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "instead"), [("auto", "is float32, which needs none"), ("int8", "is int8 with a scale of its own")]
-)
-def test_scales_of_a_checkpoint_are_not_passed_over_in_silence(
-    make_quantised: Callable[..., Any], caplog: pytest.LogCaptureFixture, dtype: str, instead: str
-) -> None:
+@pytest.fixture
+def scaled(make_quantised: Callable[..., Any]) -> FolderSource:
+    """A checkpoint with a scale for the keys of each of its two layers."""
+
     def quantise(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         codes, scale = (weight / 0.01).to(torch.float8_e4m3fn), torch.tensor([0.01])
         parts = {"weight": codes, "weight_scale": scale}
@@ -202,12 +201,32 @@ def test_scales_of_a_checkpoint_are_not_passed_over_in_silence(
             parts["k_scale"] = torch.tensor([0.02])
         return parts, codes.float() * scale
 
-    folder = make_quantised(quantise, {"quant_method": "fp8", "ignored_layers": []}).folder
+    return FolderSource(make_quantised(quantise, {"quant_method": "fp8", "ignored_layers": []}).folder)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_scales_of_a_checkpoint_that_would_not_be_followed_are_refused(scaled: FolderSource, dtype: str) -> None:
+    expected = (
+        "has 2 scales for a KV cache, such as model.layers.0.self_attn.k_proj.k_scale, and a KV cache of "
+        f"{dtype} does not follow them: it makes a scale for each cached vector; leave kv_cache_dtype auto"
+    )
+    with pytest.raises(InvalidConfig, match=re.escape(expected)):
+        kv_dtype.check_scales(scaled, getattr(torch, dtype))
+
+
+def test_engine_in_8_bits_takes_no_checkpoint_with_scales_of_its_own(scaled: FolderSource) -> None:
+    with pytest.raises(InvalidConfig, match="of int8 does not follow them"):
+        info_of(scaled.path, kv_cache_dtype="int8")
+
+
+def test_scales_that_nothing_needs_are_not_passed_over_in_silence(
+    scaled: FolderSource, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("WARNING"):
-        kv_dtype.warn_of_unused_scales(FolderSource(folder), getattr(torch, {"auto": "float32"}.get(dtype, dtype)))
+        kv_dtype.check_scales(scaled, torch.float32)
     (message,) = caplog.messages
-    assert "has 2 scales for a KV cache, such as model.layers.0.self_attn.k_proj.k_scale, which are not used" in message
-    assert instead in message
+    assert "has 2 scales for a KV cache in 8 bits, such as model.layers.0.self_attn.k_proj.k_scale" in message
+    assert message.endswith("which are not used: the KV cache is float32")
 
 
 def test_a_checkpoint_without_scales_is_not_spoken_of(make_gguf: MakeGGUF, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="engines need the extra octavo-engin
 
 from octavo_engine import LLM, EngineAsleep, IncompatibleWeights, SamplingParams
 from octavo_engine.errors import CorruptModelFile, InvalidRequest, ModelNotFound
+from octavo_engine.runner import model_host
 from octavo_engine.text.fingerprint import fingerprint
 from octavo_engine.weights.source import open_source
 
@@ -58,6 +59,15 @@ def test_what_wakes_is_what_slept(make_gguf: MakeGGUF, level: int) -> None:
 def test_an_unknown_level_is_refused(make_gguf: MakeGGUF) -> None:
     with tiny_llm(make_gguf()) as llm, pytest.raises(InvalidRequest, match="level must be 1"):
         llm.sleep(3)
+
+
+def test_weights_whose_scales_would_not_be_followed_are_refused(
+    make_gguf: MakeGGUF, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tiny_llm(make_gguf(), kv_cache_dtype="int8") as llm:
+        monkeypatch.setattr(model_host, "why_not", lambda source, dtype: f"{source.name} has scales, not {dtype}")
+        with pytest.raises(IncompatibleWeights, match=r"has scales, not torch\.int8; start an engine of its own"):
+            llm.update_weights_from_disk(str(make_gguf(seed=7, name="new.gguf")))
 
 
 def test_other_weights_answer_as_a_fresh_engine_and_hit_nothing_of_the_old_ones(make_gguf: MakeGGUF) -> None:

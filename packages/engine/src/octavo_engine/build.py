@@ -23,7 +23,7 @@ from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.executor.overlapped import OverlappedExecutor
 from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
-from octavo_engine.kv_dtype import resolve_kv_dtype, warn_of_unused_scales
+from octavo_engine.kv_dtype import check_scales, resolve_kv_dtype
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.preemption import PreemptionPolicy
@@ -82,7 +82,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         torch.set_num_threads(config.num_threads)
     source = open_source(config.model)
     numerics = _resolve_numerics(config, source.config)
-    warn_of_unused_scales(source, numerics.kv_dtype)
+    check_scales(source, numerics.kv_dtype)
     device = numerics.device
     if config.tensor_parallel_size > 1:
         return _build_split(config, source, numerics, progress, started)
@@ -181,6 +181,7 @@ def _assemble(
         ),
         _runner_maker(config, plan, device, grammars, adapters, gpu),
         numerics.root,
+        numerics.kv_dtype,
         InlineExecutor if gpu is None else OverlappedExecutor,
     )
     digest.result()

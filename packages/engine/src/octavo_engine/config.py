@@ -32,7 +32,7 @@ class EngineConfig:
             leaves them as they are stored.
         kv_cache_dtype: of keys and values in the KV cache; `auto` is what `mode` says. `int8` and `fp8` (e4m3, on GPUs
             of compute capability 8.9 or newer) take about a quarter of float32's memory: each cached vector is rounded
-            by a scale of its own, whatever else runs.
+            by a scale of its own, whatever else runs. A checkpoint with scales for a KV cache is then refused.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot

@@ -1,4 +1,4 @@
-"""resolve_kv_dtype: in which numbers keys and values are kept, by what the user asked for and the device can do."""
+"""In which numbers keys and values are kept: what was asked for, what the device can do, what a checkpoint brings."""
 
 from __future__ import annotations
 
@@ -40,22 +40,44 @@ def resolve_kv_dtype(wanted: str, device: torch.device, automatic: torch.dtype) 
     return _DTYPES[wanted]
 
 
-def warn_of_unused_scales(source: Source, kv_dtype: torch.dtype) -> None:
-    """Tell the user where a checkpoint has scales for a KV cache, for none of them is used."""
-    if not isinstance(source, FolderSource):
-        return
-    names = [name for name in source.files.names if name.rpartition(".")[2] in _SCALES_OF_CHECKPOINTS]
+def check_scales(source: Source, kv_dtype: torch.dtype) -> None:
+    """Refuse a checkpoint with scales for a KV cache where they would not be followed; warn where none is needed.
+
+    Raises:
+        InvalidConfig: the cache is in 8 bits, by other scales.
+    """
+    if (reason := why_not(source, kv_dtype)) is not None:
+        raise InvalidConfig(f"{reason}; leave kv_cache_dtype auto, or use a checkpoint without them")
+    if names := _scale_names(source):
+        _log.warning(
+            "%s has %d scales for a KV cache in 8 bits, such as %s, which are not used: the KV cache is %s",
+            source.name, len(names), names[0], _name(kv_dtype),
+        )  # fmt: skip
+
+
+def why_not(source: Source, kv_dtype: torch.dtype) -> str | None:
+    """Say why a checkpoint's keys and values cannot be kept in a dtype; None if they can.
+
+    Its own scales are one for a layer or a head, fixed beforehand; a cache in 8 bits makes one for each cached vector.
+    """
+    names = _scale_names(source) if _name(kv_dtype) in CODE_DTYPES else []
     if not names:
-        return
-    name = str(kv_dtype).removeprefix("torch.")
-    if name in CODE_DTYPES:
-        instead = f"{name} with a scale of its own for each cached vector, which is finer"
-    else:
-        instead = f"{name}, which needs none; --kv-cache-dtype int8 or fp8 keeps it in 8 bits"
-    _log.warning(
-        "%s has %d scales for a KV cache, such as %s, which are not used: the KV cache is %s",
-        source.name, len(names), names[0], instead,
-    )  # fmt: skip
+        return None
+    return (
+        f"{source.name} has {len(names)} scales for a KV cache, such as {names[0]}, and a KV cache of "
+        f"{_name(kv_dtype)} does not follow them: it makes a scale for each cached vector"
+    )
+
+
+def _scale_names(source: Source) -> list[str]:
+    if not isinstance(source, FolderSource):
+        return []
+    return [name for name in source.files.names if name.rpartition(".")[2] in _SCALES_OF_CHECKPOINTS]
+
+
+def _name(dtype: torch.dtype) -> str:
+    name: str = str(dtype).removeprefix("torch.")
+    return name
 
 
 def _check_fp8(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from octavo_engine.errors import IncompatibleWeights
 from octavo_engine.executor.inline import InlineExecutor, Runner
+from octavo_engine.kv_dtype import why_not
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.memory import resident_bytes
@@ -54,14 +55,15 @@ class LoadedWeights:
 class ModelParts:
     """How what a model takes in memory is made: the weights of a source, the KV cache, and the runner on both.
 
-    `numerics` distinguishes KV of the same tokens and weights; it ends the root of the prefix cache. `make_executor`
-    makes what runs batches, on the first runner and on others later.
+    `numerics` distinguishes KV of the same tokens and weights; it ends the root of the prefix cache. `kv_dtype` is that
+    of the KV cache. `make_executor` makes what runs batches, on the first runner and on others later.
     """
 
     make_model: Callable[[Source], Model]
     make_storage: Callable[[], KVStorage]
     make_runner: Callable[[Model, KVStorage], Runner]
     numerics: bytes
+    kv_dtype: torch.dtype
     make_executor: Callable[[Runner | None], InlineExecutor] = InlineExecutor
 
     def weights(self, source: Source, model: Model) -> LoadedWeights:
@@ -145,7 +147,7 @@ class LocalModel:
         return resident_bytes()
 
     def _check(self, source: Source) -> None:
-        """Refuse a model for whose sizes or text this engine was not set up."""
+        """Refuse a model for whose sizes, scales or text this engine was not set up."""
         for name in _SHAPE:
             expected, found = getattr(self._config, name), getattr(source.config, name)
             if expected != found:
@@ -153,6 +155,8 @@ class LocalModel:
                     f"{source.path}: expected {name} {expected} as in the model that is served, found {found}; "
                     "start an engine of its own for another model"
                 )
+        if (reason := why_not(source, self._parts.kv_dtype)) is not None:
+            raise IncompatibleWeights(f"{reason}; start an engine of its own for it")
         if fingerprint(source.tokenizer()) != fingerprint(self._tokenizer):
             raise IncompatibleWeights(
                 f"{source.path}: its tokenizer is another than that of the model that is served; start an engine of "
