@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]")
 
-from octavo_engine import LLM, SamplingParams, build
+from octavo_engine import LLM, SamplingParams, assembly, text_side
 from octavo_engine.api import EngineInfo
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
@@ -70,7 +70,7 @@ def test_modes_and_dtypes_share_no_cached_kv(
         roots.append(root)
         return CacheManager(*arguments, root=root, **options)
 
-    monkeypatch.setattr(build, "CacheManager", record)
+    monkeypatch.setattr(assembly, "CacheManager", record)
     for options in ({}, {"mode": "fast"}, {"dtype": "bfloat16"}, {}):
         info_of(make_gguf(), **options)
     assert len(roots) == 4
@@ -101,7 +101,7 @@ def test_an_unknown_mode_names_the_known_ones() -> None:
 def test_the_models_own_sampling_defaults_are_taken_and_told(caplog: pytest.LogCaptureFixture) -> None:
     advised = {"temperature": 0.6, "top_k": 20, "typical_p": 0.9, "top_p": None, "min_p": 7, "do_sample": True}
     with caplog.at_level("INFO"):
-        taken = build._default_sampling(advised)
+        taken = text_side._default_sampling(advised)
     assert taken == {"temperature": 0.6, "top_k": 20, "typical_p": 0.9}
     refused, told = caplog.messages
     assert refused == "generation_config.json is not followed: min_p must be between 0 and 1, got 7"
@@ -130,7 +130,7 @@ def test_device_that_computes_late_gives_the_same_tokens(make_gguf: MakeGGUF, mo
 
     path = make_gguf()
     inline = answers(path)
-    monkeypatch.setattr(build, "_overlapping", lambda device: LateDevice(num_late=3))
+    monkeypatch.setattr(assembly, "_overlapping", lambda device: LateDevice(num_late=3))
     late = answers(path)
     assert late[0] == inline[0]
     assert (inline[1], late[1] > 10) == (0, True)

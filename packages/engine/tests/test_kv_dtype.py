@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import octavo_kernels
-from octavo_engine import LLM, SamplingParams, build, kv_dtype
+from octavo_engine import LLM, SamplingParams, assembly, kv_dtype
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
@@ -149,7 +149,7 @@ def test_every_kv_dtype_has_a_prefix_cache_of_its_own(make_gguf: MakeGGUF, monke
         roots.append(root)
         return CacheManager(*arguments, root=root, **options)
 
-    monkeypatch.setattr(build, "CacheManager", record)
+    monkeypatch.setattr(assembly, "CacheManager", record)
     for dtype in ("auto", "float32", "bfloat16", "int8"):
         info_of(make_gguf(), kv_cache_dtype=dtype)
     assert roots[0] == roots[1]

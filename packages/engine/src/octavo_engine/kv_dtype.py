@@ -51,7 +51,7 @@ def check_scales(source: Source, kv_dtype: torch.dtype) -> None:
     if names := _scale_names(source):
         _log.warning(
             "%s has %d scales for a KV cache in 8 bits, such as %s, which are not used: the KV cache is %s",
-            source.name, len(names), names[0], _name(kv_dtype),
+            source.name, len(names), names[0], dtype_name(kv_dtype),
         )  # fmt: skip
 
 
@@ -60,12 +60,12 @@ def why_not(source: Source, kv_dtype: torch.dtype) -> str | None:
 
     Its own scales are one for a layer or a head, fixed beforehand; a cache in 8 bits makes one for each cached vector.
     """
-    names = _scale_names(source) if _name(kv_dtype) in CODE_DTYPES else []
+    names = _scale_names(source) if dtype_name(kv_dtype) in CODE_DTYPES else []
     if not names:
         return None
     return (
         f"{source.name} has {len(names)} scales for a KV cache, such as {names[0]}, and a KV cache of "
-        f"{_name(kv_dtype)} does not follow them: it makes a scale for each cached vector"
+        f"{dtype_name(kv_dtype)} does not follow them: it makes a scale for each cached vector"
     )
 
 
@@ -75,7 +75,8 @@ def _scale_names(source: Source) -> list[str]:
     return [name for name in source.files.names if name.rpartition(".")[2] in _SCALES_OF_CHECKPOINTS]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without where it comes from."""
     name: str = str(dtype).removeprefix("torch.")
     return name
 
