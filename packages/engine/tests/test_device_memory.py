@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo_engine import sizing
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.runner.device_memory import StepLimits, free_memory, try_largest_step
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.testing import random_model, tiny_config
@@ -83,6 +84,21 @@ def test_largest_step_is_as_large_as_a_step_can_be(limits: StepLimits) -> None:
     assert model_input.max_query_len == -(-limits.max_num_batched_tokens // min(limits))
     assert hidden.isfinite().all()
     assert all(not cache.any() for layer in model_input.kv_layers for cache in (layer.k_cache[0], layer.v_cache[0]))
+
+
+def test_step_that_does_not_fit_is_refused_with_the_ways_out() -> None:
+    model = random_model(tiny_config())
+
+    class Large:
+        config = model.config
+        kv_cache_specs = model.kv_cache_specs
+
+        def __call__(self, model_input: ModelInput) -> Tensor:
+            raise torch.cuda.OutOfMemoryError("tried to allocate 3 GiB")
+
+    expected = r"a step of 50 tokens and 4 draws .* lower max_num_batched_tokens or max_num_seqs: tried to"
+    with pytest.raises(InvalidConfig, match=expected):
+        try_largest_step(Large(), StepLimits(50, 4), kv_dtype=torch.float32, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_kv_cache_takes_what_a_step_leaves(make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.model_input import GroupInput, ModelInput
 from octavo_engine.runner.model_runner import caches_of
@@ -96,11 +97,25 @@ def free_memory(
     return FreeMemory(free, SHARE, f"{what} that are free beside the weights and {peak / 2**30:.2f} GiB of a step")
 
 
-@torch.inference_mode()
 def try_largest_step(model: Model, limits: StepLimits, *, kv_dtype: torch.dtype, device: torch.device) -> None:
-    """Run a model and the sampler on as many tokens and draws as a step can have, over a KV cache of one block."""
+    """Run a model and the sampler on as many tokens and draws as a step can have, over a KV cache of one block.
+
+    Raises:
+        InvalidConfig: the device's memory does not hold such a step beside the weights.
+    """
     num_tokens = limits.max_num_batched_tokens
     num_seqs = min(limits.max_num_seqs, num_tokens)
+    try:
+        _run_step(model, num_tokens, num_seqs, kv_dtype, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InvalidConfig(
+            f"a step of {num_tokens} tokens and {num_seqs} draws does not fit into the memory of {device} beside the "
+            f"weights, even without a KV cache; lower max_num_batched_tokens or max_num_seqs: {error}"
+        ) from error
+
+
+@torch.inference_mode()
+def _run_step(model: Model, num_tokens: int, num_seqs: int, kv_dtype: torch.dtype, device: torch.device) -> None:
     storage = KVStorage(model.kv_cache_specs(kv_dtype), 2, _BLOCK_SIZE, device=device)
     hidden = model(_largest_input(model, storage, num_tokens, num_seqs, device))
     last = torch.arange(num_seqs, device=device)
