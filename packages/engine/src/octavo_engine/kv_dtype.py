@@ -8,7 +8,7 @@ import torch
 
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.weights.source import FolderSource, Source
-from octavo_kvcache.spec import CODE_DTYPES
+from octavo_kvcache import KVCacheSpec
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def why_not(source: Source, kv_dtype: torch.dtype) -> str | None:
 
     Its own scales are one for a layer or a head, fixed beforehand; a cache in 8 bits makes one for each cached vector.
     """
-    names = _scale_names(source) if dtype_name(kv_dtype) in CODE_DTYPES else []
-    if not names:
+    names = _scale_names(source)
+    if not names or not KVCacheSpec(1, 1, dtype_name(kv_dtype)).has_scales:
         return None
     return (
         f"{source.name} has {len(names)} scales for a KV cache, such as {names[0]}, and a KV cache of "
