@@ -229,6 +229,24 @@ def test_scales_that_nothing_needs_are_not_passed_over_in_silence(
     assert message.endswith("which are not used: the KV cache is float32")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_scale"),
+    [
+        ("model.layers.0.self_attn.k_scale", True),
+        ("model.layers.0.self_attn.attn.v_scale", True),
+        ("model.layers.0.self_attn.v_proj.v_scale", True),
+        ("model.layers.0.self_attn.k_global_scale", True),
+        ("model.layers.0.self_attn.k_zero_point", True),
+        ("model.layers.0.self_attn.k_proj.output_scale", True),
+        ("model.layers.0.self_attn.o_proj.output_scale", False),
+        ("model.layers.0.self_attn.k_proj.weight_scale", False),
+        ("model.layers.0.self_attn.q_scale", False),
+    ],
+)
+def test_scales_of_a_kv_cache_are_told_by_their_names(name: str, is_scale: bool) -> None:
+    assert bool(kv_dtype._SCALES_OF_CHECKPOINTS.search(name)) is is_scale
+
+
 def test_a_checkpoint_without_scales_is_not_spoken_of(make_gguf: MakeGGUF, caplog: pytest.LogCaptureFixture) -> None:
     info_of(make_gguf(), kv_cache_dtype="int8")
     assert not any("scales" in message for message in caplog.messages)

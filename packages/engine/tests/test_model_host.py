@@ -65,7 +65,7 @@ def test_weights_whose_scales_would_not_be_followed_are_refused(
     make_gguf: MakeGGUF, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tiny_llm(make_gguf(), kv_cache_dtype="int8") as llm:
-        monkeypatch.setattr(model_host, "why_not", lambda source, dtype: f"{source.name} has scales, not {dtype}")
+        monkeypatch.setattr(model_host, "why_not_kept", lambda source, dtype: f"{source.name} has scales, not {dtype}")
         with pytest.raises(IncompatibleWeights, match=r"has scales, not torch\.int8; start an engine of its own"):
             llm.update_weights_from_disk(str(make_gguf(seed=7, name="new.gguf")))
 

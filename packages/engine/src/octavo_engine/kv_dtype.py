@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import torch
 
@@ -19,7 +20,8 @@ _DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 _FP8_CAPABILITY = (8, 9)
-_SCALES_OF_CHECKPOINTS = ("k_scale", "v_scale", "k_global_scale", "v_global_scale", "k_zero_point", "v_zero_point")
+_SCALES_OF_CHECKPOINTS = re.compile(r"\.([kv]_(global_)?scale|[kv]_zero_point|[kv]_proj\.output_(scale|zero_point))$")
+"""Names of tensors; compressed-tensors once kept those of a KV cache as scales of what k_proj and v_proj put out."""
 
 
 def resolve_kv_dtype(wanted: str, device: torch.device, automatic: torch.dtype) -> torch.dtype:
@@ -46,7 +48,7 @@ def check_scales(source: Source, kv_dtype: torch.dtype) -> None:
     Raises:
         InvalidConfig: the cache is in 8 bits, by other scales.
     """
-    if (reason := why_not(source, kv_dtype)) is not None:
+    if (reason := why_not_kept(source, kv_dtype)) is not None:
         raise InvalidConfig(f"{reason}; leave kv_cache_dtype auto, or use a checkpoint without them")
     if names := _scale_names(source):
         _log.warning(
@@ -55,7 +57,7 @@ def check_scales(source: Source, kv_dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
-def why_not(source: Source, kv_dtype: torch.dtype) -> str | None:
+def why_not_kept(source: Source, kv_dtype: torch.dtype) -> str | None:
     """Say why a checkpoint's keys and values cannot be kept in a dtype; None if they can.
 
     Its own scales are one for a layer or a head, fixed beforehand; a cache in 8 bits makes one for each cached vector.
@@ -72,7 +74,7 @@ def why_not(source: Source, kv_dtype: torch.dtype) -> str | None:
 def _scale_names(source: Source) -> list[str]:
     if not isinstance(source, FolderSource):
         return []
-    return [name for name in source.files.names if name.rpartition(".")[2] in _SCALES_OF_CHECKPOINTS]
+    return [name for name in source.files.names if _SCALES_OF_CHECKPOINTS.search(name)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from octavo_engine.errors import IncompatibleWeights
 from octavo_engine.executor.inline import InlineExecutor, Runner
-from octavo_engine.kv_dtype import why_not
+from octavo_engine.kv_dtype import why_not_kept
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.memory import resident_bytes
@@ -155,7 +155,7 @@ class LocalModel:
                     f"{source.path}: expected {name} {expected} as in the model that is served, found {found}; "
                     "start an engine of its own for another model"
                 )
-        if (reason := why_not(source, self._parts.kv_dtype)) is not None:
+        if (reason := why_not_kept(source, self._parts.kv_dtype)) is not None:
             raise IncompatibleWeights(f"{reason}; start an engine of its own for it")
         if fingerprint(source.tokenizer()) != fingerprint(self._tokenizer):
             raise IncompatibleWeights(
