@@ -137,8 +137,9 @@ class Engine:
         """Submit a step. One that could not even be submitted has failed, so that its sequences come to their ends."""
         try:
             pending = self._executor.submit(batch)
-        except BaseException:  # an interrupt too: the scheduler waits for the step's answer
-            self._in_flight.append((batch, Done(RuntimeError("the step was interrupted"))))
+        except BaseException as error:  # an interrupt too: the scheduler waits for the step's answer
+            failure = error if isinstance(error, Exception) else RuntimeError("the step was interrupted")
+            self._in_flight.append((batch, Done(failure)))
             raise
         self._in_flight.append((batch, pending))
 
