@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.adapters.store import Adapters
-from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
@@ -138,29 +138,25 @@ class Engine:
         try:
             pending = self._executor.submit(batch)
         except BaseException as error:  # an interrupt too: the scheduler waits for the step's answer
-            failure = error if isinstance(error, Exception) else RuntimeError("the step was interrupted")
-            self._in_flight.append((batch, Done(failure)))
+            reason = error if isinstance(error, Exception) else RuntimeError("the step was interrupted")
+            self._in_flight.append((batch, Done(reason)))
+            del reason  # it holds this frame
             raise
         self._in_flight.append((batch, pending))
 
     def _take_oldest(self) -> list[SequenceUpdate]:
         if not self._in_flight:
             return []
-        batch, pending = self._in_flight[0]
-        outcome: ModelOutput | Exception
+        batch, pending = self._in_flight.popleft()
         try:
-            outcome = pending.result()
-        except Exception as error:
-            outcome = error
-        self._in_flight.popleft()  # not before: what was interrupted while it waited is read again
-        if not isinstance(outcome, Exception):
-            return self.scheduler.update(batch, outcome)
-        reason = f"{type(outcome).__name__}: {outcome}"
-        if isinstance(outcome, WorkerLost):
-            _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, outcome)
-            return self.scheduler.start_over(batch, reason)
-        # Whatever the step raised, it ends the requests of this step and no others.
-        _log.error(
-            "step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows, exc_info=outcome
-        )
-        return self.scheduler.fail(batch, reason)
+            output = pending.result()
+        except WorkerLost as error:
+            _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
+            return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
+        except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
+            _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
+            return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        except BaseException:  # interrupted while it waited: it is read again
+            self._in_flight.appendleft((batch, pending))
+            raise
+        return self.scheduler.update(batch, output)
