@@ -119,9 +119,9 @@ def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tiny_model_path: Path, 
     messages = [{"role": "user", "content": "hello"}]
     templates = [item.chat_template() for item in (made, source)]
     assert templates[0].render(messages) == templates[1].render(messages)
-    prompt, params = "hello hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    texts = [LLM(str(path), show_progress=False, num_blocks=8).generate(prompt, params) for path in (out,)]
-    assert len(texts[0][0].outputs[0].token_ids) == 4
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    outputs = LLM(str(out), show_progress=False, num_blocks=8).generate("hello hello", params)
+    assert len(outputs[0].outputs[0].token_ids) == 4
 
 
 def test_what_cannot_be_quantised_is_refused_and_leaves_nothing(

@@ -32,7 +32,7 @@ def test_the_users_configuration_comes_before_shipped_ones_and_these_before_the_
     assert cache.find(KEY) == {"columns": 64}
     assert cache.find(other) == {"columns": 32}  # shipped for any shape
     cache.keep(KEY, Measured({"columns": 128}, 1e-6))
-    assert cache.find(KEY) == {"columns": 128}
+    assert cache.find(KEY) == {"columns": 128}  # though another was found before
     assert cache.find(other) == {"columns": 32}
     for missing in (
         KEY._replace(device="NVIDIA H20", shape="s"),
@@ -106,6 +106,26 @@ def test_rows_share_a_configuration_by_the_height_of_their_tile():
 def test_the_users_file_lies_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.user_file() == tmp_path / "octavo" / "kernels" / "tuned.json"
+
+
+def test_a_service_without_a_home_of_its_own_has_what_is_shipped(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tuning.Path, "home", no_home)
+    tuning.tuning_cache.cache_clear()
+    assert tuning.tuning_cache().find(KEY) == SHIPPED
+    tuning.tuning_cache.cache_clear()
+
+    def refused(self, **options):
+        if self.name == "tuned.json":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self, **options)
+
+    read = tuning.Path.read_text
+    monkeypatch.setattr(tuning.Path, "read_text", refused)
+    assert TuningCache(tmp_path / "tuned.json").find(KEY) == SHIPPED
 
 
 def test_tuning_a_product_tries_every_candidate_and_keeps_the_best(monkeypatch, tmp_path):

@@ -41,7 +41,7 @@ def quantize(tmp_path):
     def run(*arguments, text=True):
         out = tmp_path / "out"
         given = ["--text", str(tmp_path / "text.txt")] if text else []
-        arguments = ["quantize", *map(str, arguments), "--out", str(out), *given, "--sequence-length", "32"]
+        arguments = ["quantize", "--sequence-length", "32", *map(str, arguments), "--out", str(out), *given]
         return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"}), out
 
     return run
@@ -54,7 +54,8 @@ def test_a_checkpoint_is_written_and_weighed(quantize, model_folder, method):
     before, after = (float(re.search(rf"perplexity {when}: ([\d.]+) over", result.stdout)[1]) for when in WHEN)
     change = float(re.search(r"perplexity ([+-][\d.]+)%", result.stdout)[1])
     assert change == pytest.approx(100 * (after / before - 1), abs=0.01)
-    assert f"7 linears in 0.0 MiB of weights, by {method} on " in result.stdout
+    seen = "" if method == "rtn" else " on 64 sequences of 32 tokens"
+    assert f"7 linears in 0.0 MiB of weights, by {method}{seen}, in " in result.stdout
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == ("awq" if method == "awq" else "gptq")
     assert settings["group_size"] == 16
@@ -62,6 +63,28 @@ def test_a_checkpoint_is_written_and_weighed(quantize, model_folder, method):
 
 
 WHEN = ("before", "after")
+
+
+def test_weighing_can_be_left_out(quantize, model_folder):
+    result, _ = quantize(model_folder, "--method", "rtn", "--num-eval-sequences", 0)
+    assert result.exit_code == 0
+    assert "perplexity" not in result.stdout
+
+
+def test_a_folder_with_something_in_it_is_refused_before_anything_is_measured(quantize, model_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    result, out = quantize(model_folder, "--method", "rtn")
+    assert result.exit_code == 2
+    assert f"error: {out}: expected a new or an empty folder" in result.stderr
+    assert "perplexity" not in result.stdout
+
+
+def test_sequences_longer_than_the_model_takes_are_refused(quantize, model_folder):
+    result, out = quantize(model_folder, "--sequence-length", 65)
+    assert result.exit_code == 2
+    assert "error: sequences of 65 tokens came, the model takes 64 at most" in result.stderr
+    assert not out.exists()
 
 
 def test_without_text_nothing_is_weighed_and_the_command_says_so(quantize, model_folder):

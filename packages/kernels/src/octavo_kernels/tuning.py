@@ -61,7 +61,7 @@ class TuningCache:
     """Configurations of a user's file and of a folder of shipped ones; `keep` alone writes, to the user's file.
 
     Args:
-        file: the user's; need not exist.
+        file: the user's; need not exist, and counts as none where it may not be read.
         shipped: a folder of JSON files.
 
     Raises:
@@ -72,9 +72,15 @@ class TuningCache:
         self._file = file
         self._measured = _read_user(file)
         self._shipped = [_read_shipped(path) for path in sorted(shipped.glob("*.json"))]
+        self._found: dict[Key, Config | None] = {}  # every launch asks
 
     def find(self, key: Key) -> Config | None:
         """Return the configuration for a key: the user's, else one shipped for it, else one shipped for any shape."""
+        if key not in self._found:
+            self._found[key] = self._look(key)
+        return self._found[key]
+
+    def _look(self, key: Key) -> Config | None:
         if key in self._measured:
             return self._measured[key].config
         words = re.split(r"[ -]", key.device)
@@ -88,6 +94,7 @@ class TuningCache:
     def keep(self, key: Key, best: Measured) -> None:
         """Write a measured configuration down; what other processes wrote meanwhile stays."""
         self._measured = {**_read_user(self._file), key: best}
+        self._found.clear()
         entries = [
             {**known._asdict(), "config": dict(item.config), "seconds": item.seconds}
             for known, item in sorted(self._measured.items())
@@ -100,8 +107,12 @@ class TuningCache:
 
 @functools.cache
 def tuning_cache() -> TuningCache:
-    """Return this process's cache, read when it is first needed."""
-    return TuningCache(user_file())
+    """Return this process's cache, read when it is first needed; where there is no home, of what is shipped."""
+    try:
+        file = user_file()
+    except RuntimeError:  # pathlib's, of a user without a home
+        file = _SHIPPED / "none"
+    return TuningCache(file)
 
 
 def measure(candidates: Iterable[Config], seconds_of: Callable[[Config], float]) -> Measured:
@@ -122,9 +133,10 @@ def measure(candidates: Iterable[Config], seconds_of: Callable[[Config], float])
 
 
 def _read_user(path: Path) -> dict[Key, Measured]:
-    if not path.exists():
+    try:
+        entries = _entries(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a service, home is often another's
         return {}
-    entries = _entries(path)
     try:
         return {Key(*(str(item[name]) for name in Key._fields)): _measured(item) for item in entries}
     except (KeyError, TypeError, ValueError) as error:

@@ -52,6 +52,7 @@ def quantize(
     num_eval_sequences: NumEvalSequences = 16,
 ) -> None:
     """Write a checkpoint with linears of few bits, by GPTQ or AWQ, and print its perplexity and the model's."""
+    from octavo_engine.quant.calibrate.folder import check_new
     from octavo_engine.quant.calibrate.options import QuantizeOptions
     from octavo_engine.quant.calibrate.quantize import quantize_checkpoint
     from octavo_engine.weights.source import open_source
@@ -66,19 +67,24 @@ def quantize(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )
+    check_new(out)
     source = open_source(model)
     cut = _cut(source, wanted, text, eval_text, num_eval_sequences)
-    console, started = Console(), time.monotonic()
+    console = Console()
+    if num_eval_sequences and not cut.evaluation:
+        console.print("perplexity is not measured: no text is left for it; --eval-text FILE names some")
     before = _perplexity(source, cut, console, "before")
+    started = time.monotonic()
     columns = (TextColumn("rounding linears"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         written = quantize_checkpoint(
             source, cut.calibration, out, wanted, lambda done, total: bar.update(task, completed=done, total=total)
         )
+    seen = "" if method == "rtn" else f" on {len(cut.calibration)} sequences of {sequence_length} tokens"
     console.print(
-        f"{written.num_linears} linears in {written.num_bytes / 2**20:.1f} MiB of weights, by {method} on "
-        f"{len(cut.calibration)} sequences of {sequence_length} tokens, in {time.monotonic() - started:.0f} s: {out}"
+        f"{written.num_linears} linears in {written.num_bytes / 2**20:.1f} MiB of weights, by {method}{seen}, "
+        f"in {time.monotonic() - started:.0f} s: {out}"
     )
     after = _perplexity(open_source(str(out)), cut, console, "after")
     if before is not None and after is not None:
@@ -125,8 +131,6 @@ def _perplexity(source: Source, cut: CutText, console: Console, when: str) -> fl
     from octavo_engine.weights.load import load_model
 
     if not cut.evaluation:
-        if when == "before":
-            console.print("perplexity is not measured: no text is left for it; --eval-text FILE names some")
         return None
     value = perplexity(load_model(source), cut.evaluation)
     num_tokens = len(cut.evaluation) * (len(cut.evaluation[0]) - 1)

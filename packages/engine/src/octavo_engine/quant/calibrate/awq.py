@@ -25,11 +25,15 @@ _LINEAR_BEFORE = {"down_proj": "up_proj", "o_proj": "v_proj"}
 
 
 class ScaledLinear(NamedTuple):
-    """A linear as `Halt` names it, its weight times the scales of its inputs: [out_features, in_features] fp32."""
+    """A linear as `Halt` names it, its weight times the scales of its inputs: [out_features, in_features] fp32.
+
+    importance: [in_features] fp32, the mean squares of its inputs, divided by their scales.
+    """
 
     prefix: str
     shards: tuple[tuple[str, int], ...]
     weight: Tensor
+    importance: Tensor
 
 
 def scale_layers(
@@ -96,32 +100,28 @@ def _scale_layer(
     row_divisors: dict[str, Tensor] = {}
     for halt, statistics in items:
         weight = halt.parameters.weight
+        importance = statistics.hessian.diagonal().float()
         first = halt.shards[0][0]
         before = _LINEAR_BEFORE.get(first)
         if first in _NORM_BEFORE or (before is not None and rows.get(before) == weight.shape[1]):
             scales = search_scales(weight, statistics, options)
-            weight = weight * scales
+            weight, importance = weight * scales, importance / scales.square()
             if first in _NORM_BEFORE:
                 divisors[f"{layer}{_NORM_BEFORE[first]}.weight"] = scales
             elif before is not None:
                 row_divisors[before] = scales
-        scaled.append(ScaledLinear(halt.prefix, halt.shards, weight))
-    for prefix, shards, weight in scaled:
-        yield ScaledLinear(prefix, shards, _divided(prefix, shards, weight, row_divisors, divisors))
+        scaled.append(ScaledLinear(halt.prefix, halt.shards, weight, importance))
+    for linear in scaled:
+        yield linear._replace(weight=_divided(linear, row_divisors, divisors))
 
 
-def _divided(
-    prefix: str,
-    shards: tuple[tuple[str, int], ...],
-    weight: Tensor,
-    row_divisors: dict[str, Tensor],
-    divisors: dict[str, Tensor],
-) -> Tensor:
+def _divided(linear: ScaledLinear, row_divisors: dict[str, Tensor], divisors: dict[str, Tensor]) -> Tensor:
     """Return a weight with the rows of some shards divided; their biases are noted in `divisors`."""
     parts = []
-    for (name, _), rows in zip(shards, torch.split(weight, [num_rows for _, num_rows in shards]), strict=True):
+    sizes = [num_rows for _, num_rows in linear.shards]
+    for (name, _), rows in zip(linear.shards, torch.split(linear.weight, sizes), strict=True):
         if name in row_divisors:
-            divisors[f"{prefix}{name}.bias"] = row_divisors[name]
+            divisors[f"{linear.prefix}{name}.bias"] = row_divisors[name]
             rows = rows / row_divisors[name][:, None]
         parts.append(rows)
     return torch.cat(parts)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from octavo_engine.errors import InvalidConfig
+from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.model_input import GroupInput, KVLayer, ModelInput
 from octavo_kvcache.storage import KVStorage
@@ -14,12 +16,22 @@ _BLOCK_SIZE = 16
 _TOKENS_OF_BATCH = 4096
 
 
+def check_length(sequences: Sequence[Sequence[int]], config: ModelConfig) -> None:
+    """Raise InvalidConfig if sequences, of equal lengths, have more tokens than the model has positions."""
+    most = config.max_position_embeddings
+    if sequences and len(sequences[0]) > most:
+        raise InvalidConfig(
+            f"sequences of {len(sequences[0])} tokens came, the model takes {most} at most; use shorter ones"
+        )
+
+
 def make_batches(model: Model, sequences: Sequence[Sequence[int]]) -> list[ModelInput]:
     """Return inputs that compute whole sequences, of equal lengths, several in each.
 
     Layers of one spec share their memory: a layer's KV is written before it is read, and not read again once the next
     layer has written its own. So nothing can be added to these sequences later.
     """
+    check_length(sequences, model.config)
     num_rows = max(1, _TOKENS_OF_BATCH // len(sequences[0]))
     return [make_batch(model, sequences[start : start + num_rows]) for start in range(0, len(sequences), num_rows)]
 

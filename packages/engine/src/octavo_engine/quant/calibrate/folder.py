@@ -22,6 +22,12 @@ _COPIED = (
 _BYTES_OF_FILE = 4 << 30
 
 
+def check_new(folder: Path) -> None:
+    """Raise InvalidConfig if there is something where a model is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidConfig(f"{folder}: expected a new or an empty folder to write to; name another, or empty it")
+
+
 class FolderWriter:
     """Writes weights in files of up to 4 GiB, so that no more than that has to be in memory.
 
@@ -33,8 +39,7 @@ class FolderWriter:
     """
 
     def __init__(self, folder: Path, *, bytes_of_file: int = _BYTES_OF_FILE) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InvalidConfig(f"{folder}: expected a new or an empty folder to write to; name another, or empty it")
+        check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._bytes_of_file = bytes_of_file

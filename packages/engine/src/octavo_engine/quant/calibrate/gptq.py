@@ -75,8 +75,11 @@ def _round_block(
     errors = torch.empty_like(work[span])
     for row in range(span.start, span.stop):
         if row % settings.group_size == 0:
-            group = work[row : row + settings.group_size].T
-            grids.append(Grid.around(group, settings.bits, symmetric=settings.symmetric))
+            inputs = slice(row, row + settings.group_size)
+            # What an error of 1 in an input costs once the inputs that follow have made up for it (equation 2).
+            cost = upper.diagonal()[inputs].square().reciprocal()
+            cost /= cost.max()
+            grids.append(Grid.fitting(work[inputs].T, settings.bits, symmetric=settings.symmetric, importance=cost))
         found = grids[-1].codes(work[row])
         codes[row] = found.to(torch.uint8)
         error = errors[row - span.start]

@@ -11,6 +11,8 @@ from octavo_engine.errors import UnsupportedModel
 
 _LEAST_SCALE = 2.0**-24  # of fp16
 _MOST_SCALE = 65504.0
+_SHRINKS = (1.05, 1.0, 0.95, 0.9, 0.8, 0.7)  # of 4 bits' errors this leaves about 4 % too many
+_SHIFTS = (-1, 0, 1)
 
 
 class Grid(NamedTuple):
@@ -48,6 +50,54 @@ class Grid(NamedTuple):
         scales = _as_half((high - low) / most)
         return cls(scales, (-low / scales).round().clamp(1, most), most)
 
+    @classmethod
+    def fitting(cls, weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor) -> Self:
+        """Return a grid near that of `around` whose values are nearer to the weights, each error weighed.
+
+        What spans the weights is seldom the best: a few large ones make the steps of all others wide, and as a zero is
+        a whole number, weights that lie on a grid with another one are all moved by up to half a step the same way,
+        and where inputs have a mean, their errors add up. Narrower grids and zeros one lower or higher are
+        tried, each with the scale that fits its codes best (by least squares), and its codes found anew.
+
+        Args:
+            weight: [..., group_size] fp32; scales and zeros have the dimensions before the last.
+            bits: of a code.
+            symmetric: whether the zero is the middle.
+            importance: what the square of an error counts, 0 or more; broadcasts with the weights.
+
+        Raises:
+            UnsupportedModel: if a scale would not be a number of fp16.
+        """
+        span = cls.around(weight, bits, symmetric=symmetric)
+        best, least = span, span.error(weight, importance)
+        for shift in (0,) if symmetric else _SHIFTS:
+            zeros = (span.zeros + shift).clamp(1, span.most)
+            for shrink in _SHRINKS:
+                grid = cls(span.scales * shrink, zeros, span.most)._fitted(weight, importance)
+                error = grid.error(weight, importance)
+                better = error < least
+                least = torch.where(better, error, least)
+                scales = torch.where(better, grid.scales, best.scales)
+                best = cls(scales, torch.where(better, zeros, best.zeros), span.most)
+        return best
+
+    def error(self, weight: Tensor, importance: Tensor) -> Tensor:
+        """Return the sum of each group's squared errors, weighed: [...]."""
+        return ((self._steps(weight) * self.scales[..., None] - weight).square_() * importance).sum(dim=-1)
+
+    def _fitted(self, weight: Tensor, importance: Tensor) -> Self:
+        """Return it with the scales that suit the codes of groups of weights best."""
+        steps = self._steps(weight)
+        weighed = steps * importance
+        scales = (weighed * weight).sum(dim=-1) / (weighed * steps).sum(dim=-1)  # no number where all codes are zero
+        scales = torch.where(scales > 0, scales, self.scales).clamp(max=_MOST_SCALE)
+        return self._replace(scales=_as_half(scales))
+
+    def _steps(self, weight: Tensor) -> Tensor:
+        """Return codes of groups of weights, less their zeros."""
+        zeros = self.zeros[..., None]
+        return self._replace(scales=self.scales[..., None], zeros=zeros).codes(weight) - zeros
+
     def codes(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of weights, which broadcast with the scales, as fp32."""
         return (weight / self.scales).round().add(self.zeros).clamp(0, self.most)
@@ -83,7 +133,9 @@ class Codes(NamedTuple):
         return self._replace(codes=self.codes[:, span], scales=self.scales[:, span], zeros=self.zeros[:, span])
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int, *, symmetric: bool) -> Codes:
+def round_to_nearest(
+    weight: Tensor, bits: int, group_size: int, *, symmetric: bool, importance: Tensor | None = None
+) -> Codes:
     """Round each weight to the nearest value of its group's grid.
 
     Args:
@@ -91,13 +143,19 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, *, symmetric: b
         bits: of a code.
         group_size: neighbouring inputs that share a scale.
         symmetric: whether zeros are the middle of the codes.
+        importance: [in_features] fp32, by which grids are fitted to their weights; None has grids that span them.
 
     Raises:
         UnsupportedModel: if a scale would not be a number of fp16.
     """
     codes, scales, zeros = [], [], []
-    for part in torch.split(weight, group_size, dim=1):
-        grid = Grid.around(part, bits, symmetric=symmetric)
+    for start in range(0, weight.shape[1], group_size):
+        inputs = slice(start, start + group_size)
+        part = weight[:, inputs]
+        if importance is None:
+            grid = Grid.around(part, bits, symmetric=symmetric)
+        else:
+            grid = Grid.fitting(part, bits, symmetric=symmetric, importance=importance[inputs])
         shared = Grid(grid.scales[:, None], grid.zeros[:, None], grid.most)
         codes.append(shared.codes(part).to(torch.uint8))
         scales.append(grid.scales.half())

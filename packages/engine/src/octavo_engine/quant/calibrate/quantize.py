@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedModel
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.calibrate.awq import scale_layers
-from octavo_engine.quant.calibrate.batches import make_batches
-from octavo_engine.quant.calibrate.folder import FolderWriter, describe, write_description
+from octavo_engine.quant.calibrate.batches import check_length, make_batches
+from octavo_engine.quant.calibrate.folder import FolderWriter, check_new, describe, write_description
 from octavo_engine.quant.calibrate.gptq import GPTQSettings, gptq
 from octavo_engine.quant.calibrate.grid import Codes, round_to_nearest
 from octavo_engine.quant.calibrate.layouts import layout_of
@@ -56,13 +56,15 @@ def quantize_checkpoint(
 
     Raises:
         UnsupportedModel: if the source is quantised, or the layout cannot hold one of its linears.
-        InvalidConfig: if the folder is not empty, or there are no sequences.
+        InvalidConfig: if the folder is not empty, or there are no sequences, or they are longer than the model takes.
         CorruptModelFile: if the source's weights cannot be read or are not finite.
     """
     if isinstance(source, FolderSource) and source.scheme is not None:
         raise UnsupportedModel(f"{source.path}: this checkpoint is quantised; give the one that it was made of")
     if not sequences and options.method != "rtn":
         raise InvalidConfig(f"method {options.method!r} needs text to calibrate on, got none; give more of it")
+    check_length(sequences, source.config)
+    check_new(folder)
     layout = layout_of(options)
     described = describe(source, layout.settings())
     quant = Observed()
@@ -106,12 +108,13 @@ def _rounded(
             _check_finite(prefix, weight)
             yield from _shards(prefix, linear.shards, _nearest(weight, options))
         return
-    batches = make_batches(model, sequences)
+    halts = _checked(walk(model, quant, make_batches(model, sequences)))
     if options.method == "awq":
-        for prefix, shards, weight in scale_layers(walk(model, quant, batches), options, divisors):
-            yield from _shards(prefix, shards, _nearest(weight, options))
+        for scaled in scale_layers(halts, options, divisors):
+            codes = _nearest(scaled.weight, options, scaled.importance)
+            yield from _shards(scaled.prefix, scaled.shards, codes)
         return
-    for halt in walk(model, quant, batches):
+    for halt in halts:
         codes = _gptq(halt, options)
         halt.parameters.weight.copy_(codes.values())
         yield from _shards(halt.prefix, halt.shards, codes)
@@ -119,7 +122,6 @@ def _rounded(
 
 def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
     weight = halt.parameters.weight
-    _check_finite(halt.prefix, weight)
     settings = GPTQSettings(
         options.bits,
         options.group_size or weight.shape[1],
@@ -130,8 +132,9 @@ def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
     return gptq(weight, InputStatistics.of(halt.inputs).hessian, settings)
 
 
-def _nearest(weight: Tensor, options: QuantizeOptions) -> Codes:
-    return round_to_nearest(weight, options.bits, options.group_size or weight.shape[1], symmetric=options.symmetric)
+def _nearest(weight: Tensor, options: QuantizeOptions, importance: Tensor | None = None) -> Codes:
+    size = options.group_size or weight.shape[1]
+    return round_to_nearest(weight, options.bits, size, symmetric=options.symmetric, importance=importance)
 
 
 def _shards(prefix: str, shards: Sequence[tuple[str, int]], codes: Codes) -> Iterator[tuple[str, Codes]]:
@@ -139,6 +142,12 @@ def _shards(prefix: str, shards: Sequence[tuple[str, int]], codes: Codes) -> Ite
     for name, num_rows in shards:
         yield f"{prefix}{name}", codes.rows(slice(start, start + num_rows))
         start += num_rows
+
+
+def _checked(halts: Iterable[Halt]) -> Iterator[Halt]:
+    for halt in halts:
+        _check_finite(halt.prefix, halt.parameters.weight)
+        yield halt
 
 
 def _check_finite(prefix: str, weight: Tensor) -> None:

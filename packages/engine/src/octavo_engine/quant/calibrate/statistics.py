@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_MOST_OF_MEDIAN = 10.0
+
 
 class InputStatistics(NamedTuple):
-    """Of all tokens: hessian [in_features, in_features] fp64, the mean outer product; mean_abs [in_features] fp32."""
+    """hessian [in_features, in_features] fp64, the tokens' mean outer product; mean_abs [in_features] fp32.
+
+    In some linears the first token of a sequence has inputs a thousand times as large as all others (massive
+    activations, arXiv 2402.17762). Their squares would be all that a Hessian says, though the next norm divides them
+    away. So no token counts for more there than ten times the median of the tokens' squared norms: larger ones are
+    shrunk to that. The mean of magnitudes is of all inputs as they are.
+    """
 
     hessian: Tensor
     mean_abs: Tensor
 
     @classmethod
-    def of(cls, batches: Iterable[Tensor]) -> InputStatistics:
-        """Gather inputs, each [num_tokens, in_features]."""
-        products, sums, num_tokens = [], [], 0
-        for x in batches:
+    def of(cls, batches: Sequence[Tensor]) -> InputStatistics:
+        """Gather inputs, each [num_tokens, in_features]; they are not modified."""
+        squares = [x.float().square().sum(dim=1) for x in batches]
+        most = _MOST_OF_MEDIAN * float(torch.cat(squares).median()) or math.inf
+        num_inputs = batches[0].shape[1]
+        hessian = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
+        total, num_tokens = torch.zeros(num_inputs), 0
+        for x, square in zip(batches, squares, strict=True):
             x = x.float()
-            products.append((x.T @ x).double())
-            sums.append(x.abs().sum(dim=0))
+            total += x.abs().sum(dim=0)
             num_tokens += len(x)
-        hessian = products[0]
-        for product in products[1:]:
-            hessian += product
-        return cls(hessian / num_tokens, torch.stack(sums).sum(dim=0) / num_tokens)
+            if bool((square > most).any()):
+                x = x * torch.where(square > most, most / square, 1.0).sqrt()[:, None]
+            hessian += x.T @ x
+        return cls(hessian / num_tokens, total / num_tokens)
