@@ -142,18 +142,12 @@ def test_an_idle_server_with_open_connections_ends_at_once():
 
 
 @pytest.mark.parametrize("path", [TEXT, "/v1/chat/completions"])
-def test_a_stream_that_is_cut_off_ends_with_an_error_event(client, engine, path):
+def test_a_stream_that_is_cut_off_ends_with_an_error_event(client, engine, path, monkeypatch):
     engine.hold_after = 3
-
-    def end_when_it_holds():
-        assert engine.holding.wait(10)
-        engine.loop.call_soon_threadsafe(client.app.state.server.drain.end_all)
-
-    thread = threading.Thread(target=end_when_it_holds)
-    thread.start()
+    end_all = client.app.state.server.drain.end_all
+    monkeypatch.setattr(engine.holding, "set", lambda: engine.loop.call_soon(end_all))
     body = {"prompt": "a", "messages": [{"role": "user", "content": "hi"}], "stream": True}
     response = client.post(path, json=body)
-    thread.join()
     assert response.status_code == 200
     *chunks, last = (json.loads(event.removeprefix("data: ")) for event in response.text.strip().split("\n\n"))
     assert last["error"]["code"] == "shutting_down"

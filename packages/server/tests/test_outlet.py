@@ -90,6 +90,25 @@ def test_nothing_is_lost_or_out_of_order(seed, at_once):
     run(main)
 
 
+@pytest.mark.parametrize("steps", range(4))
+def test_who_stops_waiting_does_not_stop_what_is_on_its_way(steps):
+    async def main(connection):
+        outlet = Outlet(connection.send, None)
+        connection.room.clear()
+        outlet.write(b"a")
+        waits = asyncio.create_task(outlet.drained())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        outlet.write(b"b")
+        waits.cancel()
+        await asyncio.wait({waits})
+        connection.room.set()
+        await outlet.end(b"z")
+        assert b"".join(connection.taken) == b"abz"
+
+    run(main)
+
+
 def test_what_was_not_sent_is_dropped_at_close():
     async def main(connection):
         outlet = Outlet(connection.send, connection.write_now)

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from octavo_server.errors import ApiError
+from octavo_server.exchange import Exchange
+from octavo_server.outlet import Outlet
 from octavo_server.streaming import ChunkWriter, EventStream, drawn_from, to_json
 
 USER = {"role": "user", "content": "hi"}
@@ -214,6 +217,33 @@ def test_silence_is_filled_with_comments():
     sent = asyncio.run(run())
     assert sent[:2] == [b": ping\n\n", b": ping\n\n"]
     assert sent[-1] == b"data: 1\n\n"
+
+
+def test_what_was_written_before_a_stream_is_cut_off_is_sent_before_the_error():
+    async def run() -> list[bytes]:
+        sent: list[bytes] = []
+        exchange = Exchange("x", asyncio.current_task())
+        exchange.begin()
+
+        async def produce(outlet: Outlet) -> None:
+            outlet.write(b"data: 1\n\n")
+            await asyncio.sleep(0)
+            outlet.write(b"data: 2\n\n")
+            exchange.end(ApiError(503, "the server stopped"))
+            await outlet.drained()
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.01)
+            if message.get("body"):
+                sent.append(message["body"])
+
+        with pytest.raises(asyncio.CancelledError):
+            await EventStream(produce, keep_alive=10)({"type": "http"}, lambda: asyncio.Event().wait(), send)
+        return sent
+
+    *before, error = asyncio.run(run())
+    assert before == [b"data: 1\n\n", b"data: 2\n\n"]
+    assert b"the server stopped" in error
 
 
 def test_json_refuses_what_is_no_json():

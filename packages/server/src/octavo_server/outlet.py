@@ -45,7 +45,7 @@ class Outlet:
     async def drained(self) -> None:
         """Return when the connection has taken all that was written."""
         if self._sender is not None:
-            await self._sender
+            await asyncio.shield(self._sender)  # who stops waiting does not stop what is on its way
 
     async def end(self, part: bytes = b"") -> None:
         """End the answer, with a last part; what was not sent by then goes before it."""

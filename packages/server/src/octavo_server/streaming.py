@@ -129,7 +129,6 @@ class EventStream(Response):
         except asyncio.CancelledError:
             if exchange is not None and exchange.ended_by is not None:  # the client is there, and is told why
                 await cancel_all([work, *others])
-                outlet.close()
                 await outlet.end(self._error_event(exchange.ended_by))
             raise
         finally:
