@@ -12,9 +12,10 @@ pytest.importorskip("torch", reason="models need the extra octavo-engine[local]"
 import torch
 
 from octavo_engine import LLM, SamplingParams
-from octavo_engine.build import _resolve_numerics, build_engine
+from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedModel
+from octavo_engine.numerics import resolve_numerics
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.quant.online import quantize_online
 from octavo_engine.weights.gguf import TensorType
@@ -106,7 +107,7 @@ def test_tokens_are_those_of_the_rounded_weights(kind: str, wide_llama: tuple[Pa
 def test_cached_blocks_of_rounded_weights_are_not_those_of_the_files(wide_llama: tuple[Path, Any]) -> None:
     configs = [EngineConfig(model=str(wide_llama[0]), quantization=kind, num_blocks=8) for kind in (None, *KINDS)]
     model_config = FolderSource(wide_llama[0]).config
-    assert len({_resolve_numerics(config, model_config).root for config in configs}) == 3
+    assert len({resolve_numerics(config, model_config).root for config in configs}) == 3
     roots = set()
     for config in configs[:2]:
         host = build_engine(config).engine.standby._host
