@@ -302,7 +302,7 @@ def test_a_reader_that_pauses_misses_nothing(engine, serve, wait_until, monkeypa
     connection.connect((urlsplit(url).hostname, urlsplit(url).port))
     with connection:
         connection.sendall(raw_request(TEXT, body | {"stream": True}))
-        wait_until(lambda: engine.num_running == 0)
+        wait_until(lambda: len(engine.requests) == 12 and engine.num_running == 0)  # six prompts, asked twice
         received = b""
         while b"data: [DONE]" not in received[-100:]:
             received += connection.recv(65536)
