@@ -152,7 +152,7 @@ def leaks(engine: AsyncEngine, max_num_rows: int) -> dict[str, int]:
         "waiting": stats.num_waiting,
         "running": stats.num_running,
         "requests": len(scheduler._residents.by_request),
-        "mailboxes": len(engine._mailboxes),
+        "readers": len(engine._readers),
         "rows that draw": len(runner._sampling._special),
         "rows that search": runner._rows.num_searching,
         "rows that pool": runner._rows.num_embedding,
