@@ -1,17 +1,20 @@
 """An engine without a model for the server's tests across packages: bytes are its tokens, and its memory is exact.
 
 The scheduler, the cache and the asyncio front end are the real ones; a fake executor stands in for the model. It says
-the letters of the alphabet in turn, and a gate lets so many steps through, so that a test decides what happens between.
+the letters of the alphabet in turn, finds every token equally likely, and a gate lets so many steps through, so that a
+test decides what happens between.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from octavo_engine.api import EngineInfo
 from octavo_engine.async_engine import AsyncEngine
-from octavo_engine.batch import ScheduledBatch
+from octavo_engine.batch import ModelOutput, NewRow, ScheduledBatch
 from octavo_engine.engine import Engine
 from octavo_engine.executor.base import Pending
 from octavo_engine.executor.fake import FakeExecutor
@@ -20,6 +23,7 @@ from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text.tokenizer import Tokenizer, TokenizerRules
+from octavo_engine.types import TokenLogprobs
 from octavo_kvcache import CacheManager
 
 EOS = 256
@@ -66,10 +70,37 @@ class Gate:
 
 class _GatedExecutor(FakeExecutor):
     gate: Gate
+    asked: dict[int, NewRow]  # by row
 
     def submit(self, batch: ScheduledBatch) -> Pending:
         assert self.gate.steps.acquire(timeout=20), "the gate was never opened"
         return super().submit(batch)
+
+    def _run(self, batch: ScheduledBatch) -> ModelOutput:
+        output = super()._run(batch)
+        self.asked.update((new.row, new) for new in batch.new)
+        drawn: list[tuple[TokenLogprobs, ...] | None] = [None] * batch.num_rows
+        of_prompts = {}
+        for place, (row, token_ids) in enumerate(zip(batch.rows, output.token_ids, strict=True)):
+            if not token_ids:
+                continue
+            new = self.asked[row]
+            sampling, is_first = new.sampling, len(new.token_ids) == new.num_prompt_tokens and new.fork_of is None
+            if sampling.wants_logprobs:
+                given = sampling.logprob_token_ids or ()
+                drawn[place] = tuple(_equally_likely(token, sampling.logprobs or 0, given) for token in token_ids)
+            if sampling.prompt_logprobs is not None and is_first:
+                of_prompts[place] = tuple(_equally_likely(t, sampling.prompt_logprobs) for t in new.token_ids[1:])
+                self.asked[row] = replace(new, sampling=replace(sampling, prompt_logprobs=None))  # they come once
+        return replace(output, logprobs=tuple(drawn), prompt_logprobs=of_prompts)
+
+
+def _equally_likely(token_id: int, num_top: int, given: Sequence[int] = ()) -> TokenLogprobs:
+    value = -math.log(VOCAB_SIZE)
+    top = range(VOCAB_SIZE if num_top == -1 else num_top)
+    return TokenLogprobs(
+        token_id, value, token_id + 1, tuple((i, value) for i in top), tuple((i, value) for i in given)
+    )
 
 
 def next_letter(token_ids: list[int], sequence_index: int) -> int:
@@ -88,7 +119,7 @@ def byte_engine(
 ) -> AsyncEngine:
     """Make an engine; the caller closes it."""
     executor = _GatedExecutor(BLOCK_SIZE, next_letter)
-    executor.gate = gate or Gate()
+    executor.gate, executor.asked = gate or Gate(), {}
     scheduler = Scheduler(
         CacheManager(num_blocks, BLOCK_SIZE, prefix_cache=prefix_cache, max_num_pinned=num_blocks // 4),
         max_num_seqs=max_num_seqs,
