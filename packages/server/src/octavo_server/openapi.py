@@ -13,6 +13,14 @@ from octavo_server.operations import OPERATIONS, Operation
 
 _SCHEMAS = "#/components/schemas/{model}"
 
+_EVENTS = "text/event-stream"
+_EVENT = {
+    "description": "One server-sent event. Its data is JSON, or [DONE] at the end of a stream of OpenAI's form.",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
 References = dict[type[BaseModel], dict[str, Any]]
 
 
@@ -75,10 +83,12 @@ def _described(operation: Operation, known: dict[str, Any], references: Referenc
 
 
 def _answers(operation: Operation, references: References) -> dict[str, Any]:
+    if operation.answer == _EVENTS:
+        return _content(_EVENTS, _EVENT)
     if isinstance(operation.answer, str):
         return _content(operation.answer, {"type": "string"})
     content = _content("application/json", references[operation.answer])
-    return content | _content("text/event-stream", {"type": "string"}) if operation.streams else content
+    return content | _content(_EVENTS, _EVENT) if operation.streams else content
 
 
 def _content(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
