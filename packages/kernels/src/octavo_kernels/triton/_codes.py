@@ -11,6 +11,7 @@ from octavo_kernels.triton._launch import interpreted
 
 _INTERPRETED = tl.constexpr(interpreted())
 _TO_WHOLE = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to a small number in fp32 rounds that half to even
+_NO_RECIPROCAL = tl.constexpr(2.0**-128)  # the largest number whose reciprocal is not finite in fp32
 _TO_LEAST_CODE = tl.constexpr(24576.0)  # 1.5 * 2**14: the same to a multiple of 2**-9, the least of e4m3
 
 
@@ -34,9 +35,8 @@ def stored(x, DTYPE: tl.constexpr):
 @triton.jit
 def inverse_of(scale):
     """Return 1 / scale, and 0 where the scale or that is not finite."""
-    inverse = tl.div_rn(1.0, tl.where(scale == 0.0, 1.0, scale))
-    usable = (scale > 0.0) & (scale < float("inf")) & (inverse < float("inf"))
-    return tl.where(usable, inverse, 0.0)
+    usable = (scale > _NO_RECIPROCAL) & (scale < float("inf"))
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
 
 
 @triton.jit
