@@ -91,6 +91,26 @@ def test_requests_in_progress_end_and_new_ones_are_told_to_go_elsewhere():
         assert process.stdout.read() == "stopped\n"
 
 
+def test_a_body_that_is_not_wanted_does_not_take_the_refusal_away():
+    with server(pace=0.5) as (process, url):
+        post = Posted(url)
+        wait_for(url, 1)
+        process.send_signal(signal.SIGTERM)
+        while httpx2.get(f"{url}/ready").status_code == 200:
+            pass
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            body = b" " * (4 << 20)
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+            connection.sendall(body)
+            received = b""
+            while data := connection.recv(65536):
+                received += data
+        assert received.startswith(b"HTTP/1.1 503 ")
+        assert b"shutting_down" in received
+        post.join(10)
+        assert post.answer.status_code == 200
+
+
 @pytest.mark.slow
 def test_what_has_not_ended_in_time_ends_with_an_error():
     with server(pace=30, seconds=0.3) as (process, url):

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from octavo_server.config import FREE_ROUTES
-from octavo_server.errors import ApiError, error_response
+from octavo_server.errors import ApiError
 from octavo_server.exchange import Exchange, current_exchange
+from octavo_server.refusing import refuse
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class DrainGate:
         try:
             self._drain.enter(exchange)
         except ApiError as error:
-            await error_response(error, scope["path"])(scope, receive, send)
+            await refuse(error, scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)

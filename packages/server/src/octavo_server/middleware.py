@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -15,8 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo_server.errors import ApiError, error_response
 from octavo_server.exchange import current_exchange
 from octavo_server.rate_limits import KeyBudget
-
-_log = logging.getLogger(__name__)
+from octavo_server.refusing import forget_body, refuse
 
 EXPOSED_HEADERS = (
     "x-request-id",
@@ -27,8 +25,6 @@ EXPOSED_HEADERS = (
 """What pages of allowed origins may read of an answer."""
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
-_DRAIN_BYTES = 16 << 20
-_DRAIN_SECONDS = 2.0
 
 SLOWEST_UPLOAD = 16 << 10
 """Bytes a second that an upload must come at, in the mean."""
@@ -110,15 +106,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length", "")
+        declared = Headers(scope=scope).get("content-length", "")
         limit = self._uploads.get(scope["path"])
         max_bytes = self._max_body_bytes if limit is None else limit
         if declared.isdecimal() and int(declared) > max_bytes:
-            if "expect" not in headers:
-                await _drain(receive)
-            error = _too_large(max_bytes, f"{int(declared)} bytes")
-            await error_response(error, scope["path"])(scope, receive, send)
+            await refuse(_too_large(max_bytes, f"{int(declared)} bytes"), scope, receive, send)
             return
         await self._app(scope, self._limited(receive, max_bytes, is_upload=limit is not None), send)
 
@@ -141,7 +133,7 @@ class BodyLimit:
             complete = not message.get("more_body", False)
             if num_bytes > max_bytes:
                 if not complete:
-                    await _drain(receive)
+                    await forget_body(receive)
                 raise _too_large(max_bytes, "more")
             return message
 
@@ -162,17 +154,3 @@ def _too_slow(timeout: float) -> ApiError:
     return ApiError(
         408, f"the body did not come within {timeout:g} seconds", code="body_timeout", headers={"connection": "close"}
     )
-
-
-async def _drain(receive: Receive) -> None:
-    """Read and forget a part of a body: a client that is still sending would otherwise miss the answer."""
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            while num_bytes < _DRAIN_BYTES:
-                message = await receive()
-                num_bytes += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        _log.info("a refused body was still coming after %g seconds", _DRAIN_SECONDS)
