@@ -56,6 +56,7 @@ def serve(
     device: options.Device = "auto",
     deterministic: options.Deterministic = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
+    pipeline_parallel_size: options.PipelineParallelSize = 1,
     max_model_len: options.MaxModelLen = None,
     block_size: options.BlockSize = 16,
     num_blocks: options.NumBlocks = None,
@@ -138,6 +139,7 @@ def serve(
             device=device,
             deterministic=deterministic,
             tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -171,7 +173,7 @@ def _follows(config: EngineConfig) -> bool:
     started = TorchrunRank.of(os.environ)
     if started is None:
         return False
-    started.check_size(config.tensor_parallel_size)
+    started.check_size(config.tensor_parallel_size, config.pipeline_parallel_size)
     if started.rank == 0:
         return False
     from octavo_engine.parallel.follower import follow

@@ -62,6 +62,9 @@ ServedModelName = Annotated[
 TensorParallelSize = Annotated[
     int, typer.Option(help="Processes that the model is split over; on GPUs each takes one.")
 ]
+PipelineParallelSize = Annotated[
+    int, typer.Option(help="Stages that the layers are shared out among, each of as many processes.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one step.")]

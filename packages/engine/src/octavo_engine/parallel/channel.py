@@ -26,6 +26,7 @@ class Command(IntEnum):
     STEP = 3
     LOGITS = 4
     GREEDY = 5
+    FINISH = 6  # the oldest step that the last stage has not computed
 
 
 class Message(NamedTuple):

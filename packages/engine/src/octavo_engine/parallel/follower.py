@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
-from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.inbox import Inbox
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
@@ -17,6 +19,9 @@ from octavo_kvcache.storage import KVStorage
 class Follower:
     """A rank that keeps its part of a model and of the KV cache, and no requests: rank 0 has those.
 
+    With several stages, rank 0 speaks of later steps while earlier ones are computed. Those of the last stage then wait
+    for its word to go on with a step, as they go on together with it.
+
     Args:
         shard: its part of the model.
         channel: where rank 0 speaks.
@@ -26,7 +31,9 @@ class Follower:
 
     def __init__(self, shard: Shard, channel: Channel, job: Job, device: torch.device) -> None:
         self._shard = shard
-        self._channel = channel
+        self._receive = Inbox(channel).receive if job.is_pipelined else channel.receive
+        self._waits = job.is_pipelined and shard.is_last
+        self._waiting: deque[Message] = deque()  # copies and steps that the last stage has not come to
         self._job = job
         self._device = device
         self._hidden_size = shard.model.config.hidden_size
@@ -40,8 +47,21 @@ class Follower:
         Raises:
             WorkerLost: rank 0 or another rank has ended.
         """
-        while (message := self._channel.receive()).command is not Command.STOP:
+        while (message := self._receive()).command is not Command.STOP:
+            if self._waits and message.command in (Command.COPY, Command.STEP):
+                self._waiting.append(message)
+            elif message.command is Command.FINISH:
+                self._finish_step()
+            else:
+                self._do(message)
+
+    def _finish_step(self) -> None:
+        """Go on up to the end of the oldest step, in the last stage."""
+        while self._waiting:
+            message = self._waiting.popleft()
             self._do(message)
+            if message.command is Command.STEP:
+                return
 
     def _do(self, message: Message) -> None:
         match message.command:
@@ -51,10 +71,10 @@ class Follower:
                 assert self._storage is not None, "rank 0 allocates first"
                 self._storage.apply(copies_of(message))
             case Command.STEP:
-                self._shard.model(step_input(message, self._kv_layers, self._device))
-            case Command.LOGITS:
+                self._shard.hidden(step_input(message, self._kv_layers, self._device))
+            case Command.LOGITS if self._shard.is_last:
                 self._shard.logits(self._empty_hidden(message))
-            case Command.GREEDY:
+            case Command.GREEDY if self._shard.is_last:
                 self._shard.greedy(self._empty_hidden(message))
 
     def _allocate(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -95,11 +115,11 @@ def follow(
             torch.cuda.set_device(device)
         source = job.open()
         rendezvous.leave(f"joined/{rank}", "")
-        group, orders = Group(rank, job.size), Group(rank, job.size)
-        rendezvous.connect(group, orders, device, job.step_seconds)
-        shard = Shard(source, group, job.loader(device))
+        links = job.links(rank)
+        rendezvous.connect(links, device, job.step_seconds)
+        shard = job.load(source, links, device)
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
-        Follower(shard, Channel(orders), job, device).run()
+        Follower(shard, Channel(links.orders), job, device).run()
     except Exception as error:
         rendezvous.leave_failure(rank, error)
         raise

@@ -1,4 +1,4 @@
-"""Group: the ranks that compute one model together, as one of them sees it: sums, gathers and broadcasts of tensors.
+"""Group: ranks that compute a model together, as one of them sees it: sums, gathers, broadcasts, and tensors sent.
 
 It stands on torch.distributed's process groups themselves, not on the one default group of a process: a program may
 have a group of its own beside it, and several engines.
@@ -7,6 +7,7 @@ have a group of its own beside it, and several engines.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,9 +22,10 @@ _FOR_EVER = timedelta(days=3650)
 
 
 class Group:
-    """Collective operations of the ranks of a model; each must be called by all of them, in the same order.
+    """What some ranks of a model do together; all of them call the same operations, in the same order.
 
-    It can be connected anew after a rank was lost: layers keep the group, not its connections.
+    Only `send` and `receive` are for two of them. It can be connected anew after a rank was lost: layers keep the
+    group, not its connections.
 
     Attributes:
         rank: of this process, from 0.
@@ -65,6 +67,25 @@ class Group:
         options._timeout = wait
         options._threads = 1
         return gloo(store, self.rank, self.size, options)
+
+    def send(self, x: Tensor, rank: int) -> Sending:
+        """Begin to send x, contiguous, to a rank, which may take its time to receive it.
+
+        Returns:
+            What to keep until the tensor has been received, and x with it.
+
+        Raises:
+            WorkerLost: the ranks are not connected.
+        """
+        return Sending(self._started(lambda: self._backend.send([x], rank, 0)), x)
+
+    def receive(self, x: Tensor, rank: int) -> None:
+        """Overwrite x, contiguous, with the next tensor of its shape that a rank has sent here.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        self._wait(lambda: self._backend.recv([x], rank, 0))
 
     def disconnect(self) -> None:
         """Drop the connections; others that wait for this rank fail."""
@@ -126,9 +147,39 @@ class Group:
         self._wait(lambda: self._backend.broadcast([x], options))
 
     def _wait(self, start: Callable[[], Any]) -> None:
+        _await(self._started(start))
+
+    def _started(self, start: Callable[[], Any]) -> Any:
         if self._backend is None:
             raise WorkerLost("the ranks are not connected")
         try:
-            start().wait()
+            return start()
         except RuntimeError as error:
-            raise WorkerLost(f"a rank has ended or does not answer: {error}") from error
+            raise _lost(error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A tensor on its way to another rank, and the memory that it is read from meanwhile."""
+
+    work: Any
+    x: Tensor
+
+    def wait(self) -> None:
+        """Wait until it has been received, or on a GPU until it is sent before whatever comes next.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        _await(self.work)
+
+
+def _await(work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> WorkerLost:
+    return WorkerLost(f"a rank has ended or does not answer: {error}")

@@ -11,7 +11,7 @@ from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import model_class
-from octavo_engine.parallel.channel import Command, Message, copies_message, step_message
+from octavo_engine.parallel.channel import Command, Message, copies_message, step_input, step_message
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.parallel.team import Team
 from octavo_engine.quant.base import WeightSlot
@@ -48,24 +48,34 @@ class LeadingModel:
             WorkerLost: a rank has ended, or does not answer.
             NotRecordable: a recording is open, which the ranks' sums would not be in.
         """
-        if current() is not None:
-            raise NotRecordable("the model is split over several processes, which add up their parts in every layer")
+        self._check_not_recorded()
         with self._team.together(step_message(model_input)):
-            return self._shard.model(model_input)
+            hidden = self._shard.hidden(model_input)
+        assert hidden is not None
+        return hidden
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32; see `Model.logits`."""
-        with self._team.together(Message(Command.LOGITS, (len(hidden),))):
+        with self._team.together(self._order(Command.LOGITS, len(hidden))):
             logits = self._shard.logits(hidden.contiguous(), out)
         assert logits is not None
         return logits
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""
-        with self._team.together(Message(Command.GREEDY, (len(hidden),))):
+        with self._team.together(self._order(Command.GREEDY, len(hidden))):
             found = self._shard.greedy(hidden.contiguous())
         assert found is not None
         return found
+
+    def _order(self, command: Command, *numbers: int) -> Message | None:
+        """Return what to tell of something that the ranks of rank 0's layers do; None if there are no others."""
+        return None if self._shard.is_alone else Message(command, numbers)
+
+    @staticmethod
+    def _check_not_recorded() -> None:
+        if current() is not None:
+            raise NotRecordable("the model is split over several processes, which wait for each other in every step")
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield none: adapters change nothing of a model that is split."""
@@ -85,6 +95,40 @@ class LeadingModel:
 
     def finish(self) -> None:
         """Do nothing: the weights are finished."""
+
+
+class PipelinedModel(LeadingModel):
+    """A `LeadingModel` whose layers are shared out among stages, of which rank 0 is in the last.
+
+    The other stages compute a step as soon as it has begun, rank 0 its own part of it when it finishes the step. So the
+    stages compute different steps at the same time, if steps begin before earlier ones are finished.
+    """
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states: [num_tokens, hidden_size]; see `LeadingModel`."""
+        self._check_not_recorded()
+        return self.finish(self.begin(model_input))
+
+    def begin(self, model_input: ModelInput) -> ModelInput:
+        """Tell the other ranks of a step, and return it in memory of its own, which `finish` takes later.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        message = step_message(model_input)
+        with self._team.together(message):
+            return step_input(message, model_input.kv_layers, model_input.token_ids.device)
+
+    def finish(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states of the oldest step that has begun: [num_tokens, hidden_size].
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        with self._team.together(self._order(Command.FINISH)):
+            hidden = self._shard.hidden(model_input)
+        assert hidden is not None
+        return hidden
 
 
 class LeadingStorage(KVStorage):
@@ -122,3 +166,17 @@ class LeadingStorage(KVStorage):
         if copies:
             with self._team.together(copies_message(copies)):
                 super().apply(copies)
+
+    def announce(self, copies: Sequence[BlockCopy]) -> None:
+        """Let the other ranks copy blocks, in the course of their steps; rank 0 follows by `apply_here`.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        if copies:
+            with self._team.together(copies_message(copies)):
+                pass
+
+    def apply_here(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks on rank 0 alone."""
+        super().apply(copies)

@@ -11,11 +11,11 @@ import torch
 from octavo_engine.errors import InvalidConfig, UnsupportedModel
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
-from octavo_engine.parallel.leader import LeadingModel
+from octavo_engine.parallel.leader import LeadingModel, PipelinedModel
 from octavo_engine.parallel.plan import check_size
-from octavo_engine.parallel.shard import Shard
+from octavo_engine.parallel.stages import plan_stages
 from octavo_engine.parallel.team import STEP_SECONDS, Team
-from octavo_engine.parallel.torchrun import TorchrunRank
+from octavo_engine.parallel.torchrun import TorchrunRank, describe_sizes
 from octavo_engine.weights.source import Source
 
 _log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def make_job(
     source: Source,
     *,
     size: int,
+    num_stages: int = 1,
     device: torch.device,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
@@ -40,7 +41,8 @@ def make_job(
 
     Args:
         source: the whole model's files.
-        size: ranks.
+        size: ranks that split each layer.
+        num_stages: that the layers are shared out among, each with so many ranks.
         device: of rank 0.
         dtype: of activations.
         kv_dtype: of the KV cache.
@@ -56,25 +58,29 @@ def make_job(
     if not source.is_divisible:
         raise UnsupportedModel(
             f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
-            f"Hugging Face's form; serve it with tensor_parallel_size 1, or take a GGUF file"
+            f"Hugging Face's form; serve it with pipeline_parallel_size 1 and tensor_parallel_size 1, or take a GGUF "
+            "file"
         )
     check_size(source.config, size, source.column_block, source.name)
-    num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else size
+    stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
+    num_ranks = size * num_stages
+    num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else num_ranks
     if device.type == "cuda" and (device.index or torch.cuda.device_count() < num_here):
         raise InvalidConfig(
-            f"tensor_parallel_size {size} needs the GPUs from 0 to {num_here - 1}, one for each rank; device is "
+            f"{describe_sizes(size, num_stages)} needs the GPUs from 0 to {num_here - 1}, one for each rank; device is "
             f"{device}, and torch sees {torch.cuda.device_count()} GPUs; use device cuda and a smaller size"
         )
     return Job(
         model=str(source.path.absolute()),
         sample=source.sample.hex(),
         versions=installed_versions(),
-        size=size,
+        tp_size=size,
+        stages=tuple((stage.start, stage.stop) for stage in stages),
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         int8_activations=int8_activations,
         batch_invariant=batch_invariant,
-        num_threads=num_threads or max(1, torch.get_num_threads() // size),
+        num_threads=num_threads or max(1, torch.get_num_threads() // num_ranks),
         block_size=block_size,
         kv_dtype=str(kv_dtype).removeprefix("torch."),
         step_seconds=STEP_SECONDS,
@@ -90,7 +96,7 @@ def make_team(job: Job) -> Team:
     started = TorchrunRank.of(os.environ)
     if started is None:
         return Team(job, WorkerProcess)
-    started.check_size(job.size)
+    started.check_size(job.tp_size, len(job.stages))
     if started.rank:
         raise InvalidConfig(
             f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
@@ -107,7 +113,7 @@ def load_split(source: Source, job: Job, team: Team, progress: Progress | None =
     """
     torch.set_num_threads(job.num_threads)
     team.start()
-    shard = Shard(source, team.group, job.loader(job.device_of(0)), progress)
+    shard = job.load(source, team.links, job.device_of(0), progress)
     _log.info("rank 0 has read %d bytes of weights", shard.num_bytes)
     team.await_loaded()
-    return LeadingModel(source.config, shard, team)
+    return (PipelinedModel if job.is_pipelined else LeadingModel)(source.config, shard, team)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from octavo_engine.errors import EngineError, WorkerLost
 from octavo_engine.parallel.channel import Channel, Command, Message
-from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
 from octavo_engine.parallel.rendezvous import Rendezvous
@@ -42,7 +41,7 @@ class Team:
         join_seconds: within which a rank must have joined.
 
     Attributes:
-        group: connects all ranks, for tensors on their devices.
+        links: connects rank 0 with the others.
         num_restarts: how often lost ranks were replaced.
     """
 
@@ -61,13 +60,12 @@ class Team:
         self._address = host, port
         self._prefix = prefix
         self._join_seconds = join_seconds
-        self._orders = Group(0, job.size)
-        self._channel = Channel(self._orders)
+        self.links = job.links(0)
+        self._channel = Channel(self.links.orders)
         self._rendezvous: Rendezvous | None = None
         self._workers: dict[int, Worker] = {}
         self._memory: Message | None = None
         self._lost: WorkerLost | None = None
-        self.group = Group(0, job.size)
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -86,7 +84,7 @@ class Team:
         for rank in range(1, self._job.size):
             self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
-        self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
+        self._rendezvous.connect(self.links, self._job.device_of(0), self._job.step_seconds)
         self._lost = None
 
     def await_loaded(self) -> None:
@@ -108,20 +106,26 @@ class Team:
             pass
 
     @contextmanager
-    def together(self, message: Message) -> Generator[None]:
-        """Tell all ranks to do something, and do rank 0's part of it inside.
+    def together(self, message: Message | None) -> Generator[None]:
+        """Tell all ranks to do something, and do rank 0's part of it inside; None if they have been told.
 
         An error inside leaves the ranks at different places, so that all are replaced before they work again.
 
         Raises:
             WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
         """
+        if self._lost is not None:
+            raise WorkerLost(str(self._lost))
         try:
-            self._channel.send(message)
+            if message is not None:
+                self._channel.send(message)
             yield
         except Exception as error:
             self._lost = self._reason(error)
             raise self._lost from error
+        except BaseException:
+            self._lost = WorkerLost("rank 0 was interrupted in the middle of a step")
+            raise
 
     @property
     def is_lost(self) -> bool:
@@ -149,7 +153,7 @@ class Team:
     def close(self) -> None:
         """End all ranks, and wait for it."""
         seconds = 0.0
-        if self._lost is None and self._orders.is_connected:
+        if self._lost is None and self.links.are_connected:
             try:
                 self._channel.send(Message(Command.STOP))
                 seconds = _STOP_SECONDS
@@ -163,8 +167,7 @@ class Team:
         for worker in self._workers.values():
             worker.stop(max(0.0, until - time.monotonic()))
         self._workers.clear()
-        for group in (self.group, self._orders):
-            group.disconnect()
+        self.links.disconnect()
         self._rendezvous = None
 
     def _await(self, what: str, seconds: float) -> None:

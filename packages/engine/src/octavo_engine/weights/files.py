@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
-from octavo_engine.weights.cut import CutRule, read_whole
+from octavo_engine.weights.cut import CutRule, Keep, keep_all, read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class SafetensorsFiles:
 
     With an index, the files it names are read and every tensor must lie where it says; else `model.safetensors`; else
     every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them,
-    `metadata` what else the files say, by key.
+    `num_bytes` what each takes, `metadata` what else the files say, by key.
 
     Raises:
         ModelNotFound: if the folder has no safetensors file.
@@ -38,6 +38,7 @@ class SafetensorsFiles:
         self.paths = tuple(self._find_paths())
         headers = {path: _read_header(path) for path in self.paths}
         self._names = {path: header.names for path, header in headers.items()}
+        self.num_bytes = {name: count for header in headers.values() for name, count in header.num_bytes.items()}
         self.metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
         self.num_weights = sum(map(len, self._names.values()))
         self._check_names()
@@ -102,8 +103,8 @@ class SafetensorsFiles:
         """Yield every tensor with its name, file by file, in the type it is stored in."""
         return self.read(read_whole)
 
-    def read(self, cut: CutRule) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the part of every tensor that a rule names, as `__iter__` does the whole.
+    def read(self, cut: CutRule, keep: Keep = keep_all) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the part that a rule names of every tensor that is kept, as `__iter__` does the whole of all.
 
         Raises:
             CorruptModelFile: a file cannot be read, or a tensor has another size than the rule was made for.
@@ -113,7 +114,7 @@ class SafetensorsFiles:
         for path, names in self._names.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    for name in names:
+                    for name in filter(keep, names):
                         yield name, _read(file, name, cut, path)
             except SafetensorError as error:
                 raise CorruptModelFile(f"{path}: {error}; download the file again") from error
@@ -144,9 +145,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 class _Header(NamedTuple):
-    """What a file says: the names of its tensors, in the order of their data, and its metadata."""
+    """What a file says: the names of its tensors, in the order of their data, the bytes of each, and its metadata."""
 
     names: list[str]
+    num_bytes: dict[str, int]
     metadata: dict[str, Any]
 
 
@@ -164,7 +166,9 @@ def _read_header(path: Path) -> _Header:
     end = _LENGTH_BYTES + length + max((stop for _, stop in spans.values()), default=0)
     if end != size:
         raise CorruptModelFile(f"{path}: expected {end} bytes, found {size}; download the file again")
-    return _Header(sorted(spans, key=spans.__getitem__), metadata if isinstance(metadata, dict) else {})
+    names = sorted(spans, key=spans.__getitem__)
+    num_bytes = {name: stop - start for name, (start, stop) in spans.items()}
+    return _Header(names, num_bytes, metadata if isinstance(metadata, dict) else {})
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedMod
 from octavo_engine.models.config import ModelConfig, token_ids
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.tokenizer import Tokenizer
-from octavo_engine.weights.cut import Cut, CutRule, read_whole
+from octavo_engine.weights.cut import Cut, CutRule, Keep, keep_all, read_whole
 from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.digest import content_digest, sample_digest
 from octavo_engine.weights.files import SafetensorsFiles, read_json
@@ -57,7 +57,9 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
         Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
@@ -66,15 +68,20 @@ class Source(ABC):
         Args:
             cut: the parts that are wanted; nothing else is copied out of the file. Columns may be cut at multiples of
                 `column_block`.
+            keep: the tensors that are wanted; the others are not touched.
 
         Raises:
             CorruptModelFile: if a tensor cannot be read or has an impossible shape.
             UnsupportedModel: if the file holds a tensor that the architecture does not know.
         """
 
+    @abstractmethod
+    def num_bytes(self) -> Mapping[str, int]:
+        """Return how many bytes each stored tensor takes in the file, by its Hugging Face name; none is read."""
+
     @property
     def is_divisible(self) -> bool:
-        """Whether `weights` can read parts of tensors."""
+        """Whether `weights` can read parts of tensors, and some tensors without the others."""
         return True
 
     def column_block(self, name: str) -> int:  # noqa: ARG002
@@ -189,11 +196,16 @@ class GGUFSource(Source):
                 raise UnsupportedModel(f"{self.path}: tensor {gguf_name!r} is none of the llama architecture's")
         return names
 
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         for info in self.file.in_order:
-            if info.name in self._names:
-                name = self._names[info.name]
+            name = self._names.get(info.name)
+            if name is not None and keep(name):
                 yield name, self._tensor(info, cut(name))
+
+    def num_bytes(self) -> Mapping[str, int]:
+        return {name: self.file.tensors[own].num_bytes for own, name in self._names.items()}
 
     def column_block(self, name: str) -> int:
         sizes = (self.file.tensors[own].type.block_elements for own, hf in self._names.items() if hf == name)
@@ -298,11 +310,16 @@ class FolderSource(Source):
 
         return QuantizedFiles(self.files, scheme)
 
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         if self.scheme is None:
-            return self.files.read(cut)
-        assert cut is read_whole, "quantised tensors of this form are not cut"
+            return self.files.read(cut, keep)
+        assert (cut, keep) == (read_whole, keep_all), "quantised tensors of this form are not cut or left out"
         return iter(self._quantized(self.scheme))
+
+    def num_bytes(self) -> Mapping[str, int]:
+        return self.files.num_bytes
 
     @property
     def is_divisible(self) -> bool:
