@@ -245,11 +245,10 @@ class Scheduler:
         prompts = []
         last_budget = step.budget - -(-len(self._running) // self._num_shares)
         for sequence in self._running.copy():
-            if self._num_shares > 1 and (sequence.num_placeholders or step.budget <= last_budget):
-                continue
             num_uncomputed = sequence.num_uncomputed_tokens
             if num_uncomputed == 1:
-                self._continue(step, sequence, 1)
+                if self._num_shares == 1 or (step.budget > last_budget and not sequence.num_placeholders):
+                    self._continue(step, sequence, 1)
             elif num_uncomputed:
                 prompts.append(sequence)
         for sequence in prompts:

@@ -33,7 +33,7 @@ class PipelinedExecutor(WorkersExecutor):
     def __init__(self, runner: Runner, team: Team) -> None:
         super().__init__(runner, team)
         assert isinstance(runner, StagedRunner), f"{type(runner).__name__} knows no stages"
-        self._staged = runner
+        self._staged: StagedRunner | None = runner
         self._max_in_flight = runner.max_in_flight
 
     @property
@@ -44,7 +44,7 @@ class PipelinedExecutor(WorkersExecutor):
     @property
     def overlap(self) -> OverlapStats:
         """Which steps began beside others."""
-        return self._staged.overlap
+        return OverlapStats() if self._staged is None else self._staged.overlap
 
     def submit(self, batch: ScheduledBatch) -> Pending:
         """Begin the step.
@@ -52,7 +52,13 @@ class PipelinedExecutor(WorkersExecutor):
         Raises:
             WorkerLost: lost ranks cannot be replaced; what a step itself raises comes with its result.
         """
+        assert self._staged is not None, "submit without a runner"
         if self._team.is_lost:
             self._staged.forget_steps(WorkerLost("the ranks that had begun this step were replaced"))
             self._team.restart()
         return self._staged.launch(batch)
+
+    def close(self) -> None:
+        """Drop the runner and end the other ranks."""
+        self._staged = None
+        super().close()

@@ -107,10 +107,10 @@ class PipelinedModel(LeadingModel):
     def __call__(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states: [num_tokens, hidden_size]; see `LeadingModel`."""
         self._check_not_recorded()
-        return self.finish(self.begin(model_input))
+        return self.finish_step(self.begin_step(model_input))
 
-    def begin(self, model_input: ModelInput) -> ModelInput:
-        """Tell the other ranks of a step, and return it in memory of its own, which `finish` takes later.
+    def begin_step(self, model_input: ModelInput) -> ModelInput:
+        """Tell the other ranks of a step, and return it in memory of its own, which `finish_step` takes later.
 
         Raises:
             WorkerLost: a rank has ended, or does not answer.
@@ -119,7 +119,7 @@ class PipelinedModel(LeadingModel):
         with self._team.together(message):
             return step_input(message, model_input.kv_layers, model_input.token_ids.device)
 
-    def finish(self, model_input: ModelInput) -> Tensor:
+    def finish_step(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states of the oldest step that has begun: [num_tokens, hidden_size].
 
         Raises:

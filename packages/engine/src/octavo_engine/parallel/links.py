@@ -15,6 +15,9 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from octavo_engine.parallel.group import Group
 
+STAGE_FACTOR = 10.0
+"""How many times as long ranks of different stages wait for each other as those of one."""
+
 _CPU = torch.device("cpu")
 
 
@@ -42,17 +45,24 @@ class Links:
     def connect(self, store: Store, device: torch.device, *, seconds: float, host: str | None) -> None:
         """Connect all ranks, which call this at the same time; see `Group.connect`.
 
+        Args:
+            store: where they find each other.
+            device: of the rank's tensors.
+            seconds: how long ranks wait for each other within a layer; those of different stages wait
+                `STAGE_FACTOR` times as long, since a stage computes all its layers before the next one hears of it.
+            host: the address of this rank's own network interface; None lets the backend choose.
+
         Raises:
             WorkerLost: one did not come.
         """
         groups = (
-            (f"tensors/{self.stages.rank}", self.tensors, device),
-            (f"stages/{self.tensors.rank}", self.stages, device),
-            ("orders", self.orders, _CPU),
+            (f"tensors/{self.stages.rank}", self.tensors, device, seconds),
+            (f"stages/{self.tensors.rank}", self.stages, device, seconds * STAGE_FACTOR),
+            ("orders", self.orders, _CPU, seconds),
         )
-        for name, group, where in groups:
+        for name, group, where, patience in groups:
             if group.size > 1:
-                group.connect(PrefixStore(name, store), where, seconds=seconds, host=host)
+                group.connect(PrefixStore(name, store), where, seconds=patience, host=host)
 
     def disconnect(self) -> None:
         """Drop all connections; others that wait for this rank fail."""

@@ -25,13 +25,15 @@ from octavo_kvcache.storage import KVStorage
 class _Begun:
     """A step on its way through the stages, or its outcome once somebody asked for it or for that of a later one.
 
-    `ragged` has its input in memory of its own. `is_broken` if an earlier step of some of its sequences failed after it
-    began.
+    `ragged` has its input in memory of its own. `rows` are those that take part, `drawing` those that a token will be
+    drawn for. `is_broken` if an earlier step of some of its sequences failed after it began.
     """
 
     runner: PipelinedRunner
     kept: Kept
     ragged: RaggedStep
+    rows: frozenset[int]
+    drawing: frozenset[int]
     is_broken: bool = False
     outcome: ModelOutput | Exception | None = None
 
@@ -101,13 +103,10 @@ class PipelinedRunner(ModelRunner):
 
     def _must_wait(self, batch: ScheduledBatch) -> bool:
         """Return whether steps on their way have rows that a batch cannot be computed or changed without."""
-        on_their_way = {row for step in self._begun for row in step.kept.batch.rows}
         changing = {*batch.finished, *(new.row for new in batch.new)}
         changing.update(row for move in batch.moves for row in (move.row, move.source))
-        if not on_their_way.isdisjoint(changing):
-            return True
-        drawing = {int(row) for step in self._begun for row in step.ragged.rows.rows[step.ragged.rows.samples]}
-        return any(cached.row in drawing for cached in batch.cached)
+        computing = {cached.row for cached in batch.cached}
+        return not all(step.rows.isdisjoint(changing) and step.drawing.isdisjoint(computing) for step in self._begun)
 
     def _begin(self, kept: Kept) -> Pending:
         batch = kept.batch
@@ -119,8 +118,10 @@ class PipelinedRunner(ModelRunner):
             self.storage.apply_here(batch.copies)
             return Done(kept.widen(ModelOutput(token_ids=())))
         ragged = self._build(StepRows.of(batch))
+        own_input = self.model.begin_step(ragged.model_input)
+        drawing = frozenset(row.row for row in (*batch.new, *batch.cached) if row.samples)
+        step = _Begun(self, kept, ragged._replace(model_input=own_input), frozenset(batch.rows), drawing)
         self._num_overlapped += bool(self._begun)
-        step = _Begun(self, kept, ragged._replace(model_input=self.model.begin(ragged.model_input)))
         self._begun.append(step)
         return step
 
@@ -137,15 +138,14 @@ class PipelinedRunner(ModelRunner):
 
     def _fail(self, step: _Begun, error: Exception) -> None:
         step.outcome = error
-        rows = set(step.kept.batch.rows)
-        self._broken.add(rows)
+        self._broken.add(step.rows)
         for later in self._begun:
-            later.is_broken |= not rows.isdisjoint(later.kept.batch.rows)
+            later.is_broken |= not step.rows.isdisjoint(later.rows)
 
     @torch.inference_mode()
     def _finish(self, step: _Begun) -> ModelOutput:
         self.storage.apply_here(step.kept.batch.copies)
-        hidden = self.model.finish(step.ragged.model_input)
+        hidden = self.model.finish_step(step.ragged.model_input)
         if step.is_broken:
             raise RuntimeError("an earlier step of some of its sequences failed")
         return step.kept.widen(self._read(step.ragged, hidden))

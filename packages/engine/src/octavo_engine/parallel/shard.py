@@ -18,7 +18,7 @@ from octavo_engine.parallel.pipe import Pipe
 from octavo_engine.parallel.plan import ShardPlan, vocabulary_part
 from octavo_engine.parallel.stages import Stage
 from octavo_engine.runner.model_input import ModelInput
-from octavo_engine.weights.cut import keep_all, read_whole
+from octavo_engine.weights.cut import Keep, keep_all, read_whole
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import Source
 from octavo_engine.weights.stored import StoredTensor
@@ -43,7 +43,7 @@ class PartOfSource:
         self.num_bytes = 0
         self._source = source
         self._plan = plan
-        self._keep = keep_all
+        self._keep: Keep = keep_all
         if stage is not None:
             self._keep = partial(stage.keeps, tied=source.config.tie_word_embeddings)
             self.num_weights = sum(map(self._keep, source.num_bytes()))
