@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
 from octavo_engine.errors import WorkerLost
 from octavo_engine.executor.base import Pending
 from octavo_engine.executor.inline import Done
@@ -104,7 +104,7 @@ class PipelinedRunner(ModelRunner):
     def _must_wait(self, batch: ScheduledBatch) -> bool:
         """Return whether steps on their way have rows that a batch cannot be computed or changed without."""
         changing = {*batch.finished, *(new.row for new in batch.new)}
-        changing.update(row for move in batch.moves for row in (move.row, move.source))
+        changing.update(row for move in batch.moves for row in (move.row, move.source) if row is not None)
         computing = {cached.row for cached in batch.cached}
         return not all(step.rows.isdisjoint(changing) and step.drawing.isdisjoint(computing) for step in self._begun)
 
@@ -119,7 +119,8 @@ class PipelinedRunner(ModelRunner):
             return Done(kept.widen(ModelOutput(token_ids=())))
         ragged = self._build(StepRows.of(batch))
         own_input = self.model.begin_step(ragged.model_input)
-        drawing = frozenset(row.row for row in (*batch.new, *batch.cached) if row.samples)
+        every: tuple[NewRow | CachedRow, ...] = (*batch.new, *batch.cached)
+        drawing = frozenset(row.row for row in every if row.samples)
         step = _Begun(self, kept, ragged._replace(model_input=own_input), frozenset(batch.rows), drawing)
         self._num_overlapped += bool(self._begun)
         self._begun.append(step)
