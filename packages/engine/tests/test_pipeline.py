@@ -142,9 +142,8 @@ def test_what_the_runner_does_is_done_with_all_stages(make: Make) -> None:
     assert vectors[0] == vectors[1]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("mode", ["swap", "recompute"])
-def test_preempted_sequences_come_back(make: Make, size: int, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "size"), [("swap", 2), ("recompute", 1)])
+def test_preempted_sequences_come_back(make: Make, mode: str, size: int) -> None:
     """Copies to the host and back are made between the right steps on every stage."""
     sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     few = {"num_blocks": 7, "max_model_len": 64, "prefix_cache": False}
@@ -289,7 +288,8 @@ def test_aborted_requests_give_their_rows_to_others(make: Make) -> None:
     expected = dict(enumerate(tokens for tokens, _ in answers(llm)))
     engine = llm._engine
     for index, prompt in enumerate(PROMPTS):
-        engine.add(Request(str(index), (TokenSpan(prompt),), GREEDY, arrival_time=index))
+        inputs = (TokenSpan(prompt),)
+        engine.add(Request(request_id=str(index), inputs=inputs, sampling=GREEDY, arrival_time=float(index)))
     found: dict[int, list[int]] = {index: [] for index in expected}
     while engine.has_work:
         for update in engine.step():
