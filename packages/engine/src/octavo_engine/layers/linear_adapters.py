@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from octavo_engine.adapters.weights import AdapterWeights
 from octavo_engine.quant.base import Shard
-from octavo_kernels import RowGroups, group_rows, lora_expand, lora_shrink
+from octavo_kernels import LoraPart, RowGroups, group_rows, lora_linear
 
 
 class StepAdapters:
@@ -69,20 +68,6 @@ class StepAdapters:
             self.groups = self.slots = None
 
 
-class _ShardAdapters(NamedTuple):
-    """The matrices of one shard in all slots; a slot of rank 0 adds nothing.
-
-    a [num_slots, max_rank, in_features], b [num_slots, out_features, max_rank], on a CPU in the order of ranks, which
-    native products read; ranks [num_slots] int32, scales [num_slots] fp32, and the shard's columns of the product.
-    """
-
-    a: Tensor
-    b: Tensor
-    ranks: Tensor
-    scales: Tensor
-    columns: slice
-
-
 class LinearAdapters:
     """The matrices that adapters add to one linear, each shard's own. Only the AdapterPool writes them.
 
@@ -111,20 +96,19 @@ class LinearAdapters:
     ) -> None:
         self._step = step
         self._names = [shard.name for shard in shards]
-        self._shards: list[_ShardAdapters] = []
+        self._shards: list[LoraPart] = []
         start = 0
         for shard in shards:
-            columns = slice(start, start + shard.num_rows)
             self._shards.append(
-                _ShardAdapters(
+                LoraPart(
                     torch.zeros(num_slots, max_rank, in_features, dtype=dtype, device=device),
                     _make_b(num_slots, shard.num_rows, max_rank, dtype, device),
                     torch.zeros(num_slots, dtype=torch.int32, device=device),
                     torch.zeros(num_slots, device=device),
-                    columns,
+                    start,
                 )
             )
-            start = columns.stop
+            start += shard.num_rows
         self._num_rows = start
         self._biased: set[int] = set()  # slots whose bias is another than the base's
         self._bias: Tensor | None = None  # [num_slots, out_features] fp32, what is added to the base's
@@ -134,8 +118,7 @@ class LinearAdapters:
         groups = self._step.groups
         if groups is None:
             return
-        for a, b, ranks, scales, columns in self._shards:
-            lora_expand(lora_shrink(x, a, groups, ranks), b, groups, ranks, scales, out[:, columns])
+        lora_linear(x, self._shards, groups, out)
         if self._biased:
             self._add_bias(out)
 
@@ -184,7 +167,7 @@ class LinearAdapters:
 
 
 def _make_b(num_slots: int, num_rows: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate zeros [num_slots, num_rows, max_rank]."""
+    """Allocate zeros [num_slots, num_rows, max_rank], on a CPU in the order of ranks, which native products read."""
     if device.type == "cpu":
         return torch.zeros(num_slots, max_rank, num_rows, dtype=dtype).transpose(1, 2)
     return torch.zeros(num_slots, num_rows, max_rank, dtype=dtype, device=device)

@@ -1,11 +1,11 @@
 """Low-rank adapters, one tile of tokens after the other, in fp64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from octavo_kernels.lora import lora_span_inputs
+from octavo_kernels.lora import LoraPart, lora_span_inputs
 from octavo_kernels.row_groups import RowGroups
 
 
@@ -24,6 +24,13 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
     for tokens, adapter, rank in _tiles(groups, ranks, len(out)):
         product = shrunk[:, tokens, :rank].double().sum(dim=0) @ b[adapter, :, :rank].double().T
         out[tokens] = (out[tokens].double() + scales[adapter].double() * product).to(out.dtype)
+
+
+def lora_linear(x: Tensor, parts: Sequence[LoraPart], groups: RowGroups, out: Tensor, shrunk: Tensor) -> None:
+    """Add the products of each part, one after the other."""
+    for part, sums in zip(parts, shrunk, strict=True):
+        lora_shrink(x, part.a, groups, part.ranks, sums)
+        lora_expand(sums, part.b, groups, part.ranks, part.scales, out[:, part.columns])
 
 
 def _tiles(groups: RowGroups, ranks: Tensor, num_tokens: int) -> Iterator[tuple[Tensor, int, int]]:
