@@ -149,6 +149,24 @@ def test_linears_side_by_side_have_the_bits_of_each_by_itself(device, dtype, in_
         assert torch.equal(expected[:, 1373:], base[:, 1373:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_multiply_the_sum_of_both_products_for_rows_with_an_adapter(device, dtype):
+    parts = make_parts(80, (300, 33), torch.float32, device)
+    factors = torch.rand(4, 33, generator=torch.Generator().manual_seed(8)).to(device) + 0.5
+    generator = torch.Generator().manual_seed(9)
+    for num_tokens in (0, 1, 37):
+        x = torch.randn(num_tokens, 80, generator=generator).to(dtype).to(device)
+        base = torch.randn(num_tokens, 333, generator=generator).to(dtype).to(device)
+        ids = (torch.arange(num_tokens) % 5 - 1).to(device)
+        groups = ok.group_rows(ids, 4)
+        expected = ok.lora_linear(x, parts, groups, base.clone())
+        found = ok.lora_linear(x, [parts[0], parts[1]._replace(factors=factors)], groups, base.clone())
+        has_factor = [adapter >= 0 and RANKS[adapter] > 0 for adapter in ids.tolist()]
+        expected[has_factor, 300:] *= factors[ids[has_factor]].to(dtype)
+        assert torch.equal(found, expected)
+        assert num_tokens < 2 or not torch.equal(found, ok.lora_linear(x, parts, groups, base.clone()))
+
+
 def test_threads_and_tiles_change_no_bit(native_library):
     parts = make_parts(2100, (300, 33, 1040), torch.bfloat16, "cpu")
     x = torch.randn(45, 2100, generator=torch.Generator().manual_seed(6))
@@ -194,5 +212,7 @@ def test_linears_side_by_side_that_do_not_fit_are_refused():
         ok.lora_linear(x, [parts[0], parts[1]._replace(b=parts[1].b.bfloat16())], groups, out)
     with pytest.raises(ok.ShapeError, match=r"a has shape \[4, 8, 32\], expected \[4, 40, 32\]"):
         ok.lora_linear(x, [parts[0], parts[1]._replace(a=parts[1].a[:, :8].contiguous())], groups, out)
+    with pytest.raises(ok.ShapeError, match=r"factors has shape \[4, 9\], expected \[4, 8\]"):
+        ok.lora_linear(x, [parts[0]._replace(factors=torch.ones(4, 9))], groups, out)
     with pytest.raises(ok.ShapeError, match=r"out has shape \[3, 17\], expected \[2, 17\]"):
         ok.lora_linear(x, parts, groups, torch.zeros(3, 17))

@@ -29,6 +29,9 @@ class LoraPart(NamedTuple):
     ranks: [num_adapters] int32, each at most max_rank; 0 adds nothing.
     scales: [num_adapters] fp32.
     first_column: of the product, where this linear's outputs begin.
+    factors: [num_adapters, out_features] fp32, contiguous, which the sum of the base's product and an adapter's is
+        multiplied by where the adapter's rank is not 0 (the magnitudes of DoRA, arXiv 2402.09353, over the norms of
+        the sum of weights; no bias may be among the base's product then); None multiplies nothing.
     """
 
     a: Tensor
@@ -36,6 +39,7 @@ class LoraPart(NamedTuple):
     ranks: Tensor
     scales: Tensor
     first_column: int = 0
+    factors: Tensor | None = None
 
     @property
     def columns(self) -> slice:
@@ -120,7 +124,8 @@ def lora_linear(
 ) -> Tensor:
     """Add what each token's adapter makes of x to out, in place: `lora_shrink` and `lora_expand` for every part.
 
-    The result has their bits. On a CPU it is one call of native code with two loops, whatever the number of parts.
+    A part with factors multiplies its columns by them afterwards. The result has the bits of the two ops. On a CPU
+    it is one call of native code with two loops, whatever the number of parts.
 
     Args:
         x: [num_tokens, in_features], as for `lora_shrink`.
@@ -144,11 +149,15 @@ def lora_linear(
     first = parts[0]
     _check.rank(op, "a", first.a, ("num_adapters", "max_rank", "in_features"))
     for part in parts:
-        _check.same_device(op, x=x, a=part.a, b=part.b, ranks=part.ranks, scales=part.scales)
+        _check.same_device(op, x=x, a=part.a, b=part.b, ranks=part.ranks, scales=part.scales, factors=part.factors)
         _check_a(op, part.a, x, part.ranks)
         _check_b(op, part.b, first.a.shape[1], part.ranks, part.scales)
         _check.shape(op, "a", part.a, tuple(first.a.shape))
         _check.option(op, "first_column", part.first_column, part.first_column >= 0, "0 or more")
+        if part.factors is not None:
+            _check.shape(op, "factors", part.factors, tuple(part.b.shape[:2]))
+            _check.dtype(op, "factors", part.factors, torch.float32)
+            _check.contiguous(op, factors=part.factors)
         _check.dtype(op, "a", part.a, first.a.dtype)
         _check.dtype(op, "b", part.b, first.b.dtype)
     _check.floating(op, out=out)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -127,18 +128,53 @@ class LinearAdapters:
         """Whether some slot has biases, which are added by torch."""
         return bool(self._biased)
 
-    def fill(self, slot: int, weights: AdapterWeights, prefix: str, base_bias: Tensor | None) -> None:
-        """Put an adapter in a slot; the names of its shards begin with `prefix`."""
-        for name, shard in zip(self._names, self._shards, strict=True):
+    @property
+    def has_factors(self) -> bool:
+        """Whether products are multiplied by factors, 1 for adapters without magnitudes."""
+        return any(shard.factors is not None for shard in self._shards)
+
+    def fill(
+        self,
+        slot: int,
+        weights: AdapterWeights,
+        prefix: str,
+        base_bias: Tensor | None,
+        factors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Put an adapter in a slot; the names of its shards begin with `prefix`.
+
+        `factors` are those of shards with magnitudes. Memory for them is set aside when the first ones come, so that a
+        program that was recorded before must be recorded again.
+        """
+        for index, name in enumerate(self._names):
+            self._set_factors(index, slot, factors.get(name))
+            shard = self._shards[index]
             module = weights.modules.get(prefix + name)
             shard.ranks[slot] = 0 if module is None else module.rank
             if module is not None:
                 shard.scales[slot] = module.scale
                 shard.a[slot, : module.rank] = module.a
                 shard.b[slot, :, : module.rank] = module.b
-        self._set_bias(slot, weights, prefix, base_bias)
+        self._set_bias(slot, weights, prefix, base_bias, factors)
 
-    def _set_bias(self, slot: int, weights: AdapterWeights, prefix: str, base_bias: Tensor | None) -> None:
+    def _set_factors(self, index: int, slot: int, factors: Tensor | None) -> None:
+        shard = self._shards[index]
+        if shard.factors is None:
+            if factors is None:
+                return
+            shard = shard._replace(factors=torch.ones(len(shard.b), shard.b.shape[1], device=shard.b.device))
+            self._shards[index] = shard
+        assert shard.factors is not None
+        shard.factors[slot] = 1.0 if factors is None else factors
+
+    def _set_bias(
+        self,
+        slot: int,
+        weights: AdapterWeights,
+        prefix: str,
+        base_bias: Tensor | None,
+        factors: Mapping[str, Tensor],
+    ) -> None:
         added = torch.zeros(self._num_rows)
         for name, shard in zip(self._names, self._shards, strict=True):
             own, extra = weights.biases.get(prefix + name), weights.extra_biases.get(prefix + name)
@@ -147,6 +183,8 @@ class LinearAdapters:
                 added[shard.columns] += own - base_bias[shard.columns].float().cpu()
             if extra is not None:
                 added[shard.columns] += extra
+            if base_bias is not None and name in factors:  # which multiply the base's bias among its product
+                added[shard.columns] += (1.0 - factors[name]) * base_bias[shard.columns].float().cpu()
         if not added.any():
             self._biased.discard(slot)
             return

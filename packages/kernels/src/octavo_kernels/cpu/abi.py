@@ -149,7 +149,7 @@ class ApplyTokenBitmaskArgs(ctypes.Structure):
 class LoraPart(ctypes.Structure):
     """One of the linears of LoraArgs."""
 
-    _fields_ = _fields("a b ranks scales", "first_column num_columns")
+    _fields_ = _fields("a b ranks scales factors", "first_column num_columns")
 
 
 class LoraArgs(ctypes.Structure):

@@ -51,12 +51,13 @@ def lora_linear(x: Tensor, parts: Sequence[LoraPart], groups: RowGroups, out: Te
             b=pointer(b),
             ranks=pointer(part.ranks),
             scales=pointer(part.scales),
+            factors=pointer(part.factors),
             first_column=part.first_column,
             num_columns=part.b.shape[1],
         )
         for part, b in zip(parts, by_rank, strict=True)
     ]
-    tensors = [*by_rank, *(tensor for part in parts for tensor in (part.a, part.ranks, part.scales))]
+    tensors = [*by_rank, *(tensor for part in parts for tensor in (part.a, part.ranks, part.scales, part.factors))]
     return _launch(
         abi.OpKind.LORA_LINEAR, natives, groups, shrunk, tensors,
         x=x, out=out, a_dtype=parts[0].a.dtype, b_dtype=parts[0].b.dtype,
@@ -68,7 +69,7 @@ def _launch(
     parts: Sequence[abi.LoraPart],
     groups: RowGroups,
     shrunk: Tensor,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     *,
     x: Tensor | None = None,
     out: Tensor | None = None,

@@ -31,6 +31,21 @@ def lora_linear(x: Tensor, parts: Sequence[LoraPart], groups: RowGroups, out: Te
     for part, sums in zip(parts, shrunk, strict=True):
         lora_shrink(x, part.a, groups, part.ranks, sums)
         lora_expand(sums, part.b, groups, part.ranks, part.scales, out[:, part.columns])
+        if part.factors is not None:
+            multiply_by_factors(part.factors, groups, part.ranks, out[:, part.columns])
+
+
+def multiply_by_factors(factors: Tensor, groups: RowGroups, ranks: Tensor, out: Tensor) -> None:
+    """Multiply rows of out [num_tokens, out_features] by their adapters' factors, without a look at any value."""
+    adapters = torch.full((len(out) + 1,), -1, dtype=torch.int64, device=out.device)
+    rows = groups.rows.to(torch.int64)
+    used = (groups.groups >= 0)[:, None].expand_as(rows)
+    places = torch.where(used, rows, len(out))  # what is no row goes to the last place
+    adapters[places.flatten()] = groups.groups.to(torch.int64)[:, None].expand_as(rows).flatten()
+    adapters = adapters[:-1]
+    known = adapters.clamp(min=0)
+    applies = (adapters >= 0) & (ranks[known] > 0)
+    out.mul_(torch.where(applies[:, None], factors[known], 1.0).to(out.dtype))
 
 
 def _tiles(groups: RowGroups, ranks: Tensor, num_tokens: int) -> Iterator[tuple[Tensor, int, int]]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.lora import LoraPart, lora_span_inputs
+from octavo_kernels.reference.lora import multiply_by_factors
 from octavo_kernels.row_groups import RowGroups
 from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 from octavo_kernels.triton._tiles import dot_precision
@@ -52,6 +53,8 @@ def lora_linear(x: Tensor, parts: Sequence[LoraPart], groups: RowGroups, out: Te
     for part, sums in zip(parts, shrunk, strict=True):
         lora_shrink(x, part.a, groups, part.ranks, sums)
         lora_expand(sums, part.b, groups, part.ranks, part.scales, out[:, part.columns])
+        if part.factors is not None:
+            multiply_by_factors(part.factors, groups, part.ranks, out[:, part.columns])
 
 
 @triton.jit

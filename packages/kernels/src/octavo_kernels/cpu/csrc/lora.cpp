@@ -184,13 +184,18 @@ void add_ranks(const LoraArgs& args, const LoraPart& part, const float* shrunk, 
   add(c, weights);
 }
 
-// Adds scale times the sums to a row of out.
-void add_scaled(float scale, const float* sums, int64_t size, float* out) {
+// Adds scale times the sums to a row of out, and multiplies it by the factors if there are any.
+void add_scaled(float scale, const float* sums, const float* factors, int64_t size, float* out) {
   int64_t c = 0;
-  for (; c + W <= size; c += W) vstore(out + c, vfma(vset(scale), vload(sums + c), vload(out + c)));
+  for (; c + W <= size; c += W) {
+    const vf sum = vfma(vset(scale), vload(sums + c), vload(out + c));
+    vstore(out + c, factors == nullptr ? sum : vmul(sum, vload(factors + c)));
+  }
   if (c == size) return;
   float some[W];
-  vstore(some, vfma(vset(scale), vload(sums + c), load_some<Dtype::kF32>(out, c, size - c)));
+  vf sum = vfma(vset(scale), vload(sums + c), load_some<Dtype::kF32>(out, c, size - c));
+  if (factors != nullptr) sum = vmul(sum, load_some<Dtype::kF32>(factors, c, size - c));
+  vstore(some, sum);
   std::memcpy(out + c, some, (size - c) * sizeof(float));
 }
 
@@ -232,8 +237,10 @@ struct ExpandUnits {
         add_ranks<dtype, count.value, kRanks>(args, part, own + r, b_row + r * part.num_columns, size, sums);
       for (; r < rank; ++r)
         add_ranks<dtype, count.value, 1>(args, part, own + r, b_row + r * part.num_columns, size, sums);
+      const float* factors =
+          part.factors == nullptr ? nullptr : part.factors + tile.adapter * part.num_columns + column;
       for (int j = 0; j < count.value; ++j)
-        add_scaled(part.scales[tile.adapter], sums + j * kColumnsOfUnit, size,
+        add_scaled(part.scales[tile.adapter], sums + j * kColumnsOfUnit, factors, size,
                    args.out + tile.rows[i + j] * args.out_stride + part.first_column + column);
     });
   }

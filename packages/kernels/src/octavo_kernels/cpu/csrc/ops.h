@@ -220,6 +220,7 @@ struct LoraPart {         // one of the linears that lie side by side in a produ
   const void* b;          // [adapters, max_rank, num_columns] contiguous
   const int32_t* ranks;   // [adapters]
   const float* scales;    // [adapters]
+  const float* factors;   // [adapters, num_columns] contiguous, or null: sums are multiplied by them, out's share too
   int64_t first_column;   // of out
   int64_t num_columns;
 };
