@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         WorkerLost,
     )
     from octavo_engine.llm import LLM
-    from octavo_engine.overlap import OverlapStats
+    from octavo_engine.overlap import GraphStats, OverlapStats
     from octavo_engine.pins import Pin
     from octavo_engine.standby import MemoryReport
     from octavo_engine.structured.params import StructuredOutputsParams
@@ -86,7 +86,7 @@ _EXPORTS = {
         "WorkerLost",
     ),
     "llm": ("LLM",),
-    "overlap": ("OverlapStats",),
+    "overlap": ("GraphStats", "OverlapStats"),
     "pins": ("Pin",),
     "standby": ("MemoryReport",),
     "structured.params": ("StructuredOutputsParams",),
@@ -129,6 +129,7 @@ __all__ = [
     "EngineStats",
     "EngineStuck",
     "FinishReason",
+    "GraphStats",
     "IncompatibleWeights",
     "InvalidAdapter",
     "InvalidConfig",

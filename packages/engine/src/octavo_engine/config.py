@@ -67,6 +67,9 @@ class EngineConfig:
         tensor_parallel_size: ranks that the model is split over, each with its part of the weights and the KV cache:
             this process, and others that it, or torchrun, starts. On GPUs each takes one. A model's heads must come
             out even; what is refused says which sizes work.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
+            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -102,6 +105,8 @@ class EngineConfig:
     lora_dtype: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    max_num_graphs: int = 40
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -163,6 +168,7 @@ class EngineConfig:
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
             "max_num_timelines": 0,
+            "max_num_graphs": 1,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,6 +26,19 @@ class CudaEvent:
         self._event.synchronize()
 
 
+class CudaGraph:
+    """A `Graph` of a GPU; its memory lies in a pool that all graphs of a `CudaDevice` share."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor, num_bytes: int) -> None:
+        self._graph = graph
+        self.output = output
+        self.num_bytes = num_bytes
+
+    def replay(self) -> None:
+        """Queue the captured kernels on the current stream."""
+        self._graph.replay()
+
+
 class CudaDevice:
     """A `Device` whose work runs on the caller's current stream, beside which results are copied to the host.
 
@@ -37,6 +52,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: tuple[int, int] | None = None  # of graphs
 
     def host_bytes(self, num_bytes: int) -> Tensor:
         """Allocate pinned host memory."""
@@ -56,9 +72,40 @@ class CudaDevice:
         with torch.cuda.stream(self._copies):
             destination.copy_(source, non_blocking=True)
 
+    def capture(self, work: Callable[[], Tensor]) -> CudaGraph:
+        """Capture work on a stream of its own; this alone waits for the GPU.
+
+        Graphs share their memory, since one runs after the other. Other threads may go on using the GPU.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        num_free, _ = torch.cuda.mem_get_info(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            _without_collecting(),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            output = work()
+        left, _ = torch.cuda.mem_get_info(self._device)
+        return CudaGraph(graph, output, max(0, num_free - left))
+
     def record(self) -> CudaEvent:
         """Return the point that all work and all copies so far lead to."""
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._copies)
         return CudaEvent(event)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Keep the collector from freeing what belongs to the GPU, such as a kernel: that would end a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
