@@ -41,9 +41,11 @@ def test_an_unknown_op_is_refused():
         ok.choose("softmax", "cpu")
 
 
-def test_forced_cuda_is_unavailable_in_this_version(monkeypatch):
+def test_forced_cuda_without_a_library_says_how_to_build_one(monkeypatch):
     monkeypatch.setenv("OCTAVO_BACKEND", "cuda")
-    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: this version has no compiled CUDA kernels"):
+    monkeypatch.setattr(_dispatch, "library_path", lambda: None)
+    monkeypatch.setattr("octavo_kernels.cuda.load.library_path", lambda: None)
+    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: no compiled CUDA kernels are installed"):
         ok.choose("rms_norm", "cpu")
     assert Backend.CUDA not in ok.available_backends()
 
