@@ -189,7 +189,7 @@ def test_graphs_see_their_own_buffers_and_nothing_of_a_step(model: Llama) -> Non
     parcels = made.runner._parcels._destination
     begin, end = parcels.data_ptr(), parcels.data_ptr() + parcels.nbytes
     inputs = [one for one in seen.seen if one.max_query_len == 1]
-    assert len(inputs) > 8
+    assert len(inputs) >= 8
     assert all(one is inputs[0] for one in inputs)
     tensors = [inputs[0].token_ids, inputs[0].positions, inputs[0].query_start_loc, inputs[0].seq_lens]
     tensors += [tensor for group in inputs[0].groups for tensor in group]

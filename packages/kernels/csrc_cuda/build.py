@@ -3,8 +3,8 @@
     python packages/kernels/csrc_cuda/build.py              # into src/octavo_kernels/cuda/lib
     python packages/kernels/csrc_cuda/build.py FOLDER
 
-Needs nvcc of CUDA 12.4 or newer, a C++ compiler, and torch 2.11 or newer of any kind, whose headers alone are used: a
-build for CPUs serves. What it makes is loaded by every torch from 2.11 on; a wheel takes it in where it lies.
+Needs nvcc of CUDA 12.4 or newer, a C++ compiler, and torch 2.11 or newer of any kind: a build for CPUs serves. What it
+makes is loaded by every torch from 2.11 on; a wheel takes it in where it lies.
 
 Variables: NVCC (the compiler), OCTAVO_KERNELS_STRICT=1 (a warning is an error).
 """
@@ -64,21 +64,23 @@ def build(folder: Path, *, nvcc: str | None = None, sources: Path = HERE) -> tup
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++); install g++")
-    includes = [argument for path in _torch_includes() for argument in ("-isystem", str(path))]
+    torch = _torch_folder()
     flags = (*_CXX, *(("-Werror",) if strict else ()), f"-DTORCH_TARGET_VERSION={_TORCH_TARGET:#018x}")
-    _run([compiler, "-c", str(sources / "ops.cpp"), "-o", str(ops), *flags, *includes])
-    _run([nvcc, "-shared", str(kernels), str(ops), "-o", str(library), *gencode, "-cudart", "static"])
+    _run([compiler, "-c", str(sources / "ops.cpp"), "-o", str(ops), *flags, "-isystem", str(torch / "include")])
+    # By name alone: whichever torch the process has loaded is the one that it finds.
+    linked = ("-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu")
+    _run([nvcc, "-shared", str(kernels), str(ops), "-o", str(library), *gencode, *linked])
     kernels.unlink()
     ops.unlink()
     return library, report
 
 
-def _torch_includes() -> list[Path]:
-    """Return the folder of torch's headers; torch itself is not imported."""
+def _torch_folder() -> Path:
+    """Return where torch is, with its headers and libraries; it is not imported."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError("torch is not installed here, whose headers are needed; install torch 2.11 or newer")
-    return [Path(spec.origin).parent / "include"]
+    return Path(spec.origin).parent
 
 
 def _run(command: list[str]) -> str:

@@ -243,9 +243,11 @@ def count_fallback(op: str, reason: str) -> bool:
 def implementation(op: str, device: torch.device) -> Callable[..., None]:
     """Return the function that serves `op` on `device`; warn once per op when it is not the backend asked for."""
     wanted, used = _resolve(op, device.type)
-    if wanted is not used and _log.add(op, wanted, used):
+    reason = "" if wanted is used or wanted is not Backend.CUDA else _unavailable(wanted, device.type) or ""
+    if wanted is not used and _log.add(op, wanted, used, reason):
+        because = f" ({reason})" if reason else ""
         warnings.warn(
-            f"{op}: the {wanted.value} backend does not serve it here, {used.value} does; "
+            f"{op}: the {wanted.value} backend does not serve it here, {used.value} does{because}; "
             "see octavo_kernels.fallbacks()",
             BackendFallbackWarning,
             stacklevel=3,
