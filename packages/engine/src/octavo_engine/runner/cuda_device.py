@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: tuple[int, int] | None = None  # of graphs
+        self._pool: Any = None  # of graphs; torch has no public name for what it is
 
     def host_bytes(self, num_bytes: int) -> Tensor:
         """Allocate pinned host memory."""

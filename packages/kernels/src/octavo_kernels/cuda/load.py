@@ -55,7 +55,7 @@ def _why_not_loaded(path: Path) -> str | None:
 def load(path: Path) -> str | None:
     """Load a library and with it its ops; say why it cannot be, or None."""
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     except OSError as error:
         return f"{path} cannot be loaded: {error}; build it again with csrc_cuda/build.py, or remove it"
     return None
