@@ -71,7 +71,6 @@ PATHS: dict[str, Callable[[], Llama]] = {
     "bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True),
     "float16": lambda: model_of(torch.float16, torch.float16, alone=True),
     "mixture": lambda: model_of(torch.float32, torch.float32, alone=False, config=MIXTURE),
-    "mixture by torch": lambda: model_of(torch.float32, torch.float32, alone=True, config=MIXTURE),
     "mixture in bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True, config=MIXTURE),
     "int8 KV cache": lambda: model_of(torch.float32, torch.float32, alone=False),
 }

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo_engine import LLM, SamplingParams
-from octavo_engine.errors import CorruptModelFile, UnsupportedModel
+from octavo_engine.errors import CorruptModelFile, InvalidAdapter, UnsupportedModel
 from octavo_engine.models.mixtral import Mixtral
 from octavo_engine.quant.calibrate.options import QuantizeOptions
 from octavo_engine.quant.calibrate.quantize import quantize_checkpoint
@@ -148,6 +148,32 @@ def test_a_rounded_expert_is_the_block_that_ggml_makes(stacked: Made) -> None:
     assert isinstance(rounded, StoredTensor)
     plain = dict(FolderSource(stacked[0]).weights())[name]
     assert (rounded.values() - plain).abs().max() <= plain.abs().max() / 127
+
+
+def test_adapters_change_attention_and_are_refused_for_experts(
+    tiny_mixtral: Made, write_adapter: Callable[..., Any], merged: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, model = tiny_mixtral
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    tuned = merged(model, write_adapter(tmp_path / "a", model, seed=1, names=names))
+    stem = f"base_model.model.{EXPERTS}.0.w1"
+    extra = {f"{stem}.lora_A.weight": torch.zeros(4, 64), f"{stem}.lora_B.weight": torch.zeros(96, 4)}
+    write_adapter(tmp_path / "b", model, seed=1, names=names, extra=extra)
+    with LLM(str(folder), show_progress=False, num_blocks=32, enable_lora=True) as llm:
+        llm.load_adapter("a", str(tmp_path / "a"))
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS * 2],
+            SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+            adapter=[*["a"] * len(PROMPTS), *[None] * len(PROMPTS)],
+        )
+        with pytest.raises(InvalidAdapter, match=rf"'{EXPERTS}.0.w1', which the model does not have"):
+            llm.load_adapter("b", str(tmp_path / "b"))
+    expected = [
+        which.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+        for which in (tuned, model)
+        for prompt in PROMPTS
+    ]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
 
 
 def test_calibration_refuses_a_mixture(tiny_mixtral: Made, tmp_path: Path) -> None:
