@@ -38,9 +38,8 @@ def hf_name(gguf_name: str) -> str | None:
     """Return the Hugging Face name of a llama tensor, or None if it has none."""
     if gguf_name in _TOP:
         return _TOP[gguf_name]
-    if (
-        expert := _EXPERT.fullmatch(gguf_name)
-    ) is not None:  # as mixtures were stored before their experts were stacked
+    expert = _EXPERT.fullmatch(gguf_name)  # as mixtures were stored before their experts were stacked
+    if expert is not None:
         block = f"model.layers.{int(expert[1])}.block_sparse_moe.experts.{int(expert[3])}"
         return f"{block}.{_IN_EXPERT[expert[2]]}.weight"
     match = _LAYER.fullmatch(gguf_name)

@@ -32,7 +32,7 @@ class StackedMatrix(NamedTuple):
         Raises:
             CorruptModelFile: the tensor is no stack of so many matrices; names it.
         """
-        if len(shape) != 3 or shape[0] != num_matrices or shape[1] % self.num_parts:
+        if len(shape) != 3 or shape[0] != num_matrices or not shape[1] or shape[1] % self.num_parts:
             each = "rows" if self.num_parts == 1 else f"{self.num_parts} x rows"
             raise CorruptModelFile(
                 f"{where}: tensor {tensor!r}: expected shape [{num_matrices} experts, {each}, columns], "
