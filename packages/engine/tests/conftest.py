@@ -6,7 +6,7 @@ import os
 import random
 import resource
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,9 +349,23 @@ def _with_other_header(stored: bytes, chance: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + stored[8 + length :]
 
 
+def _published(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a model's weights, a Mixtral's as it was published: experts one by one, as views of what they are in."""
+    for name, weight in state.items():
+        layer, _, kind = name.partition("mlp.experts.")
+        if not kind:
+            yield name.replace(".mlp.gate.", ".block_sparse_moe.gate."), weight
+            continue
+        for expert, matrix in enumerate(weight):
+            half = len(matrix) // 2
+            parts = {"w1": matrix[:half], "w3": matrix[half:]} if "gate_up" in kind else {"w2": matrix}
+            for part, rows in parts.items():
+                yield f"{layer}block_sparse_moe.experts.{expert}.{part}.weight", rows
+
+
 @pytest.fixture
 def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
-    """Write a tiny random Llama of which a function quantises the linears.
+    """Write a tiny random Llama, or a Mixtral with `num_experts`, of which a function quantises the linears.
 
     `quantise(name, weight)` gets a linear's name and weight, and returns the tensors that are stored, by the last part
     of their names, and the values that they mean; None leaves it as it is. `settings` is the quantization_config,
@@ -363,6 +377,8 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
         quantise: Callable[[str, Any], tuple[dict[str, Any], Any] | None],
         settings: object,
         metadata: Mapping[str, str] | None = None,
+        *,
+        num_experts: int = 0,
     ) -> QuantisedLlama:
         import torch
         from safetensors.torch import save_file
@@ -370,14 +386,18 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
         torch.manual_seed(11)
         defaults = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-        config = transformers.LlamaConfig(**defaults, tie_word_embeddings=False)
-        model = transformers.LlamaForCausalLM(config).eval()
+        kind = "Mixtral" if num_experts else "Llama"
+        if num_experts:
+            defaults |= {"num_local_experts": num_experts}
+        config = getattr(transformers, f"{kind}Config")(**defaults, tie_word_embeddings=False)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
         model.generation_config.eos_token_id = None  # it draws all tokens that are asked for, of any id
         stored, linears = {}, {}
-        for name, weight in model.state_dict().items():
+        linears_end = ("_proj.weight", "lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+        for name, weight in _published(model.state_dict()):
             weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
             module = name.removesuffix(".weight")
-            made = quantise(module, weight) if "_proj.weight" in name or name == "lm_head.weight" else None
+            made = quantise(module, weight) if name.endswith(linears_end) else None
             if made is None:
                 stored[name] = weight.clone()
                 continue
@@ -385,7 +405,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
             stored |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
             weight.copy_(linears[module])
         save_file(stored, tmp_path / "model.safetensors", {"format": "pt", **(metadata or {})})
-        described = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
+        described = {**config.to_dict(), "architectures": [f"{kind}ForCausalLM"]}
         if settings is not None:
             described["quantization_config"] = settings
         (tmp_path / "config.json").write_text(json.dumps(described))
@@ -433,6 +453,39 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
     return folder, model
+
+
+@pytest.fixture(scope="session")
+def make_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """Return a function that makes a folder with a random Mixtral of two layers, and Transformers' model in float32.
+
+    Experts are stored one by one, as Mixtral's are published, or `stacked`, as Transformers holds them. Other keyword
+    arguments change its configuration.
+    """
+    torch = pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+
+    def make(*, stacked: bool = False, **sizes: Any) -> tuple[Path, Any]:
+        defaults = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        defaults |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+        torch.manual_seed(13)
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**defaults, **sizes})).eval()
+        model.generation_config.eos_token_id = None  # it draws all tokens that are asked for, of any id
+        for parameter in model.parameters():
+            parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+        folder = tmp_path_factory.mktemp("mixtral")
+        model.save_pretrained(folder, save_original_format=not stacked)
+        _write_byte_tokenizer(folder / "tokenizer.json", model.config.vocab_size)
+        return folder, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(make_mixtral: Callable[..., tuple[Path, Any]]) -> tuple[Path, Any]:
+    """A folder with a random Mixtral of two layers and four experts, and Transformers' model of it in float32."""
+    return make_mixtral()
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -86,6 +86,14 @@ def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantis
     make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
 
 
+def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> None:
+    settings = PACKERS["gemm"].settings | {"modules_to_not_convert": ["gate"]}
+    made = make_quantised(PACKERS["gemm"], settings, num_experts=3)
+    assert len(made.linears) == 2 * (4 + 3 * 3)
+    made.check_values()
+    made.check_tokens()
+
+
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
 def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
     make_quantised(packer, packer.settings).check_mutations()

@@ -163,6 +163,25 @@ def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantis
     make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
 
 
+def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> None:
+    """Gates in another format than what they are multiplied with, and the router left as it is."""
+    rest, gates = PACKERS["W4A16"], PACKERS["FP8 by channel"]
+
+    def quantise(name: str, weight: Tensor) -> Packed | None:
+        return (gates if name.endswith("w1") else rest)(name, weight)
+
+    groups = {
+        "rest": {"targets": ["Linear"], "weights": rest.arguments, "format": rest.format},
+        "gates": {"targets": ["re:.*experts.*w1$"], "weights": gates.arguments, "format": gates.format},
+    }
+    settings = {**rest.settings, "format": "mixed-precision", "config_groups": groups}
+    settings["ignore"] = ["lm_head", "re:.*block_sparse_moe.gate"]
+    made = make_quantised(quantise, settings, num_experts=3)
+    assert len(made.linears) == 2 * (4 + 3 * 3)
+    made.check_values()
+    made.check_tokens()
+
+
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
 def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
     make_quantised(packer, packer.settings).check_mutations()

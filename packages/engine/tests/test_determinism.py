@@ -24,7 +24,9 @@ from octavo_engine.engine import Engine
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.layers.options import LayerOptions
+from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
+from octavo_engine.models.mixtral import Mixtral
 from octavo_engine.quant.choose import choose_method
 from octavo_engine.quant.unquantized import Unquantized
 from octavo_engine.runner.model_runner import ModelRunner
@@ -44,15 +46,18 @@ CONFIG = replace(
     num_kv_heads=2,
     head_dim=64,
 )
+MIXTURE = replace(
+    CONFIG, architecture="MixtralForCausalLM", intermediate_size=160, num_experts=5, num_experts_per_token=2
+)
 on_a_cpu = pytest.mark.skipif(os.environ.get("OCTAVO_BACKEND", "cpu") != "cpu", reason="only `cpu` promises it")
 
 
-def model_of(weights: torch.dtype, activations: torch.dtype, *, alone: bool) -> Llama:
+def model_of(weights: torch.dtype, activations: torch.dtype, *, alone: bool, config: ModelConfig = CONFIG) -> Llama:
     """Return a model of random weights; with `alone` torch multiplies, native kernels or not."""
     device = torch.device("cpu")
     quant = Unquantized() if alone else choose_method(device, activations)
-    model = Llama(CONFIG, LayerOptions(activations, device, quant))
-    values = random_weights(CONFIG, seed=4)
+    model = (Mixtral if config.num_experts else Llama)(config, LayerOptions(activations, device, quant))
+    values = random_weights(config, seed=4)
     for slot in model.slots():
         slot.fill(values[slot.name].mul(0.3).to(weights))
     model.finish()
@@ -65,6 +70,8 @@ PATHS: dict[str, Callable[[], Llama]] = {
     "float32 by torch": lambda: model_of(torch.float32, torch.float32, alone=True),
     "bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True),
     "float16": lambda: model_of(torch.float16, torch.float16, alone=True),
+    "mixture": lambda: model_of(torch.float32, torch.float32, alone=False, config=MIXTURE),
+    "mixture in bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True, config=MIXTURE),
     "int8 KV cache": lambda: model_of(torch.float32, torch.float32, alone=False),
 }
 

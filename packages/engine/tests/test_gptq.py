@@ -101,6 +101,14 @@ def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantis
     make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
 
 
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, asymmetric, desc_act"])
+def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuantised) -> None:
+    made = make_quantised(PACKERS[name], PACKERS[name].settings, num_experts=3)
+    assert len(made.linears) == 2 * (4 + 3 * 3)
+    made.check_values()
+    made.check_tokens()
+
+
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
 def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
     make_quantised(packer, packer.settings).check_mutations()

@@ -200,7 +200,13 @@ def test_wrong_config_json_is_named(changes: dict[str, Any], error: type[EngineE
     [
         ({"general.architecture": "mamba"}, UnsupportedModel, "architecture 'mamba' is not supported; of GGUF files"),
         ({"general.architecture": ...}, CorruptModelFile, "general.architecture: expected a string, found nothing"),
-        ({"llama.expert_count": 8}, UnsupportedModel, "llama.expert_count 8 is not supported"),
+        ({"llama.expert_count": 8}, CorruptModelFile, "llama.expert_used_count: expected an integer .* found nothing"),
+        ({"llama.expert_count": 2, "llama.expert_used_count": 3}, CorruptModelFile, "expected up to .* found 3 of 2$"),
+        (
+            {"llama.expert_count": 1 << 30, "llama.expert_used_count": 2},
+            CorruptModelFile,
+            "expected up to 4096 experts",
+        ),
         ({"llama.block_count": 0}, CorruptModelFile, "llama.block_count: expected an integer .* found 0"),
         ({"llama.rope.dimension_count": 8}, UnsupportedModel, "llama.rope.dimension_count 8 differs from the head dim"),
         ({"llama.rope.scaling.type": "longrope"}, UnsupportedModel, "llama.rope.scaling.type 'longrope' is not supp"),
@@ -218,4 +224,29 @@ def test_wrong_rope_factors_are_corrupt(factors: tuple[float, ...]) -> None:
 
 
 def test_supported_architectures_are_listed() -> None:
-    assert SUPPORTED_ARCHITECTURES == ("LlamaForCausalLM",)
+    assert SUPPORTED_ARCHITECTURES == ("LlamaForCausalLM", "MixtralForCausalLM")
+
+
+def test_a_mixture_has_experts_in_both_kinds_of_file() -> None:
+    from_folder = from_hf(
+        architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, rope_theta=500000.0
+    )
+    experts = {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    from_file = from_gguf(experts, ("output.weight",))
+    for config in (from_folder, from_file):
+        assert config.architecture == "MixtralForCausalLM"
+        assert (config.num_experts, config.num_experts_per_token, config.own_experts) == (8, 2, None)
+    assert from_gguf({"llama.expert_count": 0}).architecture == "LlamaForCausalLM"
+
+
+def test_what_a_mixtral_leaves_out_is_what_transformers_takes() -> None:
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+    expected = transformers.MixtralConfig(hidden_size=64, num_attention_heads=32)
+    left_out = dict.fromkeys(("num_key_value_heads", "rms_norm_eps", "max_position_embeddings"), ...)
+    config = from_hf(model_type="mixtral", architectures=..., num_attention_heads=32, **left_out)
+    assert config.num_kv_heads == expected.num_key_value_heads
+    assert config.rms_norm_eps == expected.rms_norm_eps
+    assert config.max_position_embeddings == expected.max_position_embeddings
+    assert config.num_experts == expected.num_local_experts
+    assert config.num_experts_per_token == expected.num_experts_per_tok
+    assert config.rope.theta == expected.rope_parameters["rope_theta"]

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.errors import EngineAsleep, EngineInUse, PinLimitReached, RequestFailed, UnknownAdapter, UnknownPin
+from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
@@ -339,6 +340,7 @@ class FakeEngine:
             preemption=PreemptionStats(num_recomputed=3, num_swapped=4),
             num_held_up={"blocks": 6},
             overlap=OverlapStats(5, {"rules": 2}),
+            experts=ExpertStats(((6, 2), (4, 4))),
             fallbacks={"paged_attention": 2},
         )
 

@@ -93,6 +93,7 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         ),
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
+        (["serve", "--expert-parallel"], "expert_parallel needs tensor_parallel_size 2 or more, got 1"),
         (["serve", "--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
         (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "--kv-cache-gib and --kv-cache-bytes both came"),
         (["serve", "--host-kv-gib", "1", "--host-kv-bytes", "1"], "--host-kv-gib and --host-kv-bytes both came"),

@@ -91,6 +91,7 @@ def test_engine_figures_are_read_at_each_scrape(client):
     assert samples(client, reason="blocks")["octavo_queue_held_up_steps_total"] == 6
     assert samples(client, reason="rows")["octavo_queue_held_up_steps_total"] == 0
     assert got["octavo_overlapped_steps_total"] == 5
+    assert got["octavo_expert_imbalance"] == 1.25
     assert samples(client, reason="rules")["octavo_steps_waited_total"] == 2
     assert samples(client, kernel="paged_attention")["octavo_kernel_fallbacks_total"] == 2
     assert (

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WorkerLost,
     )
+    from octavo_engine.expert_stats import ExpertStats
     from octavo_engine.llm import LLM
     from octavo_engine.overlap import OverlapStats
     from octavo_engine.pins import Pin
@@ -85,6 +86,7 @@ _EXPORTS = {
         "UnsupportedModel",
         "WorkerLost",
     ),
+    "expert_stats": ("ExpertStats",),
     "llm": ("LLM",),
     "overlap": ("OverlapStats",),
     "pins": ("Pin",),
@@ -128,6 +130,7 @@ __all__ = [
     "EngineInfo",
     "EngineStats",
     "EngineStuck",
+    "ExpertStats",
     "FinishReason",
     "IncompatibleWeights",
     "InvalidAdapter",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from octavo_engine.adapters.info import AdapterInfo, AdapterStats
 from octavo_engine.branch import Branch
+from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
@@ -65,7 +66,7 @@ class EngineStats:
     `cached_prompt_tokens` are those of requests when they were first admitted; `cache` counts the look-ups of sequences
     that resume apart. `finished` counts sequences by finish reason. `fallbacks` names kernels that did not run on the
     wanted backend. `adapters` counts what adapters took, `overlap` the steps that were launched before earlier ones
-    had been read.
+    had been read, `experts` which experts of a mixture the tokens went to.
     """
 
     num_running: int
@@ -84,6 +85,7 @@ class EngineStats:
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     adapters: AdapterStats = field(default_factory=AdapterStats)
     overlap: OverlapStats = field(default_factory=OverlapStats)
+    experts: ExpertStats = field(default_factory=ExpertStats)
 
     @property
     def num_cached_prompt_tokens(self) -> int:

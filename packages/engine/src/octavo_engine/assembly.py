@@ -28,6 +28,7 @@ from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.adapter_plan import AdapterPlan
 from octavo_engine.runner.cuda_device import CudaDevice
 from octavo_engine.runner.device import Device
+from octavo_engine.runner.expert_loads import clear_expert_loads, expert_stats, expert_stats_of
 from octavo_engine.runner.memory import HostPlan, MemoryPlan
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
@@ -114,7 +115,9 @@ def assemble(
     scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root, adapters.slots)
     text = make_text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, host_plan, model, started)
-    return BuiltEngine(Engine(scheduler, executor, host, adapters.adapters), text, info)
+    clear_expert_loads(model)  # of the step that was tried
+    experts = partial(expert_stats, model) if host is None else partial(expert_stats_of, host)
+    return BuiltEngine(Engine(scheduler, executor, host, adapters.adapters, experts), text, info)
 
 
 def _parts(

@@ -229,7 +229,8 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Return the present figures; read without stopping the loop, each one exact for some recent step."""
-        return collect_stats(self._engine.scheduler, self._engine.adapter_stats, self._engine.overlap_stats)
+        engine = self._engine
+        return collect_stats(engine.scheduler, engine.adapter_stats, engine.overlap_stats, engine.expert_stats)
 
     def check_health(self) -> None:
         """Return if the loop runs; raise EngineDead or EngineStuck with the reason if not."""

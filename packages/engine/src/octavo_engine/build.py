@@ -79,6 +79,7 @@ def _build_split(
         batch_invariant=numerics.deterministic,
         num_threads=config.num_threads,
         block_size=config.block_size,
+        expert_parallel=config.expert_parallel,
     )
     team = make_team(job)
     place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team)

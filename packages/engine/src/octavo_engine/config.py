@@ -67,6 +67,8 @@ class EngineConfig:
         tensor_parallel_size: ranks that the model is split over, each with its part of the weights and the KV cache:
             this process, and others that it, or torchrun, starts. On GPUs each takes one. A model's heads must come
             out even; what is refused says which sizes work.
+        expert_parallel: whether a rank has whole experts of a mixture, `num_experts / tensor_parallel_size` of them,
+            instead of a part of each.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -102,6 +104,7 @@ class EngineConfig:
     lora_dtype: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -133,6 +136,11 @@ class EngineConfig:
             raise InvalidConfig(
                 f"quantization {self.quantization!r} needs tensor_parallel_size 1, got {self.tensor_parallel_size}; "
                 "use a checkpoint that is quantised already"
+            )
+        if self.expert_parallel and self.tensor_parallel_size == 1:
+            raise InvalidConfig(
+                "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
+                "split over processes"
             )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:

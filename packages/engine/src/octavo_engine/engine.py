@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from octavo_engine.adapters.info import AdapterStats
@@ -13,6 +14,7 @@ from octavo_engine.branch import Branch, Parent, unknown_parent
 from octavo_engine.errors import UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.executor.inline import Done
+from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.standby import ModelHost, Standby
@@ -32,6 +34,7 @@ class Engine:
         executor: computes them.
         host: holds the model; None for one that cannot be put aside.
         adapters: that requests may name; None if they may name none.
+        experts: tells which experts of a mixture the tokens went to.
 
     Attributes:
         scheduler: chooses the steps.
@@ -45,9 +48,11 @@ class Engine:
         executor: Executor,
         host: ModelHost[Any] | None = None,
         adapters: Adapters | None = None,
+        experts: Callable[[], ExpertStats] = ExpertStats,
     ) -> None:
         self.scheduler = scheduler
         self._adapters = adapters
+        self._experts = experts
         self.pins = scheduler.pins
         self.standby = Standby(scheduler, host)
         self._executor = executor
@@ -79,6 +84,11 @@ class Engine:
         if self._adapters is None:
             return AdapterStats()
         return self.scheduler.adapters.stats(self._adapters.num_loaded, self._adapters.num_reads)
+
+    @property
+    def expert_stats(self) -> ExpertStats:
+        """Which experts of a mixture the tokens went to."""
+        return self._experts()
 
     @property
     def overlap_stats(self) -> OverlapStats:

@@ -389,7 +389,8 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Return the engine's counters: steps, tokens, KV waste and sharing, preemptions."""
-        return collect_stats(self._engine.scheduler, self._engine.adapter_stats, self._engine.overlap_stats)
+        engine = self._engine
+        return collect_stats(engine.scheduler, engine.adapter_stats, engine.overlap_stats, engine.expert_stats)
 
     def close(self) -> None:
         """Release the model's memory; the LLM cannot be used afterwards."""

@@ -7,15 +7,19 @@ from collections.abc import Mapping
 
 from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.api import EngineStats
+from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.scheduler import Scheduler
 
 
 def collect_stats(
-    scheduler: Scheduler, adapters: AdapterStats | None = None, overlap: OverlapStats | None = None
+    scheduler: Scheduler,
+    adapters: AdapterStats | None = None,
+    overlap: OverlapStats | None = None,
+    experts: ExpertStats | None = None,
 ) -> EngineStats:
-    """Return the present figures of a scheduler, its cache and the kernels, with those of adapters and the executor."""
+    """Return the present figures of a scheduler, its cache and the kernels, and those that are given."""
     counters = scheduler.counters
     return EngineStats(
         num_running=scheduler.num_running,
@@ -34,6 +38,7 @@ def collect_stats(
         fallbacks=_kernel_fallbacks(),
         adapters=adapters or AdapterStats(),
         overlap=overlap or OverlapStats(),
+        experts=experts or ExpertStats(),
     )
 
 

@@ -14,6 +14,7 @@ from octavo_engine.batch import CachedRow, ModelOutput, NewRow, ScheduledBatch
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig, RopeConfig
 from octavo_engine.models.llama import Llama
+from octavo_engine.models.mixtral import Mixtral
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.base import QuantMethod
 from octavo_engine.quant.choose import choose_method
@@ -51,19 +52,23 @@ def tiny_config(*, vocab_size: int = 97, tie_word_embeddings: bool = False) -> M
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights for a Llama, in float32 on the CPU, by their names in a checkpoint."""
+    """Return random weights for a Llama or a Mixtral, in float32 on the CPU, by their names in a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    slots = Llama(config, LayerOptions(device=torch.device("meta"))).slots()
+    slots = _class_of(config)(config, LayerOptions(device=torch.device("meta"))).slots()
     return {
         slot.name: torch.empty(slot.shape).normal_(1.0 if "norm" in slot.name else 0.0, 0.2, generator=generator)
         for slot in slots
     }
 
 
+def _class_of(config: ModelConfig) -> type[Llama]:
+    return Mixtral if config.num_experts else Llama
+
+
 def random_model(config: ModelConfig, seed: int = 0, quant: QuantMethod[Any] | None = None) -> Llama:
-    """Return a Llama whose weights are random, in float32 on the CPU; `quant` is chosen as for any model."""
+    """Return a Llama or a Mixtral of random weights, in float32 on the CPU; `quant` is chosen as for any model."""
     device = torch.device("cpu")
-    model = Llama(config, LayerOptions(quant=quant or choose_method(device, torch.float32)))
+    model = _class_of(config)(config, LayerOptions(quant=quant or choose_method(device, torch.float32)))
     weights = random_weights(config, seed)
     for slot in model.slots():
         slot.fill(weights[slot.name])

@@ -356,6 +356,7 @@ def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_host_usage_perc", "Blocks of the host in use, from 0 to 1.", cache.host.usage
     yield "adapters_loaded", "Versions of adapters in the host's memory.", stats.adapters.num_loaded
     yield "adapters_active", "Adapters that sequences run with.", stats.adapters.num_active
+    yield "expert_imbalance", "Tokens of a layer's busiest expert over an even share, mean.", stats.experts.imbalance
     yield "kv_cache_waste_ratio", "Slots in allocated blocks without a live token, mean over steps.", stats.mean_waste
 
 

@@ -62,6 +62,9 @@ ServedModelName = Annotated[
 TensorParallelSize = Annotated[
     int, typer.Option(help="Processes that the model is split over; on GPUs each takes one.")
 ]
+ExpertParallel = Annotated[
+    bool, typer.Option("--expert-parallel", help="Give each of these processes whole experts of a mixture.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one step.")]

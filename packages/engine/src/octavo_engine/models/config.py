@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeGuard
 
 from octavo_engine.errors import CorruptModelFile, UnsupportedModel
+from octavo_engine.models.mixtral_defaults import MIXTRAL_DEFAULTS
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"]
 
 _HF_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
 _UNUSED_ROPE_KEYS = ("mscale", "mscale_all_dim", "truncate")  # they would change the angles, and no llama has them
 _DTYPES = ("float32", "float16", "bfloat16")
-_ARCHITECTURE_BY_MODEL_TYPE = {"llama": "LlamaForCausalLM"}
+_ARCHITECTURE_BY_MODEL_TYPE = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}
+_MAX_EXPERTS = 4096
 _MAX_SIZE = 1 << 31  # of any single count; more is a damaged file
 
 SUPPORTED_ARCHITECTURES: tuple[str, ...] = tuple(_ARCHITECTURE_BY_MODEL_TYPE.values())
@@ -52,6 +54,10 @@ class ModelConfig:
 
     `architecture` is Hugging Face's class name. `dtype` is the one the weights were published in. `eos_token_ids` and
     `bos_token_ids` are empty if the file names none. `sliding_window` counts tokens, None sees all of them.
+
+    In a mixture of experts `num_experts` feed-forward blocks of `intermediate_size` stand side by side in each layer,
+    of which `num_experts_per_token` serve a token; both are 0 elsewhere. `own_experts` are those whose weights this
+    process has, None all of them.
     """
 
     architecture: str
@@ -73,6 +79,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     hidden_act: str
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    own_experts: range | None = None
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -86,8 +95,11 @@ class ModelConfig:
             UnsupportedModel: if the architecture, the activation or the kind of RoPE is none that we run.
             CorruptModelFile: if a value is missing, of the wrong type, out of range, or contradicts another one.
         """
-        fields = _Fields(values, where)
         architecture = _hf_architecture(values, where)
+        is_mixture = architecture == "MixtralForCausalLM"
+        if is_mixture:
+            values = {**MIXTRAL_DEFAULTS, **values}
+        fields = _Fields(values, where)
         hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
         return cls._checked(
             where,
@@ -110,6 +122,8 @@ class ModelConfig:
             eos_token_ids=token_ids(values.get("eos_token_id"), f"{where}: eos_token_id"),
             dtype=_hf_dtype(values, where),
             hidden_act=fields.text("hidden_act", "silu"),
+            num_experts=fields.size("num_local_experts") if is_mixture else 0,
+            num_experts_per_token=fields.size("num_experts_per_tok") if is_mixture else 0,
         )
 
     @classmethod
@@ -140,8 +154,7 @@ class ModelConfig:
         if architecture != "llama":
             raise UnsupportedModel(f"{where}: architecture {architecture!r} is not supported; of GGUF files, llama is")
         fields = _Fields(metadata, where, "llama.")
-        if (num_experts := fields.get("expert_count")) is not None:
-            fields.unsupported("expert_count", num_experts, "models without experts are")
+        num_experts = fields.size("expert_count") if fields.get("expert_count") else 0
         hidden_size, num_heads = fields.size("embedding_length"), fields.size("attention.head_count")
         head_dim = fields.head_dim("attention.key_length", hidden_size, num_heads)
         for key in ("attention.value_length", "rope.dimension_count"):
@@ -149,7 +162,7 @@ class ModelConfig:
                 raise UnsupportedModel(f"{where}: llama.{key} {found_dim} differs from the head dimension {head_dim}")
         return cls._checked(
             where,
-            architecture="LlamaForCausalLM",
+            architecture="MixtralForCausalLM" if num_experts else "LlamaForCausalLM",
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.size("feed_forward_length"),
@@ -168,6 +181,8 @@ class ModelConfig:
             eos_token_ids=_gguf_eos_ids(metadata, where),
             dtype="float32",
             hidden_act="silu",
+            num_experts=num_experts,
+            num_experts_per_token=fields.size("expert_used_count") if num_experts else 0,
         )
 
     @classmethod
@@ -177,6 +192,11 @@ class ModelConfig:
             _corrupt(f"{where}: expected heads a multiple of KV heads, found {config.num_heads}/{config.num_kv_heads}")
         if config.head_dim % 2:
             _corrupt(f"{where}: expected an even head dimension, found {config.head_dim}")
+        used, num_experts = config.num_experts_per_token, config.num_experts
+        if not used <= num_experts <= _MAX_EXPERTS:
+            _corrupt(
+                f"{where}: expected up to {_MAX_EXPERTS} experts, each token with some, found {used} of {num_experts}"
+            )
         if config.hidden_act not in ("silu", "swish"):
             raise UnsupportedModel(f"{where}: hidden_act {config.hidden_act!r} is not supported; silu is")
         for token_id in config.bos_token_ids + config.eos_token_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from octavo_engine.layers.attention import Attention
 from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.linear import Linear
-from octavo_engine.layers.mlp import GatedMLP
+from octavo_engine.layers.mixture import MixtureOfExperts
+from octavo_engine.layers.mlp import FeedForward, GatedMLP
 from octavo_engine.layers.norm import RMSNorm
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.layers.rotary import rope_table
@@ -21,20 +23,28 @@ from octavo_kvcache import KVCacheSpec
 
 
 class LlamaLayer:
-    """Attention and a gated feed-forward block, each behind a norm and beside a residual."""
+    """Attention and a feed-forward block, each behind a norm and beside a residual."""
 
     __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    mlp_name: ClassVar = "mlp."
+    """What the names of the feed-forward block's tensors begin with, in the layer."""
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, *, options: LayerOptions) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.attention = Attention(config, layer, cos_sin, options=options)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, options=options)
+        self.mlp = self.make_mlp(config, options)
+
+    @staticmethod
+    def make_mlp(config: ModelConfig, options: LayerOptions) -> FeedForward:
+        """Make the feed-forward block."""
+        return GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, options=options)
 
     def linears(self, prefix: str) -> Iterator[tuple[str, Linear]]:
         """Yield the linears, each with what the checkpoint's names of its shards begin with."""
         yield from self.attention.linears(f"{prefix}self_attn.")
-        yield from self.mlp.linears(f"{prefix}mlp.")
+        yield from self.mlp.linears(f"{prefix}{self.mlp_name}")
 
     def finish(self) -> None:
         """Prepare the filled weights for products."""
@@ -46,7 +56,7 @@ class LlamaLayer:
         yield from self.attention_norm.slots(f"{prefix}input_layernorm")
         yield from self.attention.slots(f"{prefix}self_attn.")
         yield from self.mlp_norm.slots(f"{prefix}post_attention_layernorm")
-        yield from self.mlp.slots(f"{prefix}mlp.")
+        yield from self.mlp.slots(f"{prefix}{self.mlp_name}")
 
 
 class Llama:
@@ -57,11 +67,13 @@ class Llama:
         options: how the weights are made; they are not initialised.
     """
 
+    layer_class: ClassVar[type[LlamaLayer]] = LlamaLayer
+
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         self.config = config
         cos_sin = rope_table(config.rope, config.head_dim, config.max_position_embeddings, options.device)
         self.embedding = Embedding(config.vocab_size, config.hidden_size, options=options)
-        self.layers = [LlamaLayer(config, i, cos_sin, options=options) for i in range(config.num_layers)]
+        self.layers = [self.layer_class(config, i, cos_sin, options=options) for i in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options=options)
         self.head = LMHead(self.embedding, tied=config.tie_word_embeddings, options=options)
         self.num_parameters = sum(slot.num_parameters for slot in self.slots())
@@ -109,6 +121,12 @@ class Llama:
         """Yield the linears of all layers; see `Model.linears`."""
         for index, layer in enumerate(self.layers):
             yield from layer.linears(f"model.layers.{index}.")
+
+    def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
+        """Yield the mixtures of experts; see `Model.mixtures`."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, MixtureOfExperts):
+                yield f"model.layers.{index}.{layer.mlp_name}", layer.mlp
 
     def is_redundant(self, name: str) -> bool:
         """Return whether a checkpoint's tensor says nothing new: a tied head, a rotary table of old checkpoints."""

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from octavo_engine.errors import UnsupportedModel
 from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.mixture import MixtureOfExperts
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
+from octavo_engine.models.mixtral import Mixtral
 from octavo_engine.quant.base import WeightSlot
 from octavo_engine.runner.model_input import ModelInput
 from octavo_kvcache import KVCacheSpec
@@ -57,6 +59,10 @@ class Model(Protocol):
         """Yield the linears that adapters may change, each with what the names of its shards begin with."""
         ...
 
+    def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
+        """Yield the mixtures of experts in the order of their layers, each with what its tensors' names begin with."""
+        ...
+
     def is_redundant(self, name: str) -> bool:
         """Return whether a tensor without a slot may be passed over."""
         ...
@@ -74,7 +80,7 @@ class ModelClass(Protocol):
         ...
 
 
-_MODELS: Mapping[str, ModelClass] = MappingProxyType({"LlamaForCausalLM": Llama})
+_MODELS: Mapping[str, ModelClass] = MappingProxyType({"LlamaForCausalLM": Llama, "MixtralForCausalLM": Mixtral})
 
 
 def model_class(architecture: str) -> ModelClass:

@@ -97,7 +97,7 @@ def follow(
         rendezvous.leave(f"joined/{rank}", "")
         group, orders = Group(rank, job.size), Group(rank, job.size)
         rendezvous.connect(group, orders, device, job.step_seconds)
-        shard = Shard(source, group, job.loader(device))
+        shard = Shard(source, group, job.loader(device), expert_parallel=job.expert_parallel)
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
         Follower(shard, Channel(orders), job, device).run()
     except Exception as error:

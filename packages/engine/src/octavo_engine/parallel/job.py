@@ -11,7 +11,7 @@ import torch
 
 from octavo_engine.errors import RankMismatch
 from octavo_engine.parallel.shard import LoadModel
-from octavo_engine.quant.choose import choose_method
+from octavo_engine.quant.choose import choose_method, native_isa
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import Source, open_source
 
@@ -23,7 +23,8 @@ class Job:
     """A model that several ranks run together.
 
     `model` is the path of its files, `sample` stands for their contents, in hexadecimal, `versions` for the software.
-    `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. The rest is how it computes.
+    `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. `instruction_set` is that of rank 0's
+    native kernels, None if it has none. The rest is how it computes.
     """
 
     model: str
@@ -38,6 +39,8 @@ class Job:
     block_size: int
     kv_dtype: str
     step_seconds: float
+    expert_parallel: bool
+    instruction_set: str | None
 
     def encode(self) -> str:
         """Return the job as JSON."""
@@ -65,6 +68,12 @@ class Job:
         source = open_source(self.model)
         if source.sample.hex() != self.sample:
             raise RankMismatch(f"{source.path}: rank 0 has other files under this name; copy the same ones everywhere")
+        if source.config.num_experts and self.device == "cpu" and native_isa() != self.instruction_set:
+            raise RankMismatch(
+                f"rank 0 computes with {self.instruction_set or 'torch'}, this rank with {native_isa() or 'torch'}: "
+                "their last bits differ, so that they could choose other experts for a token; set OCTAVO_CPU_ISA to "
+                "one that all machines have"
+            )
         return source
 
     def device_of(self, index: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""The layers of a model that need other ranks: products that are added up, and a part of an embedding."""
+"""The layers of a model that need other ranks: products and mixtures that are added up, a part of an embedding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from octavo_engine.layers.embedding import Embedding
 from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.mixture import MixtureOfExperts
+from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.models.llama import Llama
 from octavo_engine.models.registry import Model
 from octavo_engine.parallel.group import Group
@@ -62,6 +64,27 @@ class PartialEmbedding(Embedding):
         return self._group.sum(torch.where(is_own[:, None], rows, 0))
 
 
+class SummedMixture(MixtureOfExperts):
+    """A mixture that has some of its experts here, or some columns of each, and the others on other ranks.
+
+    Args:
+        part: with this rank's experts; every rank's router chooses for every token.
+        group: the ranks.
+    """
+
+    __slots__ = ("_group",)
+
+    def __init__(self, part: MixtureOfExperts, group: Group) -> None:
+        self.router = part.router
+        self.experts = part.experts
+        self.load = part.load
+        self._group = group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the sum over all experts of each token, x and it [num_tokens, hidden_size]."""
+        return self._group.sum(super().__call__(x))
+
+
 def join_layers(model: Model, first_token_id: int, group: Group) -> None:
     """Let the finished layers of a rank's part of a model work together with those of the other ranks.
 
@@ -71,4 +94,8 @@ def join_layers(model: Model, first_token_id: int, group: Group) -> None:
     model.embedding = PartialEmbedding(model.embedding, first_token_id, group)
     for layer in model.layers:
         layer.attention.out = SummedLinear(layer.attention.out, group)
-        layer.mlp.down = SummedLinear(layer.mlp.down, group)
+        if isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp = SummedMixture(layer.mlp, group)
+        else:
+            assert isinstance(layer.mlp, GatedMLP)
+            layer.mlp.down = SummedLinear(layer.mlp.down, group)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.mixture import MixtureOfExperts
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import model_class
@@ -70,6 +71,10 @@ class LeadingModel:
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield none: adapters change nothing of a model that is split."""
         return iter(())
+
+    def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
+        """Yield rank 0's mixtures of experts, whose routers see every token."""
+        return self._shard.model.mixtures()
 
     def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """Say what rank 0 keeps of each layer per token."""

@@ -9,18 +9,23 @@ add up what comes out, twice a layer. Embedding and head are cut by rows of the 
     gate_proj, up_proj  rows   intermediate_size / size
     o_proj, down_proj   columns, the same spans; their bias belongs to rank 0
     embed_tokens, lm_head  rows  vocab_size / size, one more for the first ranks where that leaves a remainder
+
+The experts of a mixture are each cut as a feed-forward block is, or, with expert parallelism, not at all: then a rank
+has num_experts / size of them, one more or less where that leaves a remainder. Its router is kept whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from octavo_engine.errors import InvalidConfig, UnsupportedModel
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.weights.cut import Cut
 
-_ARCHITECTURES = ("LlamaForCausalLM",)
+_ARCHITECTURES = ("LlamaForCausalLM", "MixtralForCausalLM")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.(w[123])\.")
 _MAX_SIZE = 1024
 _NUM_EXAMPLES = 8  # sizes that work, named in an error
 
@@ -38,12 +43,14 @@ class ShardPlan:
         first_token_id: the first of the vocabulary's rows that it keeps.
     """
 
-    def __init__(self, config: ModelConfig, rank: int, size: int) -> None:
+    def __init__(self, config: ModelConfig, rank: int, size: int, *, expert_parallel: bool = False) -> None:
         self.rank = rank
         self.size = size
+        self._whole = config
+        self._experts = _even(config.num_experts, rank, size) if expert_parallel else range(config.num_experts)
         heads = _even(config.num_heads, rank, size)
         kv_heads = _shared(config.num_kv_heads, rank, size)
-        hidden = _even(config.intermediate_size, rank, size)
+        hidden = range(config.intermediate_size) if expert_parallel else _even(config.intermediate_size, rank, size)
         vocabulary = vocabulary_part(config.vocab_size, rank, size)
         self.first_token_id = vocabulary.start
         self.config = replace(
@@ -52,6 +59,7 @@ class ShardPlan:
             num_kv_heads=len(kv_heads),
             intermediate_size=len(hidden),
             vocab_size=len(vocabulary),
+            own_experts=self._experts if expert_parallel else None,
         )
         queries = _cut(0, heads, config.num_heads, config.head_dim)
         keys = _cut(0, kv_heads, config.num_kv_heads, config.head_dim)
@@ -67,6 +75,8 @@ class ShardPlan:
             "o_proj": queries._replace(axis=1),
             "down_proj": gates._replace(axis=1),
         }
+        if not expert_parallel:
+            self._cuts |= {"w1": gates, "w3": gates, "w2": gates._replace(axis=1)}
 
     def __call__(self, name: str) -> Cut | None:
         """Return which part of a tensor this rank keeps; None for the whole.
@@ -74,6 +84,8 @@ class ShardPlan:
         Raises:
             UnsupportedModel: the tensor belongs to a matrix that is cut, and is neither its weight nor its bias.
         """
+        if self.leaves_out(name):
+            return Cut(0, 0, 0, self._whole.hidden_size if ".w2." in name else self._whole.intermediate_size)
         cut, kind = self._find(name)
         if cut is None or (cut.axis == 1 and kind == "bias"):
             return None
@@ -83,6 +95,16 @@ class ShardPlan:
                 "tensor_parallel_size 1, or another format of the model"
             )
         return cut
+
+    def leaves_out(self, name: str) -> bool:
+        """Return whether a tensor belongs to an expert of another rank; of such a one no row is kept."""
+        match = _EXPERT.search(name)
+        return match is not None and int(match[1]) not in self._experts
+
+    @property
+    def num_left_out(self) -> int:
+        """How many tensors that are, one for each matrix."""
+        return 3 * self._whole.num_layers * (self._whole.num_experts - len(self._experts))
 
     def is_added_once(self, name: str) -> bool:
         """Return whether a tensor is the bias of products that the ranks add up, so that one of them alone has it."""
@@ -101,7 +123,9 @@ def vocabulary_part(vocab_size: int, rank: int, size: int) -> range:
     return range(start, start + share + (rank < rest))
 
 
-def check_size(config: ModelConfig, size: int, column_block: ColumnBlock, where: str) -> None:
+def check_size(
+    config: ModelConfig, size: int, column_block: ColumnBlock, where: str, *, expert_parallel: bool = False
+) -> None:
     """Refuse a number of ranks over which a model cannot be split evenly.
 
     Raises:
@@ -112,32 +136,45 @@ def check_size(config: ModelConfig, size: int, column_block: ColumnBlock, where:
         raise UnsupportedModel(
             f"{where}: {config.architecture} cannot be split over ranks; these can: {', '.join(_ARCHITECTURES)}"
         )
-    if fits(config, size, column_block):
+    if expert_parallel and not config.num_experts:
+        raise InvalidConfig(f"expert_parallel needs a mixture of experts, {where} has none; leave it out")
+    if fits(config, size, column_block, expert_parallel=expert_parallel):
         return
     most = min(config.num_heads, _MAX_SIZE)
-    working = [str(n) for n in range(1, most + 1) if fits(config, n, column_block)][:_NUM_EXAMPLES]
+    sizes = (n for n in range(1, most + 1) if fits(config, n, column_block, expert_parallel=expert_parallel))
+    working = [str(n) for n in sizes][:_NUM_EXAMPLES]
+    blocks = f"{config.intermediate_size} feed-forward columns, which must come out even"
+    if expert_parallel:
+        blocks = f"{config.num_experts} experts; heads must come out even, and every rank must have an expert"
     raise InvalidConfig(
         f"tensor_parallel_size {size} does not fit {where}: it has {config.num_heads} query heads, "
-        f"{config.num_kv_heads} KV heads and {config.intermediate_size} feed-forward columns, which must come out "
-        f"even; use {' or '.join(working)}"
+        f"{config.num_kv_heads} KV heads and {blocks}; use {' or '.join(working)}"
     )
 
 
-def fits(config: ModelConfig, size: int, column_block: ColumnBlock) -> bool:
-    """Return whether so many ranks can each have whole heads and whole blocks of columns."""
-    if config.num_heads % size or config.intermediate_size % size or config.vocab_size < size:
+def fits(config: ModelConfig, size: int, column_block: ColumnBlock, *, expert_parallel: bool = False) -> bool:
+    """Return whether so many ranks can each have whole heads and whole blocks of columns, or whole experts."""
+    if config.num_heads % size or config.vocab_size < size:
         return False
     if config.num_kv_heads % size and size % config.num_kv_heads:
         return False
-    columns = {
-        "self_attn.o_proj": config.num_heads * config.head_dim // size,
-        "mlp.down_proj": config.intermediate_size // size,
-    }
+    if config.num_experts < size if expert_parallel else config.intermediate_size % size:
+        return False
+    hidden_columns = config.intermediate_size if expert_parallel else config.intermediate_size // size
     return not any(
         num_columns % column_block(f"model.layers.{layer}.{name}.weight")
-        for name, num_columns in columns.items()
         for layer in range(config.num_layers)
+        for name, num_columns in _cut_by_columns(config, config.num_heads * config.head_dim // size, hidden_columns)
     )
+
+
+def _cut_by_columns(config: ModelConfig, head_columns: int, hidden_columns: int) -> Iterator[tuple[str, int]]:
+    """Yield a layer's matrices whose columns are cut, with those that a rank gets."""
+    yield "self_attn.o_proj", head_columns
+    if not config.num_experts:
+        yield "mlp.down_proj", hidden_columns
+    for expert in range(config.num_experts):
+        yield f"block_sparse_moe.experts.{expert}.w2", hidden_columns
 
 
 def _even(count: int, rank: int, size: int) -> range:

@@ -27,7 +27,7 @@ class PartOfSource:
     def __init__(self, source: Source, plan: ShardPlan) -> None:
         self.name = source.name
         self.config = plan.config
-        self.num_weights = source.num_weights
+        self.num_weights = source.num_weights - plan.num_left_out
         self.num_bytes = 0
         self._source = source
         self._plan = plan
@@ -35,6 +35,8 @@ class PartOfSource:
     def weights(self) -> Iterator[tuple[str, Tensor | StoredTensor]]:
         """Yield each weight's part once; biases that another rank adds are zeros."""
         for name, weight in self._source.weights(self._plan):
+            if self._plan.leaves_out(name):
+                continue
             assert not isinstance(weight, QuantizedTensor), "these are not cut, and refused before"
             self.num_bytes += weight.rows.nbytes if isinstance(weight, StoredTensor) else weight.nbytes
             if self._plan.rank and self._plan.is_added_once(name):
@@ -52,14 +54,17 @@ class Shard:
         group: the ranks, whose tensors are on the model's device.
         load: makes a model of a source.
         progress: called with the number of weights read and their total.
+        expert_parallel: whether a rank has whole experts instead of a part of each.
 
     Attributes:
         model: the part.
         num_bytes: of the weights that were read, as the files store them.
     """
 
-    def __init__(self, source: Source, group: Group, load: LoadModel, progress: Any = None) -> None:
-        plan = ShardPlan(source.config, group.rank, group.size)
+    def __init__(
+        self, source: Source, group: Group, load: LoadModel, progress: Any = None, *, expert_parallel: bool = False
+    ) -> None:
+        plan = ShardPlan(source.config, group.rank, group.size, expert_parallel=expert_parallel)
         part = PartOfSource(source, plan)
         self.model = load(part, progress=progress)
         self.num_bytes = part.num_bytes

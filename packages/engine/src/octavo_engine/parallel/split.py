@@ -16,6 +16,7 @@ from octavo_engine.parallel.plan import check_size
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.parallel.team import STEP_SECONDS, Team
 from octavo_engine.parallel.torchrun import TorchrunRank
+from octavo_engine.quant.choose import native_isa
 from octavo_engine.weights.source import Source
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def make_job(
     batch_invariant: bool,
     num_threads: int | None,
     block_size: int,
+    expert_parallel: bool = False,
 ) -> Job:
     """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
 
@@ -48,6 +50,7 @@ def make_job(
         batch_invariant: see `LayerOptions`.
         num_threads: of each rank; None shares torch's among them.
         block_size: of the KV cache.
+        expert_parallel: whether a rank has whole experts instead of a part of each.
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
@@ -58,7 +61,7 @@ def make_job(
             f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
             f"Hugging Face's form; serve it with tensor_parallel_size 1, or take a GGUF file"
         )
-    check_size(source.config, size, source.column_block, source.name)
+    check_size(source.config, size, source.column_block, source.name, expert_parallel=expert_parallel)
     num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else size
     if device.type == "cuda" and (device.index or torch.cuda.device_count() < num_here):
         raise InvalidConfig(
@@ -78,6 +81,8 @@ def make_job(
         block_size=block_size,
         kv_dtype=str(kv_dtype).removeprefix("torch."),
         step_seconds=STEP_SECONDS,
+        expert_parallel=expert_parallel,
+        instruction_set=native_isa() if device.type == "cpu" else None,
     )
 
 
@@ -107,7 +112,8 @@ def load_split(source: Source, job: Job, team: Team, progress: Progress | None =
     """
     torch.set_num_threads(job.num_threads)
     team.start()
-    shard = Shard(source, team.group, job.loader(job.device_of(0)), progress)
+    load = job.loader(job.device_of(0))
+    shard = Shard(source, team.group, load, progress, expert_parallel=job.expert_parallel)
     _log.info("rank 0 has read %d bytes of weights", shard.num_bytes)
     team.await_loaded()
     return LeadingModel(source.config, shard, team)

@@ -35,6 +35,8 @@ _SHAPE = (
     "attention_bias",
     "mlp_bias",
     "hidden_act",
+    "num_experts",
+    "num_experts_per_token",
     "max_position_embeddings",
     "sliding_window",
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
 from octavo_engine.weights.cut import CutRule, read_whole
+from octavo_engine.weights.stacked import StackedMatrix, hf_stack
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +103,12 @@ class SafetensorsFiles:
         """Yield every tensor with its name, file by file, in the type it is stored in."""
         return self.read(read_whole)
 
-    def read(self, cut: CutRule) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(self, cut: CutRule, num_experts: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the part of every tensor that a rule names, as `__iter__` does the whole.
+
+        Args:
+            cut: the rule.
+            num_experts: of a mixture, whose experts then come one by one, under names of their own.
 
         Raises:
             CorruptModelFile: a file cannot be read, or a tensor has another size than the rule was made for.
@@ -114,7 +119,11 @@ class SafetensorsFiles:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in names:
-                        yield name, _read(file, name, cut, path)
+                        matrices = hf_stack(name, num_experts)
+                        for matrix in matrices:
+                            yield matrix.name, _read_matrix(file, name, matrix, num_experts, cut, path)
+                        if not matrices:
+                            yield name, _read(file, name, cut, path)
             except SafetensorError as error:
                 raise CorruptModelFile(f"{path}: {error}; download the file again") from error
 
@@ -129,6 +138,23 @@ def _read(file: Any, name: str, cut: CutRule, path: Path) -> torch.Tensor:
     stored = file.get_slice(name)
     part.check(name, tuple(stored.get_shape()), str(path))
     tensor = stored[part.span] if part.axis == 0 else stored[:, part.span]
+    return tensor.contiguous()
+
+
+def _read_matrix(
+    file: Any, name: str, matrix: StackedMatrix, num_experts: int, cut: CutRule, path: Path
+) -> torch.Tensor:
+    """Read the part of a matrix in a stack that a rule names, and nothing else of the stack."""
+    stored = file.get_slice(name)
+    shape = tuple(stored.get_shape())
+    rows, columns = matrix.rows(name, shape, num_experts, str(path)), slice(0, shape[2])
+    if (part := cut(matrix.name)) is not None:
+        part.check(matrix.name, (rows.stop - rows.start, shape[2]), str(path))
+        if part.axis == 0:
+            rows = slice(rows.start + part.start, rows.start + part.stop)
+        else:
+            columns = part.span
+    tensor: torch.Tensor = stored[matrix.place, rows, columns]
     return tensor.contiguous()
 
 

@@ -75,6 +75,7 @@ def load_model(
     weights: Iterable[tuple[str, Weight]] = source.weights()
     if quantization is not None:
         linears = {f"{prefix}{shard.name}.weight" for prefix, linear in model.linears() for shard in linear.shards}
+        linears |= {name for prefix, mixture in model.mixtures() for name in mixture.expert_weights(prefix)}
         weights = quantize_online(weights, linears, quantization, source.name)
     load_weights(model, weights, where=source.name, num_weights=source.num_weights, progress=progress)
     model.finish()

@@ -24,7 +24,10 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
 }
+_IN_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
+_EXPERT = re.compile(r"blk\.(\d{1,5})\.ffn_(gate|up|down)\.(\d{1,5})\.weight")
 _LAYER = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -35,6 +38,10 @@ def hf_name(gguf_name: str) -> str | None:
     """Return the Hugging Face name of a llama tensor, or None if it has none."""
     if gguf_name in _TOP:
         return _TOP[gguf_name]
+    expert = _EXPERT.fullmatch(gguf_name)  # as mixtures were stored before their experts were stacked
+    if expert is not None:
+        block = f"model.layers.{int(expert[1])}.block_sparse_moe.experts.{int(expert[3])}"
+        return f"{block}.{_IN_EXPERT[expert[2]]}.weight"
     match = _LAYER.fullmatch(gguf_name)
     if match is None or match[2] not in _IN_LAYER:
         return None

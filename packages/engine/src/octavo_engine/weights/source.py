@@ -28,6 +28,7 @@ from octavo_engine.weights.gguf import TensorInfo, TensorType
 from octavo_engine.weights.gguf_parts import GGUFParts
 from octavo_engine.weights.locate import locate_model
 from octavo_engine.weights.names import ROPE_FACTORS, hf_name, rotary_heads, rotary_row_order
+from octavo_engine.weights.stacked import gguf_stack, hf_router, hf_stack
 from octavo_engine.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ class GGUFSource(Source):
         self.config = self._read_config()
         eos = list(self.config.eos_token_ids)
         self.generation_config = {"eos_token_id": eos} if eos else {}
-        self._names = self._map_names()
-        self.num_weights = len(self._names)
+        self._infos = dict(self._find_weights())
+        self.num_weights = len(self._infos)
 
     def _read_config(self) -> ModelConfig:
         tensors = self.file.tensors
@@ -179,25 +180,48 @@ class GGUFSource(Source):
             )
         return config
 
-    def _map_names(self) -> dict[str, str]:
-        names: dict[str, str] = {}
-        for gguf_name in self.file.tensors:
-            name = hf_name(gguf_name)
-            if name is not None:
-                names[gguf_name] = name
-            elif gguf_name != ROPE_FACTORS:
-                raise UnsupportedModel(f"{self.path}: tensor {gguf_name!r} is none of the llama architecture's")
-        return names
+    def _find_weights(self) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield where each weight lies by its Hugging Face name, in the order of the file."""
+        found: set[str] = set()
+        for info in self.file.in_order:
+            if info.name == ROPE_FACTORS:
+                continue
+            for name, part in self._weights_in(info):
+                if name in found:
+                    raise CorruptModelFile(f"{self.path}: tensor {info.name!r}: expected {name!r} once, found it twice")
+                found.add(name)
+                yield name, part
+
+    def _weights_in(self, info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+        """Yield the weights that a tensor holds: itself, or the matrices of all experts, each as if it stood alone."""
+        num_experts = self.config.num_experts
+        matrices = gguf_stack(info.name, num_experts)
+        for matrix in matrices:
+            rows = matrix.rows(info.name, info.shape, num_experts, str(self.path))
+            num_rows, row_bytes = rows.stop - rows.start, info.num_bytes // (info.shape[0] * info.shape[1])
+            first = matrix.place * info.shape[1] + rows.start
+            yield (
+                matrix.name,
+                replace(
+                    info,
+                    shape=(num_rows, info.shape[2]),
+                    offset=info.offset + first * row_bytes,
+                    num_bytes=num_rows * row_bytes,
+                ),
+            )
+        if matrices:
+            return
+        name = hf_name(info.name)
+        if name is None:
+            raise UnsupportedModel(f"{self.path}: tensor {info.name!r} is none of the llama architecture's")
+        yield name, info
 
     def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
-        for info in self.file.in_order:
-            if info.name in self._names:
-                name = self._names[info.name]
-                yield name, self._tensor(info, cut(name))
+        for name, info in self._infos.items():
+            yield name, self._tensor(info, cut(name))
 
     def column_block(self, name: str) -> int:
-        sizes = (self.file.tensors[own].type.block_elements for own, hf in self._names.items() if hf == name)
-        return next(sizes, 1)
+        return self._infos[name].type.block_elements if name in self._infos else 1
 
     def _tensor(self, info: TensorInfo, cut: Cut | None = None) -> torch.Tensor | StoredTensor:
         import torch
@@ -230,7 +254,9 @@ class GGUFSource(Source):
 
     def _rows(self, info: TensorInfo, span: slice = slice(None)) -> Any:
         """Return a tensor's bytes with some or all rows in Hugging Face's order: [rows, bytes per row] uint8."""
-        rows = self.file.raw(info.name).reshape(info.shape[0] if len(info.shape) > 1 else -1, self._row_bytes(info))
+        start = info.offset - self.file.tensors[info.name].offset  # above 0 in a stack
+        data = self.file.raw(info.name)[start : start + info.num_bytes]
+        rows = data.reshape(info.shape[0] if len(info.shape) > 1 else -1, self._row_bytes(info))
         num_heads = rotary_heads(info.name, self.config) if hf_name(info.name) else None
         if num_heads is None:
             return rows[span]
@@ -275,7 +301,10 @@ class FolderSource(Source):
         self.config = replace(config, eos_token_ids=tuple(dict.fromkeys((*advised, *config.eos_token_ids))))
         self.files = SafetensorsFiles(path)
         self.scheme = self._read_scheme(config_path)
-        self.num_weights = self.files.num_weights if self.scheme is None else self._quantized(self.scheme).num_weights
+        if self.scheme is not None:
+            self.num_weights = self._quantized(self.scheme).num_weights
+        else:
+            self.num_weights = sum(len(hf_stack(name, self.config.num_experts)) or 1 for name in self.files.names)
 
     def _read_scheme(self, config_path: Path) -> Scheme | None:
         """Return how the linears are stored: by config.json, else by the file that some quantisers write beside it."""
@@ -300,7 +329,8 @@ class FolderSource(Source):
 
     def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         if self.scheme is None:
-            return self.files.read(cut)
+            read = self.files.read(cut, self.config.num_experts)
+            return ((hf_router(name), weight) for name, weight in read)
         assert cut is read_whole, "quantised tensors of this form are not cut"
         return iter(self._quantized(self.scheme))
 

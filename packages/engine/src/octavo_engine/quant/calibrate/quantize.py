@@ -61,6 +61,11 @@ def quantize_checkpoint(
     """
     if isinstance(source, FolderSource) and source.scheme is not None:
         raise UnsupportedModel(f"{source.path}: this checkpoint is quantised; give the one that it was made of")
+    if source.config.num_experts:
+        raise UnsupportedModel(
+            f"{source.path}: expected a model without experts, got a mixture of {source.config.num_experts}; quantise "
+            "it as it is loaded, with quantization int8 or int4"
+        )
     if not sequences and options.method != "rtn":
         raise InvalidConfig(f"method {options.method!r} needs text to calibrate on, got none; give more of it")
     check_length(sequences, source.config)
