@@ -12,8 +12,8 @@ pytest.importorskip("torch", reason="models need the extra octavo-engine[local]"
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo_engine import LLM, SamplingParams
-from octavo_engine.errors import CorruptModelFile, InvalidAdapter, UnsupportedModel
+from octavo_engine import LLM, SamplingParams, assembly
+from octavo_engine.errors import CorruptModelFile, IncompatibleWeights, InvalidAdapter, UnsupportedModel
 from octavo_engine.models.mixtral import Mixtral
 from octavo_engine.quant.calibrate.options import QuantizeOptions
 from octavo_engine.quant.calibrate.quantize import quantize_checkpoint
@@ -174,6 +174,33 @@ def test_adapters_change_attention_and_are_refused_for_experts(
         for prompt in PROMPTS
     ]
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+
+
+def test_what_sizing_computes_is_not_counted(tiny_mixtral: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a step is tried to see what it takes."""
+    real = assembly.free_memory_beside
+
+    def tried(model: Mixtral, *arguments: Any, **options: Any) -> Any:
+        for _, mixture in model.mixtures():
+            mixture(torch.zeros(3, 64))
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(assembly, "free_memory_beside", tried)
+    with LLM(str(tiny_mixtral[0]), show_progress=False, num_blocks=9) as llm:
+        assert llm.stats().experts.num_tokens == ((0,) * 4,) * 2
+    assert llm.stats().experts.num_tokens == ()
+
+
+def test_weights_with_other_experts_do_not_replace_a_mixture(
+    tiny_mixtral: Made, make_mixtral: Callable[..., Made]
+) -> None:
+    with LLM(str(tiny_mixtral[0]), show_progress=False, num_blocks=9) as llm:
+        for sizes, message in (
+            ({"num_local_experts": 3}, "num_experts 4 .*found 3"),
+            ({"num_experts_per_tok": 1}, "num_experts_per_token 2 .*found 1"),
+        ):
+            with pytest.raises(IncompatibleWeights, match=f"expected {message}"):
+                llm.update_weights_from_disk(str(make_mixtral(**sizes)[0]))
 
 
 def test_calibration_refuses_a_mixture(tiny_mixtral: Made, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ class Engine:
     def close(self) -> None:
         """Release the executor."""
         self._executor.close()
+        self._experts = ExpertStats  # what counted them holds the model
 
     def _submit(self, batch: ScheduledBatch) -> None:
         """Submit a step. One that could not even be submitted has failed, so that its sequences come to their ends."""

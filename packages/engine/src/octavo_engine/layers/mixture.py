@@ -16,6 +16,9 @@ from octavo_engine.quant.base import Shard, WeightSlot
 class Router:
     """Chooses each token's experts: the likeliest, weighted by their probabilities among themselves.
 
+    It compares logits and not probabilities, so that processes with the same logits choose alike: torch's exponential
+    may differ between machines in its last bit, which can make neighbours equal.
+
     Args:
         hidden_size: of tokens.
         num_experts: to choose from.
@@ -34,12 +37,8 @@ class Router:
 
         x [num_tokens, hidden_size] -> [num_tokens, top_k] fp32, which add up to 1, and [num_tokens, top_k] int64.
         """
-        probabilities = self.linear(x).float().softmax(dim=-1)
-        weights, ids = probabilities.topk(self._top_k, dim=-1)
-        total = weights[:, 0]
-        for place in range(1, self._top_k):  # one after the other: torch's own sum may follow the number of tokens
-            total = total + weights[:, place]
-        return weights / total[:, None], ids
+        logits, ids = self.linear(x).float().topk(self._top_k, dim=-1)
+        return logits.softmax(dim=-1), ids
 
 
 class ExpertLoad:

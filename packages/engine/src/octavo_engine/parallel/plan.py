@@ -160,21 +160,20 @@ def fits(config: ModelConfig, size: int, column_block: ColumnBlock, *, expert_pa
         return False
     if config.num_experts < size if expert_parallel else config.intermediate_size % size:
         return False
-    hidden_columns = config.intermediate_size if expert_parallel else config.intermediate_size // size
     return not any(
-        num_columns % column_block(f"model.layers.{layer}.{name}.weight")
+        num_columns // size % column_block(f"model.layers.{layer}.{name}.weight")
         for layer in range(config.num_layers)
-        for name, num_columns in _cut_by_columns(config, config.num_heads * config.head_dim // size, hidden_columns)
+        for name, num_columns in _cut_by_columns(config, expert_parallel=expert_parallel)
     )
 
 
-def _cut_by_columns(config: ModelConfig, head_columns: int, hidden_columns: int) -> Iterator[tuple[str, int]]:
-    """Yield a layer's matrices whose columns are cut, with those that a rank gets."""
-    yield "self_attn.o_proj", head_columns
+def _cut_by_columns(config: ModelConfig, *, expert_parallel: bool) -> Iterator[tuple[str, int]]:
+    """Yield a layer's matrices whose columns are cut, with their number."""
+    yield "self_attn.o_proj", config.num_heads * config.head_dim
     if not config.num_experts:
-        yield "mlp.down_proj", hidden_columns
-    for expert in range(config.num_experts):
-        yield f"block_sparse_moe.experts.{expert}.w2", hidden_columns
+        yield "mlp.down_proj", config.intermediate_size
+    for expert in range(0 if expert_parallel else config.num_experts):
+        yield f"block_sparse_moe.experts.{expert}.w2", config.intermediate_size
 
 
 def _even(count: int, rank: int, size: int) -> range:
