@@ -16,6 +16,7 @@
         ├── IncompatibleWeights  weights that were to replace others are of another model, or changed unasked
         ├── RankMismatch         processes that are to run one model together have other files or versions
         ├── WorkerLost           a process that holds a part of the model has ended, does not answer, or never joined
+        │   └── RankUnreachable  its machine cannot be reached any more
         ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
@@ -141,6 +142,10 @@ class RankMismatch(EngineError):
 
 class WorkerLost(EngineError):
     """A process that holds a part of the model has ended, does not answer, or never joined; names it and the reason."""
+
+
+class RankUnreachable(WorkerLost):
+    """A process that holds a part of the model may well live, but its machine has not answered for some seconds."""
 
 
 class EngineStuck(EngineError):

@@ -6,6 +6,7 @@ import torch
 
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
 from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
@@ -70,7 +71,14 @@ class Follower:
 
 
 def follow(
-    host: str, port: int, rank: int, *, join_seconds: float, local_rank: int | None = None, prefix: str = ""
+    host: str,
+    port: int,
+    rank: int,
+    *,
+    join_seconds: float,
+    local_rank: int | None = None,
+    prefix: str = "",
+    ends_process: bool = False,
 ) -> None:
     """Be a rank of the model that rank 0 runs, until it says stop.
 
@@ -81,12 +89,16 @@ def follow(
         join_seconds: how long to wait for rank 0.
         local_rank: the number of this machine's GPU to take; None is that of the rank.
         prefix: see `Rendezvous`.
+        ends_process: see `Guard`.
 
     Raises:
         WorkerLost: rank 0 does not answer within `join_seconds`, or a rank has ended; rank 0 is told.
+        RankUnreachable: a rank cannot be reached any more; rank 0 is told, if it is another one.
         EngineError: as in loading a model; rank 0 is told.
     """
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
+    groups: list[Group] = []
+    guard = Guard(rank, lambda: [group.cut() for group in groups], ends_process=ends_process)
     try:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank if local_rank is None else local_rank)
@@ -96,10 +108,19 @@ def follow(
         source = job.open()
         rendezvous.leave(f"joined/{rank}", "")
         group, orders = Group(rank, job.size), Group(rank, job.size)
+        guard.watch(rendezvous, job.size, wait=join_seconds)
         rendezvous.connect(group, orders, device, job.step_seconds)
+        groups += group, orders
+        guard.check()
         shard = Shard(source, group, job.loader(device), expert_parallel=job.expert_parallel)
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
         Follower(shard, Channel(orders), job, device).run()
     except Exception as error:
-        rendezvous.leave_failure(rank, error)
-        raise
+        reason = guard.reason(error)
+        if guard.loss is None or guard.loss.rank:  # else nobody listens
+            rendezvous.leave_failure(rank, reason)
+        guard.close(says_farewell=False)
+        if reason is error:
+            raise
+        raise reason from error
+    guard.close(says_farewell=True)

@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from octavo_engine import errors
 from octavo_engine.errors import EngineError, InvalidConfig, WorkerLost
+from octavo_engine.parallel.address import own_address
 from octavo_engine.parallel.group import Group
 
 _CPU = torch.device("cpu")
@@ -98,6 +99,6 @@ class Rendezvous:
         Raises:
             WorkerLost: one did not come.
         """
-        host = self._host if self._host in ("127.0.0.1", "::1", "localhost") else None
+        host = own_address(*self.address)
         for name, one, where in (("tensors", group, device), ("orders", orders, _CPU)):
             one.connect(PrefixStore(name, self._store), where, seconds=seconds, host=host)

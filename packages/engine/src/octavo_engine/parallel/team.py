@@ -7,9 +7,10 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from octavo_engine.errors import EngineError, WorkerLost
+from octavo_engine.errors import EngineError, RankUnreachable, WorkerLost
 from octavo_engine.parallel.channel import Channel, Command, Message
 from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.guard import RANK_TIMEOUT, Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
 from octavo_engine.parallel.rendezvous import Rendezvous
@@ -40,6 +41,7 @@ class Team:
         port: of it; 0 takes a free one.
         prefix: see `Rendezvous`.
         join_seconds: within which a rank must have joined.
+        rank_timeout: seconds that a rank's machine may be out of reach.
 
     Attributes:
         group: connects all ranks, for tensors on their devices.
@@ -55,6 +57,7 @@ class Team:
         port: int = 0,
         prefix: str = "",
         join_seconds: float = JOIN_SECONDS,
+        rank_timeout: float = RANK_TIMEOUT,
     ) -> None:
         self._job = job
         self._launch = launch
@@ -68,6 +71,8 @@ class Team:
         self._memory: Message | None = None
         self._lost: WorkerLost | None = None
         self.group = Group(0, job.size)
+        self._guard = Guard(0, self._cut)
+        self._rank_timeout = rank_timeout
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -86,6 +91,7 @@ class Team:
         for rank in range(1, self._job.size):
             self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
+        self._guard.watch(self._rendezvous, self._job.size, wait=self._join_seconds, seconds=self._rank_timeout)
         self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
         self._lost = None
 
@@ -100,6 +106,7 @@ class Team:
         assert self._rendezvous is not None
         for rank in self._workers:
             _log.info("rank %d has read %s bytes of weights", rank, self._rendezvous.take(f"loaded/{rank}"))
+        self._guard.expect_beats(self._job.step_seconds)
 
     def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
         """Let all ranks take memory for their part of the KV cache, and again whenever they are replaced."""
@@ -126,7 +133,13 @@ class Team:
     @property
     def is_lost(self) -> bool:
         """Whether the ranks must be replaced before the next step."""
-        return self._lost is not None
+        return self._lost is not None or self._guard.loss is not None
+
+    @property
+    def trouble(self) -> WorkerLost | None:
+        """Why the ranks do not work together any more, as far as is known; None if they do. Any thread may ask."""
+        loss = self._guard.loss
+        return self._lost or (None if loss is None else loss.error())
 
     def restart(self) -> None:
         """Replace all ranks; what they had of the KV cache is gone.
@@ -135,8 +148,9 @@ class Team:
             WorkerLost: they cannot be replaced, or it is for torchrun to do that.
         """
         if self._launch is None:
-            raise WorkerLost(f"{self._lost}; torchrun starts all ranks again, as often as its --max-restarts says")
+            raise WorkerLost(f"{self.trouble}; torchrun starts all ranks again, as often as its --max-restarts says")
         started = time.monotonic()
+        self._lost = self.trouble
         self._end(0)
         self.start()
         self.await_loaded()
@@ -149,9 +163,10 @@ class Team:
     def close(self) -> None:
         """End all ranks, and wait for it."""
         seconds = 0.0
-        if self._lost is None and self._orders.is_connected:
+        if not self.is_lost and self._orders.is_connected:
             try:
                 self._channel.send(Message(Command.STOP))
+                self._guard.close(says_farewell=True)
                 seconds = _STOP_SECONDS
             except WorkerLost as error:
                 _log.warning("while the ranks were ended: %s", error)
@@ -159,6 +174,7 @@ class Team:
 
     def _end(self, seconds: float) -> None:
         """End all ranks after some seconds in which they may do so by themselves."""
+        self._guard.close(says_farewell=False)
         until = time.monotonic() + seconds
         for worker in self._workers.values():
             worker.stop(max(0.0, until - time.monotonic()))
@@ -193,6 +209,8 @@ class Team:
     def _culprit(self, ranks: Iterable[int]) -> EngineError | None:
         """Return why one of some ranks has ended by itself; None if none has."""
         assert self._rendezvous is not None
+        if (loss := self._guard.loss) is not None and loss.is_unreachable:  # nor, perhaps, can the store be
+            return loss.error()
         for rank in ranks:
             ended = self._workers[rank].ended()  # first: what a rank says of its end comes before the end
             failure = self._rendezvous.failure(rank)
@@ -208,10 +226,20 @@ class Team:
             return WorkerLost(f"rank 0 failed in the middle of a step: {type(error).__name__}: {error}")
         if self._rendezvous is None:
             return error
-        until = time.monotonic() + _LAST_WORDS_SECONDS
-        while (culprit := self._culprit(self._workers)) is None and time.monotonic() < until:
+        began = time.monotonic()
+        while (culprit := self._culprit(self._workers)) is None:
+            silent = [rank for rank in self._workers.keys() - self._guard.losses if not self._rendezvous.failure(rank)]
+            patience = self._rank_timeout + _LAST_WORDS_SECONDS if silent else _LAST_WORDS_SECONDS
+            if time.monotonic() - began > patience:
+                break
             time.sleep(_LOOK_SECONDS)
         if culprit is not None:
-            return WorkerLost(str(culprit))
-        silent = [rank for rank in self._workers if self._rendezvous.failure(rank) is None]
-        return WorkerLost(f"rank {silent[0]} does not answer: {error}") if silent else error
+            return culprit if isinstance(culprit, RankUnreachable) else WorkerLost(str(culprit))
+        if (loss := self._guard.loss) is not None:
+            return loss.error()
+        return WorkerLost(f"rank {min(silent)} does not answer: {error}") if silent else error
+
+    def _cut(self) -> None:
+        """Let everything fail at once that waits for other ranks."""
+        for group in (self.group, self._orders):
+            group.cut()
