@@ -81,7 +81,7 @@ def _build_split(
         block_size=config.block_size,
         expert_parallel=config.expert_parallel,
     )
-    team = make_team(job)
+    team = make_team(job, config.rank_timeout)
     place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team)
     try:
         return assemble(config, source, numerics, place, progress, started)

@@ -69,6 +69,8 @@ class EngineConfig:
             out even; what is refused says which sizes work.
         expert_parallel: whether a rank has whole experts of a mixture, `num_experts / tensor_parallel_size` of them,
             instead of a part of each.
+        rank_timeout: seconds that the machine of a rank may be out of reach before the rank counts as lost; the
+            operating systems of both machines find out, so that a busy one is not mistaken for a lost one.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -105,6 +107,7 @@ class EngineConfig:
     num_threads: int | None = None
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+    rank_timeout: float = 6.0
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -162,6 +165,10 @@ class EngineConfig:
             )
         if self.watchdog_timeout is not None and not self.watchdog_timeout > 0:
             raise InvalidConfig(f"watchdog_timeout must be above 0 seconds, got {self.watchdog_timeout}; None is off")
+        if not 1 <= self.rank_timeout <= 3600:
+            raise InvalidConfig(
+                f"rank_timeout must be from 1 to 3600 seconds, got {self.rank_timeout}; 6 is the default"
+            )
         limits = {
             "max_model_len": 1,
             "num_blocks": 2,  # block 0 is reserved

@@ -11,9 +11,10 @@ from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.adapters.store import Adapters
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
-from octavo_engine.errors import UnknownAdapter, WorkerLost
+from octavo_engine.errors import RankUnreachable, UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.executor.inline import Done
+from octavo_engine.executor.workers import Team
 from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Engine:
         host: holds the model; None for one that cannot be put aside.
         adapters: that requests may name; None if they may name none.
         experts: tells which experts of a mixture the tokens went to.
+        ranks: other processes that have parts of the model; None if there are none.
 
     Attributes:
         scheduler: chooses the steps.
@@ -49,6 +51,7 @@ class Engine:
         host: ModelHost[Any] | None = None,
         adapters: Adapters | None = None,
         experts: Callable[[], ExpertStats] = ExpertStats,
+        ranks: Team | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._adapters = adapters
@@ -56,6 +59,7 @@ class Engine:
         self.pins = scheduler.pins
         self.standby = Standby(scheduler, host)
         self._executor = executor
+        self._ranks = ranks
         self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
 
     @property
@@ -127,12 +131,23 @@ class Engine:
 
     def step(self) -> list[SequenceUpdate]:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
+        if self._ranks is not None and not self._ranks.are_ready():
+            return self._take_oldest()
         batch = self.scheduler.schedule()
         if batch is not None:
             self._submit(batch)
         if batch is None or len(self._in_flight) >= self._executor.max_in_flight:
             return self._take_oldest()
         return []
+
+    def check_ranks(self) -> None:
+        """Return if all processes that have a part of the model work, or will be replaced.
+
+        Raises:
+            WorkerLost: one was lost, and this engine cannot replace it.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
 
     def drain(self) -> None:
         """Read the steps in flight, of whose sequences nobody wants to hear any more: all were aborted."""
@@ -163,7 +178,8 @@ class Engine:
             output = pending.result()
         except WorkerLost as error:
             _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
-            return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            return self.scheduler.start_over(batch, reason, ends_all=isinstance(error, RankUnreachable))
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

@@ -223,14 +223,15 @@ class Scheduler:
         self._residents.distrust_copies(batch.step_id)
         return updates
 
-    def start_over(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
+    def start_over(self, batch: ScheduledBatch, reason: str, *, ends_all: bool = False) -> list[SequenceUpdate]:
         """Take in that the oldest step in flight was lost, and with it the keys and values of all tokens.
 
         Everything is computed again from its tokens, but for sequences of this step that meet this for the second time:
-        these end with an error, lest one that brings the model down does it for ever.
+        these end with an error, lest one that brings the model down does it for ever. `ends_all`: all sequences of this
+        step end so, since nobody knows when the model can be computed again; those that wait go on waiting.
         """
         sequences = [row.sequence for row in self._take_back(batch)]
-        updates = self._end_all([s for s in sequences if s.num_losses > 1], FinishReason.ERROR, reason)
+        updates = self._end_all([s for s in sequences if ends_all or s.num_losses > 1], FinishReason.ERROR, reason)
         self._residents.start_over()
         return updates
 

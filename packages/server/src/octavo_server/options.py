@@ -115,6 +115,9 @@ RequestTimeout = Annotated[float | None, typer.Option(help="Seconds that a reque
 WatchdogTimeout = Annotated[
     float, typer.Option(help="Seconds that a step may take before /health is 503; 0 lets it take any time.", min=0)
 ]
+RankTimeout = Annotated[
+    float, typer.Option(help="Seconds that a rank's machine may be out of reach before the rank counts as lost.")
+]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests have to end after SIGTERM.", min=0)]
 SslCertfile = Annotated[Path | None, typer.Option(help="Certificate of the server, in PEM, for HTTPS.")]
 SslKeyfile = Annotated[Path | None, typer.Option(help="Private key of the certificate, if not in its file.")]

@@ -21,6 +21,14 @@ class Team(Protocol):
         """Replace them; raises WorkerLost if that cannot be."""
         ...
 
+    def are_ready(self) -> bool:
+        """Whether a step may run; if not, they are about to be replaced, and this waits a moment for it."""
+        ...
+
+    def check(self) -> None:
+        """Return if they work, or will be replaced; raise WorkerLost if neither."""
+        ...
+
     def close(self) -> None:
         """End them."""
         ...

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from octavo_engine.errors import InvalidConfig, UnsupportedModel
+from octavo_engine.parallel.guard import RANK_TIMEOUT
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
 from octavo_engine.parallel.leader import LeadingModel
@@ -86,7 +87,7 @@ def make_job(
     )
 
 
-def make_team(job: Job) -> Team:
+def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT) -> Team:
     """Return the other ranks of a job: processes of this machine, not started, or those that torchrun has started.
 
     Raises:
@@ -94,13 +95,13 @@ def make_team(job: Job) -> Team:
     """
     started = TorchrunRank.of(os.environ)
     if started is None:
-        return Team(job, WorkerProcess)
+        return Team(job, WorkerProcess, rank_timeout=rank_timeout)
     started.check_size(job.size)
     if started.rank:
         raise InvalidConfig(
             f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
         )
-    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix)
+    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix, rank_timeout=rank_timeout)
 
 
 def load_split(source: Source, job: Job, team: Team, progress: Progress | None = None) -> LeadingModel:

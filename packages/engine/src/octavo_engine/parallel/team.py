@@ -141,14 +141,26 @@ class Team:
         loss = self._guard.loss
         return self._lost or (None if loss is None else loss.error())
 
+    def are_ready(self) -> bool:
+        """Whether a step may run, lost ranks being replaced when it begins: see `WorkersExecutor`."""
+        return True
+
+    def check(self) -> None:
+        """Return if the ranks work, or can be replaced from here.
+
+        Raises:
+            WorkerLost: why they do not; torchrun has to start them again.
+        """
+        if self._launch is None and (trouble := self.trouble) is not None:
+            raise type(trouble)(f"{trouble}; torchrun starts all ranks again, as often as its --max-restarts says")
+
     def restart(self) -> None:
         """Replace all ranks; what they had of the KV cache is gone.
 
         Raises:
             WorkerLost: they cannot be replaced, or it is for torchrun to do that.
         """
-        if self._launch is None:
-            raise WorkerLost(f"{self.trouble}; torchrun starts all ranks again, as often as its --max-restarts says")
+        self.check()
         started = time.monotonic()
         self._lost = self.trouble
         self._end(0)
