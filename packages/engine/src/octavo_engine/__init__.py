@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from octavo_engine.branch import Branch
     from octavo_engine.config import EngineConfig
     from octavo_engine.errors import (
+        ClusterFull,
         CorruptModelFile,
         EngineAsleep,
         EngineBusy,
@@ -67,6 +68,7 @@ _EXPORTS = {
     "branch": ("Branch",),
     "config": ("EngineConfig",),
     "errors": (
+        "ClusterFull",
         "CorruptModelFile",
         "EngineAsleep",
         "EngineBusy",
@@ -120,6 +122,7 @@ __all__ = [
     "BeamSearchParams",
     "Branch",
     "CachedTokens",
+    "ClusterFull",
     "CompletionDelta",
     "CompletionOutput",
     "CorruptModelFile",

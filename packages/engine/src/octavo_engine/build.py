@@ -67,7 +67,7 @@ def _build_split(
             "does not have; install another one, or use 1"
         )
     from octavo_engine.parallel.leader import LeadingStorage
-    from octavo_engine.parallel.split import load_split, make_job, make_team
+    from octavo_engine.parallel.split import RayPlace, load_split, make_job, make_team
 
     job = make_job(
         source,
@@ -81,7 +81,8 @@ def _build_split(
         block_size=config.block_size,
         expert_parallel=config.expert_parallel,
     )
-    team = make_team(job, config.rank_timeout)
+    ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None
+    team = make_team(job, config.rank_timeout, ray)
     place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team)
     try:
         return assemble(config, source, numerics, place, progress, started)

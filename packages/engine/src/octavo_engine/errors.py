@@ -18,6 +18,7 @@
         ├── RankMismatch         processes that are to run one model together have other files or versions
         ├── WorkerLost           a process that holds a part of the model has ended, does not answer, or never joined
         │   └── RankUnreachable  its machine cannot be reached any more
+        ├── ClusterFull          a cluster has no room for the processes that a model is split over
         ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
@@ -147,6 +148,10 @@ class RankMismatch(EngineError):
 
 class WorkerLost(EngineError):
     """A process that holds a part of the model has ended, does not answer, or never joined; names it and the reason."""
+
+
+class ClusterFull(EngineError):
+    """A cluster has no room for the processes that a model is split over; says what they need and what is free."""
 
 
 class RankUnreachable(WorkerLost):
