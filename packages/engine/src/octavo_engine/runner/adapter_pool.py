@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ class AdapterPool:
         self._versions: list[bytes | None] = [None] * options.num_slots
         self._step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
         self._inputs: InputBuilder | None = None
-        self._factors: dict[bytes, dict[str, dict[str, Tensor]]] = {}  # by version, the least recently used first
+        self._factors: dict[bytes, list[Mapping[str, Tensor]]] = {}  # by version, the least recently used first
         self._linears: list[tuple[str, Linear, LinearAdapters]] = []
         for prefix, linear in model.linears():
             adapters = LinearAdapters(
@@ -103,19 +103,19 @@ class AdapterPool:
         self._versions[slot] = None  # until all of it is there
         factors = self._factors_of(version, weights)
         had_factors = [adapters.has_factors for _, _, adapters in self._linears]
-        for prefix, linear, adapters in self._linears:
-            adapters.fill(slot, weights, prefix, linear.bias, factors.get(prefix, {}))
+        for (prefix, linear, adapters), own in zip(self._linears, factors, strict=True):
+            adapters.fill(slot, weights, prefix, linear.bias, own)
         if self._inputs is not None and had_factors != [adapters.has_factors for _, _, adapters in self._linears]:
             self.record(self._inputs)
         self._versions[slot] = version
 
-    def _factors_of(self, version: bytes, weights: AdapterWeights) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return the factors of an adapter with magnitudes, by prefix and shard; made when it first gets a slot."""
+    def _factors_of(self, version: bytes, weights: AdapterWeights) -> Sequence[Mapping[str, Tensor]]:
+        """Return each linear's factors by shard, made when an adapter with magnitudes first gets a slot."""
         if not weights.has_magnitudes:
-            return {}
+            return [{}] * len(self._linears)
         factors = self._factors.pop(version, None)
         if factors is None:
-            factors = {prefix: magnitude_factors(linear, weights, prefix) for prefix, linear, _ in self._linears}
+            factors = [magnitude_factors(linear, weights, prefix) for prefix, linear, _ in self._linears]
         self._factors[version] = factors  # the one used last is the last one
         while len(self._factors) > _FACTORS_PER_SLOT * len(self._versions):
             del self._factors[next(iter(self._factors))]
