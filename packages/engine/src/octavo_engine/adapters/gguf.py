@@ -120,7 +120,7 @@ def _read(file: GGUFFile, name: str, digest: blake2b) -> Tensor:
     info = file.tensors[name]
     raw = np.array(file.raw(name))  # a copy: the file may change under its map
     digest.update(f"{name} {info.type.name} {info.shape} ".encode())
-    digest.update(raw)
+    digest.update(raw.data)
     values = torch.from_numpy(dequantize(raw, info.type, info.shape))
     if not values.isfinite().all():
         raise InvalidAdapter(f"{file.path}: tensor {name!r}: expected finite numbers, found NaN or infinity")

@@ -36,7 +36,7 @@ def magnitude_factors(linear: Linear, weights: AdapterWeights, prefix: str) -> d
     squares = {name: torch.zeros(len(module.b), dtype=torch.float64) for name, module in adapted.items()}
     for first in range(0, linear.in_features, _CHUNK):
         end = min(first + _CHUNK, linear.in_features)
-        columns = linear.columns(first, end).cpu().split([shard.num_rows for shard in linear.shards], dim=1)
+        columns = torch.split(linear.columns(first, end).cpu(), [shard.num_rows for shard in linear.shards], dim=1)
         for shard, own in zip(linear.shards, columns, strict=True):
             if (module := adapted.get(shard.name)) is not None:
                 added = module.a[:, first:end].float().T @ module.b.float().T
