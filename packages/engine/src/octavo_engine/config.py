@@ -69,6 +69,8 @@ class EngineConfig:
             out even; what is refused says which sizes work.
         expert_parallel: whether a rank has whole experts of a mixture, `num_experts / tensor_parallel_size` of them,
             instead of a part of each.
+        pipeline_parallel_size: stages that the model's layers are shared out among, each of `tensor_parallel_size`
+            ranks; as many steps are computed at once. No more than there are layers.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -105,6 +107,7 @@ class EngineConfig:
     num_threads: int | None = None
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+    pipeline_parallel_size: int = 1
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -123,20 +126,12 @@ class EngineConfig:
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "
                 "lower max_loras"
             )
-        if self.enable_lora and self.tensor_parallel_size > 1:
-            raise InvalidConfig(
-                f"enable_lora needs tensor_parallel_size 1, got {self.tensor_parallel_size}; a model that is split "
-                "over several processes takes no adapters"
-            )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            self._check_in_one_piece(name, getattr(self, name))
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        if self.quantization is not None and self.tensor_parallel_size > 1:
-            raise InvalidConfig(
-                f"quantization {self.quantization!r} needs tensor_parallel_size 1, got {self.tensor_parallel_size}; "
-                "use a checkpoint that is quantised already"
-            )
         if self.expert_parallel and self.tensor_parallel_size == 1:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
@@ -175,8 +170,27 @@ class EngineConfig:
             "max_lora_rank": 1,
             "num_threads": 1,
             "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
         }
         for name, low in limits.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InvalidConfig(f"{name} must be at least {low}, got {value}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def _check_in_one_piece(self, name: str, size: int) -> None:
+        """Refuse what a model that is split over several processes cannot do."""
+        if size > 1 and self.enable_lora:
+            raise InvalidConfig(
+                f"enable_lora needs {name} 1, got {size}; a model that is split over several processes takes no "
+                "adapters"
+            )
+        if size > 1 and self.quantization in QUANTIZATIONS:
+            raise InvalidConfig(
+                f"quantization {self.quantization!r} needs {name} 1, got {size}; use a checkpoint that is quantised "
+                "already"
+            )

@@ -163,7 +163,9 @@ class Engine:
             output = pending.result()
         except WorkerLost as error:
             _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
-            return self.scheduler.start_over(batch, f"{type(error).__name__}: {error}")
+            lost = [batch, *(later for later, _ in self._in_flight)]
+            self._in_flight.clear()
+            return self.scheduler.start_over(lost, f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

@@ -8,8 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 from octavo_engine.errors import EngineError, WorkerLost
-from octavo_engine.parallel.channel import Channel, Command, Message
-from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.channel import Command, Message
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
 from octavo_engine.parallel.rendezvous import Rendezvous
@@ -21,7 +20,10 @@ LOAD_SECONDS = 1800.0
 """Within which it must have loaded its part."""
 
 STEP_SECONDS = 30.0
-"""That ranks wait for each other within a step."""
+"""That ranks wait for each other within a layer."""
+
+STAGE_SECONDS = 86400.0
+"""That a stage waits for the one before it where nothing else is asked for."""
 
 _LOOK_SECONDS = 0.02
 _STOP_SECONDS = 5.0
@@ -42,7 +44,7 @@ class Team:
         join_seconds: within which a rank must have joined.
 
     Attributes:
-        group: connects all ranks, for tensors on their devices.
+        links: connects rank 0 with the others.
         num_restarts: how often lost ranks were replaced.
     """
 
@@ -61,13 +63,12 @@ class Team:
         self._address = host, port
         self._prefix = prefix
         self._join_seconds = join_seconds
-        self._orders = Group(0, job.size)
-        self._channel = Channel(self._orders)
+        self.links = job.links(0)
+        self._channel = self.links.channel()
         self._rendezvous: Rendezvous | None = None
         self._workers: dict[int, Worker] = {}
         self._memory: Message | None = None
         self._lost: WorkerLost | None = None
-        self.group = Group(0, job.size)
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -78,15 +79,16 @@ class Team:
             RankMismatch: it has other files or versions.
             InvalidConfig: the port is in use.
         """
+        job = self._job
         host, port = self._address
         serves = self._launch is not None
         self._rendezvous = Rendezvous(host, port, serves=serves, seconds=self._join_seconds, prefix=self._prefix)
-        self._rendezvous.leave("job", self._job.encode())
+        self._rendezvous.leave("job", job.encode())
         launch = self._launch or StartedRank
-        for rank in range(1, self._job.size):
+        for rank in range(1, job.size):
             self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
-        self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
+        self._rendezvous.connect(self.links, job.device_of(0), job.step_seconds, job.stage_seconds)
         self._lost = None
 
     def await_loaded(self) -> None:
@@ -108,20 +110,25 @@ class Team:
             pass
 
     @contextmanager
-    def together(self, message: Message) -> Generator[None]:
-        """Tell all ranks to do something, and do rank 0's part of it inside.
+    def together(self, message: Message, ranks: range | None = None) -> Generator[None]:
+        """Tell other ranks, or all of them, to do something, and do rank 0's part of it inside.
 
         An error inside leaves the ranks at different places, so that all are replaced before they work again.
 
         Raises:
             WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
         """
+        if self._lost is not None:
+            raise WorkerLost(str(self._lost))
         try:
-            self._channel.send(message)
+            self._channel.send(message, ranks)
             yield
         except Exception as error:
             self._lost = self._reason(error)
             raise self._lost from error
+        except BaseException:
+            self._lost = WorkerLost("rank 0 was interrupted in the middle of a step")
+            raise
 
     @property
     def is_lost(self) -> bool:
@@ -149,7 +156,7 @@ class Team:
     def close(self) -> None:
         """End all ranks, and wait for it."""
         seconds = 0.0
-        if self._lost is None and self._orders.is_connected:
+        if self._lost is None and self.links.are_connected:
             try:
                 self._channel.send(Message(Command.STOP))
                 seconds = _STOP_SECONDS
@@ -160,11 +167,12 @@ class Team:
     def _end(self, seconds: float) -> None:
         """End all ranks after some seconds in which they may do so by themselves."""
         until = time.monotonic() + seconds
+        if not seconds:
+            self.links.disconnect()  # those that wait for rank 0 end by it
         for worker in self._workers.values():
             worker.stop(max(0.0, until - time.monotonic()))
         self._workers.clear()
-        for group in (self.group, self._orders):
-            group.disconnect()
+        self.links.disconnect()
         self._rendezvous = None
 
     def _await(self, what: str, seconds: float) -> None:
