@@ -204,7 +204,6 @@ def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def save(num_layers: int = 4, *, tied: bool = False) -> Path:
         from safetensors.torch import save_file
-        from tokenizers import Tokenizer, decoders, models
 
         from octavo_engine.testing import random_weights, tiny_config
 
@@ -221,10 +220,7 @@ def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "eos_token_id": 2,
         }
         (folder / "config.json").write_text(json.dumps(values))
-        chars = [*CHAR_OF_BYTE.values()][: config.vocab_size]
-        tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(chars)}, merges=[]))
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.save(str(folder / "tokenizer.json"))
+        _write_byte_tokenizer(folder / "tokenizer.json", config.vocab_size)
         return folder
 
     return save
