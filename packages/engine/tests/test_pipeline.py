@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pytest
 pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]")
 
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from octavo_engine import LLM, BeamSearchParams, EngineConfig, InvalidConfig, InvalidRequest, SamplingParams, WorkerLost
 from octavo_engine.errors import RequestFailed
 from octavo_engine.models.llama_stage import LlamaStage
 from octavo_engine.parallel import split
 from octavo_engine.parallel.follower import follow
+from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.thread_rank import ThreadRank
 from octavo_engine.types import Request, TokenSpan
@@ -120,6 +123,7 @@ def test_stages_of_a_mixture(mixtral: Path, monkeypatch: pytest.MonkeyPatch, siz
             found.append(answers(llm))
             loads.append(llm.stats().experts.num_tokens)
     assert found[0] == found[1]
+    assert len(loads[0]) == 2
     assert loads[0][1:] == loads[1]
 
 
@@ -303,6 +307,32 @@ def test_ranks_end_at_once_with_an_engine_that_is_lost(
     finally:
         gc.enable()
     assert held.value
+
+
+def test_a_group_that_is_let_go_ends_what_others_wait_for() -> None:
+    """Whoever holds the error of an operation that failed: rank 2 waits for rank 0, which has lost rank 1."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    groups = [Group(rank, 3) for rank in range(3)]
+
+    def connect(group: Group) -> None:
+        own = TCPStore("127.0.0.1", store.port, None, False, wait_for_workers=False)
+        group.connect(own, torch.device("cpu"), seconds=20, message_seconds=20, host="127.0.0.1")
+
+    def receive(group: Group, rank: int) -> WorkerLost | None:
+        try:
+            group.receive(torch.empty(1), rank)
+        except WorkerLost as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(connect, groups))
+        waiting, losing = pool.submit(receive, groups[2], 0), pool.submit(receive, groups[0], 1)
+        groups[1].disconnect()
+        held = losing.result(5)
+        groups[0].disconnect()
+        assert isinstance(waiting.result(5), WorkerLost)
+    assert held is not None
 
 
 def test_a_draw_that_fails_ends_the_sequences_of_its_step_alone(make: Make) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
 from octavo_engine.parallel.job import Job
-from octavo_engine.parallel.links import Links
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.runner.model_input import KVLayer
@@ -87,7 +86,6 @@ def follow(
         EngineError: as in loading a model; rank 0 is told.
     """
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
-    links: Links | None = None
     try:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank if local_rank is None else local_rank)
@@ -104,6 +102,3 @@ def follow(
     except Exception as error:
         rendezvous.leave_failure(rank, error)
         raise
-    finally:
-        if links is not None:  # whoever holds the error holds these too, and others wait for their end
-            links.disconnect()
