@@ -172,7 +172,7 @@ def test_what_the_runner_does_is_done_with_all_stages(make: Make) -> None:
 @pytest.mark.parametrize(("mode", "size"), [("swap", 2), ("recompute", 1)])
 def test_preempted_sequences_come_back(make: Make, mode: str, size: int) -> None:
     """Copies to the host and back are made between the right steps on every stage."""
-    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     few = {"num_blocks": 7, "max_model_len": 64, "prefix_cache": False}
     expected = answers(make(1, size), PROMPTS[1:5], sampling)
     llm = make(2, size, host_kv_bytes=1 << 20, preemption_mode=mode, **few)

@@ -56,6 +56,7 @@ class EngineConfig:
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
         watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
+            Where layers are shared out among stages, a stage that takes as long is replaced (after a day, with None).
         enable_lora: whether requests may name adapters (LoRA).
         max_loras: adapters that sequences may run with at once; memory for so many of the highest rank is set aside.
         max_lora_rank: the highest rank that an adapter may have.
