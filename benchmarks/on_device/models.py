@@ -55,6 +55,10 @@ class RandomSource(Source):
             weight = torch.empty(slot.shape, dtype=dtype, device=self._device)
             yield slot.name, weight.fill_(1.0) if "norm" in slot.name else weight.normal_(0.0, 0.02)
 
+    def num_bytes(self) -> dict[str, int]:
+        itemsize = getattr(torch, self.config.dtype).itemsize
+        return {slot.name: slot.num_parameters * itemsize for slot in self._slots}
+
     @property
     def digest(self) -> bytes:
         return bytes(32)

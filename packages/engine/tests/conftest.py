@@ -7,7 +7,7 @@ import random
 import resource
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,34 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metadata = tiny_metadata()
     path.write_bytes(gguf_bytes(metadata, tiny_tensors(len(metadata["tokenizer.ggml.tokens"]))))
     return path
+
+
+@pytest.fixture
+def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes a folder with a tiny random Llama of some layers, and a tokenizer of bytes."""
+
+    def save(num_layers: int = 4, *, tied: bool = False) -> Path:
+        from safetensors.torch import save_file
+
+        from octavo_engine.testing import random_weights, tiny_config
+
+        folder = tmp_path_factory.mktemp("llama")
+        config = replace(tiny_config(tie_word_embeddings=tied), num_layers=num_layers)
+        save_file(random_weights(config), folder / "model.safetensors")
+        same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+        values = {name: getattr(config, name) for name in (*same, "max_position_embeddings")}
+        values |= {
+            "architectures": [config.architecture],
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "eos_token_id": 2,
+        }
+        (folder / "config.json").write_text(json.dumps(values))
+        _write_byte_tokenizer(folder / "tokenizer.json", config.vocab_size)
+        return folder
+
+    return save
 
 
 @pytest.fixture

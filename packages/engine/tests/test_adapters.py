@@ -228,6 +228,7 @@ def test_what_peft_saves_gives_the_logits_that_peft_gives(tiny_llama: Checkpoint
             "alpha_pattern": {"^model.layers.0.self_attn.o_proj": 24, "q_proj": 1},
         },
         "bias": {"target_modules": ["q_proj", "v_proj"], "bias": "all", "r": 4},
+        "dora": {"target_modules": ["k_proj", "o_proj", "gate_proj", "down_proj"], "use_dora": True, "r": 4},
     }
     for name, settings in kinds.items():
         torch.manual_seed(len(name))
@@ -235,6 +236,8 @@ def test_what_peft_saves_gives_the_logits_that_peft_gives(tiny_llama: Checkpoint
         for key, parameter in adapted.named_parameters():
             if parameter.requires_grad and "bias" in key:
                 parameter.data.normal_(0, 0.5)
+            if "magnitude" in key:
+                parameter.data.mul_(torch.rand_like(parameter) + 0.5)
         adapted.save_pretrained(tmp_path / name)
         with engine(folder) as llm:
             llm.load_adapter(name, str(tmp_path / name))

@@ -143,15 +143,17 @@ def test_experts_are_dealt_out_in_runs() -> None:
     assert [plan.config.own_experts for plan in plans] == [range(2), range(2, 5)]
     assert [plan.config.intermediate_size for plan in plans] == [48, 48]
     assert plans[0](f"{EXPERTS}.1.w1.weight") is None
-    assert plans[0](f"{EXPERTS}.2.w1.weight") == Cut(0, 0, 0, 48)
-    assert plans[1](f"{EXPERTS}.0.w2.weight") == Cut(0, 0, 0, 32)
+    names = [f"{EXPERTS}.{expert}.w2.weight" for expert in range(5)]
+    assert [[plan.leaves_out(name) for name in names] for plan in plans] == [
+        [False, False, True, True, True],
+        [True, True, False, False, False],
+    ]
     assert plans[1]("model.layers.0.block_sparse_moe.gate.weight") is None
-    assert [plan.num_left_out for plan in plans] == [2 * 3 * 3, 2 * 3 * 2]
     parts = ShardPlan(MIXTURE, 1, 2)
     assert parts.config.own_experts is None
     assert parts(f"{EXPERTS}.4.w3.weight") == Cut(0, 24, 48, 48)
     assert parts(f"{EXPERTS}.4.w2.weight") == Cut(1, 24, 48, 48)
-    assert parts.num_left_out == 0
+    assert not any(parts.leaves_out(name) for name in names)
 
 
 def test_what_does_not_fit_is_refused() -> None:

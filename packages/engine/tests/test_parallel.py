@@ -47,10 +47,9 @@ def save_checkpoint(folder: Path, **sizes: Any) -> Path:
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=128,
-        **{"tie_word_embeddings": False, **sizes},
+        **{"num_hidden_layers": 2, "tie_word_embeddings": False, **sizes},
     )
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():  # biases too, which Transformers sets to zero

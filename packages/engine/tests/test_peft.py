@@ -55,12 +55,43 @@ def test_matrices_keep_their_values_and_get_their_scale(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert sorted(weights.modules) == sorted(ADAPTED)
     assert weights.rank == 2
-    for name, (a, b, scale) in weights.modules.items():
+    for name, (a, b, scale, magnitude) in weights.modules.items():
+        assert magnitude is None
         assert torch.equal(a, tensors[f"base_model.model.{name}.lora_A.weight"])
         assert torch.equal(b, tensors[f"base_model.model.{name}.lora_B.weight"])
         assert scale == 2.0
     assert weights.num_bytes == 4 * (2 * 8 + 6 * 2) * 4
     assert read(tmp_path / "a", torch.bfloat16).num_bytes == weights.num_bytes // 2
+
+
+def test_magnitudes_are_read_by_either_name_that_peft_gave_them(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", use_dora=True)
+    magnitudes = {name: torch.arange(6.0) + seed for seed, name in enumerate(ADAPTED)}
+    suffixes = ("", ".weight") * 2
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {
+                f"base_model.model.{name}.lora_magnitude_vector{suffix}": magnitude
+                for (name, magnitude), suffix in zip(magnitudes.items(), suffixes, strict=True)
+            }
+        ),
+    )
+    weights = read(folder, torch.bfloat16)
+    for name, module in weights.modules.items():
+        assert module.magnitude is not None
+        assert torch.equal(module.magnitude, magnitudes[name])
+    assert weights.has_magnitudes
+    assert weights.num_bytes == 4 * (2 * (2 * 8 + 6 * 2) + 4 * 6)
+    _put(f"{LAST}.lora_magnitude_vector.weight", torch.zeros(5))(folder)
+    change_tensors(folder, lambda tensors: tensors.pop(f"{LAST}.lora_magnitude_vector", None))
+    with pytest.raises(InvalidAdapter, match=r"magnitude of 'model.layers.1.mlp.up_proj': .* \[6\], found \[5\]"):
+        read(folder)
+    change_tensors(folder, lambda tensors: tensors.pop(f"{LAST}.lora_magnitude_vector.weight"))
+    with pytest.raises(
+        InvalidAdapter, match=r"expected lora_magnitude_vector of 'model.layers.1.mlp.up_proj', found none"
+    ):
+        read(folder)
 
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
@@ -116,7 +147,14 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         "'model.layers.2.mlp.up_proj', which the model does not have; it has 'model.layers.0.self_attn.q_proj'.* and 3",
     ),
     "a saved head": (_put("base_model.model.lm_head.weight", torch.zeros(2, 8)), "'base_model.model.lm_head.weight'"),
-    "DoRA": (_put(f"{LAST}.lora_magnitude_vector", torch.zeros(6)), "lora_magnitude_vector' is of a kind"),
+    "a magnitude without DoRA": (
+        _put(f"{LAST}.lora_magnitude_vector", torch.zeros(6)),
+        "expected no lora_magnitude_vector of 'model.layers.1.mlp.up_proj': there is one only with use_dora",
+    ),
+    "a magnitude of a linear the model lacks": (
+        _put("base_model.model.model.layers.2.mlp.up_proj.lora_magnitude_vector", torch.zeros(6)),
+        "for a linear 'model.layers.2.mlp.up_proj', which the model does not have",
+    ),
     "a bias of a linear without": (_put(f"{LAST}.bias", torch.zeros(6)), "which the model lacks"),
     "a bias of another size": (
         _put("base_model.model.model.layers.0.self_attn.q_proj.bias", torch.zeros(5)),
@@ -159,7 +197,10 @@ def test_damaged_folders_are_refused_with_what_is_wrong(tmp_path: Path, damage: 
 
 SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "peft_type: expected 'LORA'.*found 'IA3'"),
-    "dora": ({"use_dora": True}, "use_dora: expected it unset, for it is not served yet, found True"),
+    "dora": (
+        {"use_dora": True},
+        "expected lora_magnitude_vector of 'model.layers.0.mlp.up_proj', .* found none",
+    ),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: expected it unset.*\['lm_head'\]"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: .*path_initial_model_for_weight_conversion"),
     "no rank": ({"r": None}, "r: expected one above 0, found None"),

@@ -115,3 +115,104 @@ def test_a_recording_runs_on_fewer_tokens_and_other_groups(backend):
         shrunk = ok.lora_shrink(x[:num_tokens], a, alone, ranks)
         ok.lora_expand(shrunk, b, alone, ranks, scales, expected[:num_tokens, 16:])
         assert torch.equal(out, expected)
+
+
+def make_parts(in_features, widths, dtype, device):
+    """Linears side by side in a product, each with adapters of its own."""
+    parts, first_column = [], 0
+    for width in widths:
+        generator = torch.Generator().manual_seed(width)
+        a = (torch.randn(4, max(RANKS), in_features, generator=generator) * in_features**-0.5).to(dtype).to(device)
+        b = torch.randn(4, max(RANKS), width, generator=generator).to(dtype).to(device)
+        ranks = torch.tensor(RANKS, dtype=torch.int32, device=device)
+        b = b.transpose(1, 2) if device == "cpu" else b.transpose(1, 2).contiguous()
+        parts.append(ok.LoraPart(a, b, ranks, torch.rand(4, generator=generator).to(device) + 0.5, first_column))
+        first_column += width
+    return parts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_features", [80, 2100], ids=["one span", "two spans"])
+def test_linears_side_by_side_have_the_bits_of_each_by_itself(device, dtype, in_features):
+    parts = make_parts(in_features, (300, 33, 1040), dtype, device)
+    generator = torch.Generator().manual_seed(5)
+    for num_tokens in (0, 1, 37):
+        x = torch.randn(num_tokens, in_features, generator=generator).to(device)
+        base = torch.randn(num_tokens, 1380, generator=generator).to(device)
+        groups = ok.group_rows((torch.arange(num_tokens) % 5 - 1).to(device), 4)
+        expected = base.clone()
+        for part in parts:
+            shrunk = ok.lora_shrink(x, part.a, groups, part.ranks)
+            ok.lora_expand(shrunk, part.b, groups, part.ranks, part.scales, expected[:, part.columns])
+        assert torch.equal(ok.lora_linear(x, parts, groups, base.clone()), expected)
+        assert num_tokens < 2 or not torch.equal(expected[1], base[1])
+        assert torch.equal(expected[:, 1373:], base[:, 1373:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_multiply_the_sum_of_both_products_for_rows_with_an_adapter(device, dtype):
+    parts = make_parts(80, (300, 33), torch.float32, device)
+    factors = torch.rand(4, 33, generator=torch.Generator().manual_seed(8)).to(device) + 0.5
+    generator = torch.Generator().manual_seed(9)
+    for num_tokens in (0, 1, 37):
+        x = torch.randn(num_tokens, 80, generator=generator).to(dtype).to(device)
+        base = torch.randn(num_tokens, 333, generator=generator).to(dtype).to(device)
+        ids = (torch.arange(num_tokens) % 5 - 1).to(device)
+        groups = ok.group_rows(ids, 4)
+        expected = ok.lora_linear(x, parts, groups, base.clone())
+        found = ok.lora_linear(x, [parts[0], parts[1]._replace(factors=factors)], groups, base.clone())
+        has_factor = [adapter >= 0 and RANKS[adapter] > 0 for adapter in ids.tolist()]
+        expected[has_factor, 300:] *= factors[ids[has_factor]].to(dtype)
+        assert torch.equal(found, expected)
+        assert num_tokens < 2 or not torch.equal(found, ok.lora_linear(x, parts, groups, base.clone()))
+
+
+def test_threads_and_tiles_change_no_bit(native_library):
+    parts = make_parts(2100, (300, 33, 1040), torch.bfloat16, "cpu")
+    x = torch.randn(45, 2100, generator=torch.Generator().manual_seed(6))
+    ids = torch.arange(45) * 7 % 5 - 1
+    found = []
+    for num_threads in (1, 2, 3, 16):
+        for tile_rows in (16, 64):
+            with ok.native_threads(num_threads):
+                groups = ok.group_rows(ids, 4, tile_rows=tile_rows)
+                found.append(ok.lora_linear(x, parts, groups, torch.zeros(45, 1373)))
+    assert all(torch.equal(out, found[0]) for out in found[1:])
+    alone = ok.lora_linear(x[8:9], parts, ok.group_rows(ids[8:9], 4), torch.zeros(1, 1373))
+    assert torch.equal(alone, found[0][8:9])
+    assert alone.abs().sum() > 0
+
+
+def test_a_recording_groups_its_rows_itself_and_adds_to_several_linears(native_library):
+    parts = make_parts(80, (48, 33), torch.bfloat16, "cpu")
+    x, ids = torch.randn(40, 80, generator=torch.Generator().manual_seed(7)), torch.full((40,), -1)
+    out, groups = torch.zeros(40, 81), ok.group_rows(ids, 4)
+    workspace = torch.empty(ok.group_rows_workspace(40, 4), dtype=torch.uint8)
+    with ok.Recording(40) as recording:
+        ok.lora_linear(x, parts, ok.group_rows(ids, 4, out=groups, workspace=workspace), out)
+    assert recording.program.num_ops == 2
+    for num_tokens in (1, 40, 0, 7):
+        ids[:] = torch.arange(40) % 5 - 1
+        out.zero_()
+        recording.program.run(num_tokens, num_tokens)
+        expected = torch.zeros(40, 81)
+        ok.lora_linear(x[:num_tokens], parts, ok.group_rows(ids[:num_tokens], 4), expected[:num_tokens])
+        assert torch.equal(out, expected)
+
+
+def test_linears_side_by_side_that_do_not_fit_are_refused():
+    parts = make_parts(32, (8, 9), torch.float32, "cpu")
+    groups = ok.group_rows(torch.zeros(2, dtype=torch.int32), 4)
+    x, out = torch.zeros(2, 32), torch.zeros(2, 17)
+    with pytest.raises(ok.OptionError, match=r"len\(parts\) is 0, expected at least 1"):
+        ok.lora_linear(x, [], groups, out)
+    with pytest.raises(ok.OptionError, match="columns is 17, expected at most the 16 of out"):
+        ok.lora_linear(x, parts, groups, out[:, :16])
+    with pytest.raises(ok.DtypeError, match="b has dtype bfloat16, expected float32"):
+        ok.lora_linear(x, [parts[0], parts[1]._replace(b=parts[1].b.bfloat16())], groups, out)
+    with pytest.raises(ok.ShapeError, match=r"a has shape \[4, 8, 32\], expected \[4, 40, 32\]"):
+        ok.lora_linear(x, [parts[0], parts[1]._replace(a=parts[1].a[:, :8].contiguous())], groups, out)
+    with pytest.raises(ok.ShapeError, match=r"factors has shape \[4, 9\], expected \[4, 8\]"):
+        ok.lora_linear(x, [parts[0]._replace(factors=torch.ones(4, 9))], groups, out)
+    with pytest.raises(ok.ShapeError, match=r"out has shape \[3, 17\], expected \[2, 17\]"):
+        ok.lora_linear(x, parts, groups, torch.zeros(3, 17))

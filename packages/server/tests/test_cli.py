@@ -95,6 +95,11 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
         (["serve", "--expert-parallel"], "expert_parallel needs tensor_parallel_size 2 or more, got 1"),
         (["serve", "--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
+        (["serve", "--pipeline-parallel-size", "0"], "pipeline_parallel_size must be at least 1, got 0"),
+        (
+            ["serve", "--pipeline-parallel-size", "2", "--enable-lora"],
+            "enable_lora needs pipeline_parallel_size 1, got 2",
+        ),
         (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "--kv-cache-gib and --kv-cache-bytes both came"),
         (["serve", "--host-kv-gib", "1", "--host-kv-bytes", "1"], "--host-kv-gib and --host-kv-bytes both came"),
         (["serve", "--preemption-mode", "never"], "preemption_mode 'never' is not one of"),
@@ -136,8 +141,9 @@ def test_a_rank_that_torchrun_has_started_follows_the_first(octavo, monkeypatch)
     assert (result.exit_code, followed) == (2, [])
     assert "torchrun has started 2 processes, tensor_parallel_size is 3; give both the same number" in result.stderr
     assert octavo("serve", "--tensor-parallel-size", "2", "--port", "0").exit_code == 0
-    assert followed == [(("first", 29500, 1), "octavo/3")]
-    assert ignored == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)]
+    assert octavo("serve", "--pipeline-parallel-size", "2", "--port", "0").exit_code == 0
+    assert followed == [(("first", 29500, 1), "octavo/3")] * 2
+    assert ignored == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)] * 2
     assert octavo.configs == []
 
 

@@ -28,7 +28,8 @@ class EngineInfo:
     whether answers are the same, bit for bit, in every company; see EngineConfig. `host_kv_bytes` is what sequences
     that must wait have in the host's memory, and `host_kv_reason` why. `weights_digest` stands for the contents of the
     model's files; it is another one after other weights were loaded. `tensor_parallel_size` counts the processes that
-    the model is split over; `kv_cache_bytes` and `host_kv_bytes` are those of all of them.
+    each layer is split over, `pipeline_parallel_size` the stages that the layers are shared out among;
+    `kv_cache_bytes` and `host_kv_bytes` are those of all processes.
     """
 
     model_name: str
@@ -54,6 +55,7 @@ class EngineInfo:
     host_kv_reason: str = ""
     weights_digest: str = ""
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from octavo_engine.engine import Engine
 from octavo_engine.executor.base import Executor
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.executor.overlapped import OverlappedExecutor
+from octavo_engine.executor.pipelined import PipelinedExecutor
 from octavo_engine.executor.workers import Team, WorkersExecutor
 from octavo_engine.fair_queue import FairQueue
 from octavo_engine.kv_dtype import dtype_name
@@ -56,11 +57,15 @@ class BuiltEngine(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What makes a source's model and its KV cache where they are to be; `team` has the other parts of both."""
+    """What makes a source's model and its KV cache where they are to be; `team` has the other parts of both.
+
+    `make_staged` makes the runner of a model whose layers are shared out among stages; None if they are not.
+    """
 
     make_model: Callable[..., Model]
     make_storage: Callable[..., KVStorage]
     team: Team | None = None
+    make_staged: Callable[..., ModelRunner] | None = None
 
 
 def assemble(
@@ -91,7 +96,8 @@ def assemble(
         digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
         model = place.make_model(source, progress=progress)
     specs = model.kv_cache_specs(numerics.kv_dtype)
-    bytes_per_block = sum(s.bytes_per_block(config.block_size) for s in specs) * config.tensor_parallel_size
+    bytes_here = sum(s.bytes_per_block(config.block_size) for s in specs)  # of a rank's part of its own layers
+    bytes_per_block = bytes_here * config.tensor_parallel_size * source.config.num_layers // len(specs)
     adapters = AdapterPlan.of(config, model, numerics.dtype)
     free = free_memory_beside(model, config, device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=adapters.num_bytes)
     plan = plan_cache(config, source.config, bytes_per_block=bytes_per_block, free=free)
@@ -110,8 +116,10 @@ def assemble(
             weights, storage, config=source.config, tokenizer=tokenizer.result(), parts=parts, device=device
         )
         executor = host.executor
-    else:
+    elif place.make_staged is None:
         executor = WorkersExecutor(parts.make_runner(model, storage), place.team)
+    else:
+        executor = PipelinedExecutor(parts.make_runner(model, storage), place.team)
     scheduler = _scheduler(config, plan, host_plan, source, numerics, storage, weights.root, adapters.slots)
     text = make_text_processor(source, tokenizer.result(), grammars, config, plan)
     info = _describe(source, config, numerics, plan, host_plan, model, started)
@@ -132,6 +140,7 @@ def _parts(
 ) -> ModelParts:
     device = numerics.device
     gpu = _overlapping(device) if place.team is None else None  # other ranks take one step after the other
+    make_runner = place.make_staged or (ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu))
     return ModelParts(
         place.make_model,
         partial(
@@ -142,7 +151,7 @@ def _parts(
             device=device,
             num_host_blocks=host_plan.num_blocks,
         ),
-        _runner_maker(config, plan, device, grammars, adapters, gpu),
+        _runner_maker(config, plan, device, grammars, adapters, make_runner),
         numerics.root,
         numerics.kv_dtype,
         InlineExecutor if gpu is None else OverlappedExecutor,
@@ -155,10 +164,8 @@ def _runner_maker(
     device: torch.device,
     grammars: GrammarCompiler,
     adapters: AdapterPlan,
-    gpu: Device | None,
+    make_runner: Callable[..., ModelRunner],
 ) -> Callable[[Model, KVStorage], ModelRunner]:
-    make_runner = ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu)
-
     def make(model: Model, storage: KVStorage) -> ModelRunner:
         return make_runner(
             model,
@@ -209,6 +216,7 @@ def _scheduler(
         max_num_timelines=config.max_num_timelines,
         queue=FairQueue() if config.queue_policy == "fair" else None,
         adapters=adapters,
+        num_shares=config.pipeline_parallel_size,
     )
 
 
@@ -245,6 +253,7 @@ def _describe(
         host_kv_reason=host.reason,
         weights_digest=source.digest.hex(),
         tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
     )
 
 

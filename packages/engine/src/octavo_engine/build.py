@@ -12,6 +12,7 @@ from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.kv_dtype import check_scales
 from octavo_engine.numerics import Numerics, resolve_numerics
+from octavo_engine.parallel.torchrun import describe_sizes
 from octavo_engine.quant.choose import choose_method
 from octavo_engine.weights.load import Progress, load_model
 from octavo_engine.weights.source import Source, open_source
@@ -38,7 +39,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     numerics = resolve_numerics(config, source.config)
     check_scales(source, numerics.kv_dtype)
     device = numerics.device
-    if config.tensor_parallel_size > 1:
+    if config.num_ranks > 1:
         return _build_split(config, source, numerics, progress, started)
     quant = choose_method(
         device,
@@ -63,15 +64,17 @@ def _build_split(
     """Build an engine whose model is split over this process and others, which end if that fails."""
     if not torch.distributed.is_available():
         raise InvalidConfig(
-            f"tensor_parallel_size {config.tensor_parallel_size} needs torch.distributed, which this build of torch "
-            "does not have; install another one, or use 1"
+            f"{describe_sizes(config.tensor_parallel_size, config.pipeline_parallel_size)} needs torch.distributed, "
+            "which this build of torch does not have; install another one, or use 1"
         )
     from octavo_engine.parallel.leader import LeadingStorage
+    from octavo_engine.parallel.pipelined_runner import PipelinedRunner
     from octavo_engine.parallel.split import RayPlace, load_split, make_job, make_team
 
     job = make_job(
         source,
         size=config.tensor_parallel_size,
+        num_stages=config.pipeline_parallel_size,
         device=numerics.device,
         dtype=numerics.dtype,
         kv_dtype=numerics.kv_dtype,
@@ -80,10 +83,12 @@ def _build_split(
         num_threads=config.num_threads,
         block_size=config.block_size,
         expert_parallel=config.expert_parallel,
+        stage_seconds=config.watchdog_timeout,
     )
     ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None
     team = make_team(job, config.rank_timeout, ray)
-    place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team)
+    staged = partial(PipelinedRunner, max_in_flight=len(job.stages)) if job.is_pipelined else None
+    place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team, staged)
     try:
         return assemble(config, source, numerics, place, progress, started)
     except BaseException:

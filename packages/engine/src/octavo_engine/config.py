@@ -58,6 +58,7 @@ class EngineConfig:
         max_num_kept: ended sequences that are kept for forks, of requests that ask for it.
         max_num_timelines: ended requests of which is remembered what happened to them; 0 notes nothing.
         watchdog_timeout: seconds that a step may take before the engine counts as stuck; None lets it take any time.
+            Where layers are shared out among stages, a stage that takes as long is replaced (after a day, with None).
         enable_lora: whether requests may name adapters (LoRA).
         max_loras: adapters that sequences may run with at once; memory for so many of the highest rank is set aside.
         max_lora_rank: the highest rank that an adapter may have.
@@ -71,6 +72,8 @@ class EngineConfig:
             out even; what is refused says which sizes work.
         expert_parallel: whether a rank has whole experts of a mixture, `num_experts / tensor_parallel_size` of them,
             instead of a part of each.
+        pipeline_parallel_size: stages that the model's layers are shared out among, each of `tensor_parallel_size`
+            ranks; as many steps are computed at once. No more than there are layers.
         executor: what runs the other ranks: `processes` of this machine, or those that torchrun has started; or `ray`,
             actors of a Ray cluster that this machine is a node of (extra `ray`).
         ray_address: of the cluster's head, as host:port; None is RAY_ADDRESS, or else the cluster that this machine is
@@ -116,6 +119,7 @@ class EngineConfig:
     num_threads: int | None = None
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
+    pipeline_parallel_size: int = 1
     executor: str = "processes"
     ray_address: str | None = None
     ray_placement: str = "pack"
@@ -138,20 +142,12 @@ class EngineConfig:
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "
                 "lower max_loras"
             )
-        if self.enable_lora and self.tensor_parallel_size > 1:
-            raise InvalidConfig(
-                f"enable_lora needs tensor_parallel_size 1, got {self.tensor_parallel_size}; a model that is split "
-                "over several processes takes no adapters"
-            )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            self._check_in_one_piece(name, getattr(self, name))
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        if self.quantization is not None and self.tensor_parallel_size > 1:
-            raise InvalidConfig(
-                f"quantization {self.quantization!r} needs tensor_parallel_size 1, got {self.tensor_parallel_size}; "
-                "use a checkpoint that is quantised already"
-            )
         if self.expert_parallel and self.tensor_parallel_size == 1:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
@@ -181,8 +177,11 @@ class EngineConfig:
             raise InvalidConfig(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}")
         if self.ray_placement not in RAY_PLACEMENTS:
             raise InvalidConfig(f"ray_placement {self.ray_placement!r} is not one of {', '.join(RAY_PLACEMENTS)}")
-        if self.executor == "ray" and self.tensor_parallel_size == 1:
-            raise InvalidConfig("executor ray runs the ranks of a model that is split; give tensor_parallel_size too")
+        if self.executor == "ray" and self.num_ranks == 1:
+            raise InvalidConfig(
+                "executor ray runs the ranks of a model that is split; give tensor_parallel_size or "
+                "pipeline_parallel_size too"
+            )
         if not 1 <= self.rank_timeout <= 3600:
             raise InvalidConfig(
                 f"rank_timeout must be from 1 to 3600 seconds, got {self.rank_timeout}; 6 is the default"
@@ -200,8 +199,27 @@ class EngineConfig:
             "max_lora_rank": 1,
             "num_threads": 1,
             "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
         }
         for name, low in limits.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InvalidConfig(f"{name} must be at least {low}, got {value}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def _check_in_one_piece(self, name: str, size: int) -> None:
+        """Refuse what a model that is split over several processes cannot do."""
+        if size > 1 and self.enable_lora:
+            raise InvalidConfig(
+                f"enable_lora needs {name} 1, got {size}; a model that is split over several processes takes no "
+                "adapters"
+            )
+        if size > 1 and self.quantization in QUANTIZATIONS:
+            raise InvalidConfig(
+                f"quantization {self.quantization!r} needs {name} 1, got {size}; use a checkpoint that is quantised "
+                "already"
+            )

@@ -131,8 +131,11 @@ class Engine:
 
     def step(self) -> list[SequenceUpdate]:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
-        if self._ranks is not None and not self._ranks.are_ready():
-            return self._take_oldest()
+        if self._ranks is not None:
+            if self._in_flight and self._ranks.is_lost:
+                return self._take_oldest()
+            if not self._ranks.are_ready():
+                return []
         batch = self.scheduler.schedule()
         if batch is not None:
             self._submit(batch)
@@ -178,8 +181,10 @@ class Engine:
             output = pending.result()
         except WorkerLost as error:
             _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
+            lost = [batch, *(later for later, _ in self._in_flight)]
+            self._in_flight.clear()
             reason = f"{type(error).__name__}: {error}"
-            return self.scheduler.start_over(batch, reason, ends_all=isinstance(error, RankUnreachable))
+            return self.scheduler.start_over(lost, reason, ends_all=isinstance(error, RankUnreachable))
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

@@ -13,7 +13,8 @@ class OverlapStats:
     `num_overlapped` counts steps that did not wait for the results of earlier ones. `num_waited` counts those that
     did, by what made them wait: `rules` that go by the tokens before or work on the host (penalties, banned words,
     DRY, grammars, processors, Mirostat, typical_p, XTC), `logprobs`, `prompt_logprobs`, `beams`, `pooling`,
-    `adapters`.
+    `adapters`; where a model is shared out among stages, `rows` whose tokens were still to be drawn, or which changed
+    hands.
     """
 
     num_overlapped: int = 0

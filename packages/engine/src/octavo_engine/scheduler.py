@@ -47,6 +47,8 @@ class Scheduler:
         queue: the order of those that wait; None goes by priority and arrival.
         max_num_timelines: ended requests whose timelines are remembered; 0 notes none.
         adapters: which versions of adapters sequences use; None where there are none.
+        num_shares: steps that are computed at the same time. With more than one, a sequence takes part in a step once
+            the token of its last one has come, and a step takes its share of those that decode.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         queue: QueuePolicy | None = None,
         max_num_timelines: int = 0,
         adapters: AdapterSlots | None = None,
+        num_shares: int = 1,
     ) -> None:
         self.cache = cache
         self._residents = residents = Residents(
@@ -81,6 +84,7 @@ class Scheduler:
         self.adapters = residents.adapters
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._num_shares = num_shares
         self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
         self.preemption = preemption
@@ -223,14 +227,16 @@ class Scheduler:
         self._residents.distrust_copies(batch.step_id)
         return updates
 
-    def start_over(self, batch: ScheduledBatch, reason: str, *, ends_all: bool = False) -> list[SequenceUpdate]:
-        """Take in that the oldest step in flight was lost, and with it the keys and values of all tokens.
+    def start_over(
+        self, batches: Iterable[ScheduledBatch], reason: str, *, ends_all: bool = False
+    ) -> list[SequenceUpdate]:
+        """Take in that all steps in flight were lost, and with them the keys and values of all tokens.
 
-        Everything is computed again from its tokens, but for sequences of this step that meet this for the second time:
-        these end with an error, lest one that brings the model down does it for ever. `ends_all`: all sequences of this
-        step end so, since nobody knows when the model can be computed again; those that wait go on waiting.
+        Everything is computed again from its tokens, but for sequences of these steps that meet this for the second
+        time: these end with an error, lest one that brings the model down does it for ever. `ends_all`: all sequences
+        of these steps end so, since nobody knows when the model can be computed again; those that wait go on waiting.
         """
-        sequences = [row.sequence for row in self._take_back(batch)]
+        sequences = self._take_back(batches)
         updates = self._end_all([s for s in sequences if ends_all or s.num_losses > 1], FinishReason.ERROR, reason)
         self._residents.start_over()
         return updates
@@ -240,10 +246,12 @@ class Scheduler:
     def _schedule_running(self, step: StepBuilder) -> None:
         """Let running sequences go on, in order: first those that decode, then prompts in chunks."""
         prompts = []
+        last_budget = step.budget - -(-len(self._running) // self._num_shares)
         for sequence in self._running.copy():
             num_uncomputed = sequence.num_uncomputed_tokens
             if num_uncomputed == 1:
-                self._continue(step, sequence, 1)
+                if self._num_shares == 1 or (step.budget > last_budget and not sequence.num_placeholders):
+                    self._continue(step, sequence, 1)
             elif num_uncomputed:
                 prompts.append(sequence)
         for sequence in prompts:
@@ -344,14 +352,17 @@ class Scheduler:
         self._last_step = self._residents.last_step
         return rows
 
-    def _take_back(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
-        """End a step that has no answer, whose sequences go on; return its rows."""
-        rows = self._end_step(batch)
-        self.counters.num_lost_steps += 1
-        for sequence, _, _, samples in rows:
-            sequence.num_placeholders -= samples
+    def _take_back(self, batches: Iterable[ScheduledBatch]) -> list[Sequence]:
+        """End steps that have no answers, whose sequences go on; return these."""
+        sequences: dict[Sequence, None] = {}
+        for batch in batches:
+            self.counters.num_lost_steps += 1
+            for sequence, _, _, samples in self._end_step(batch):
+                sequence.num_placeholders -= samples
+                sequences[sequence] = None
+        for sequence in sequences:
             sequence.num_losses += 1
-        return rows
+        return list(sequences)
 
     def _update_row(
         self, scheduled: ScheduledSequence, token_ids: tuple[int, ...], place: int, output: ModelOutput

@@ -51,6 +51,7 @@ class SchedulerBench:
         max_num_timelines: int = 0,
         clock: Callable[[], float] = time.monotonic,
         queue: QueuePolicy | None = None,
+        num_shares: int = 1,
         **cache: Any,
     ) -> Self:
         """Make one whose executor answers `num_late` steps late and fails in the steps `fail`."""
@@ -66,6 +67,7 @@ class SchedulerBench:
             max_num_timelines=max_num_timelines,
             clock=clock,
             queue=queue,
+            num_shares=num_shares,
         )
         executor = FakeExecutor(
             block_size,

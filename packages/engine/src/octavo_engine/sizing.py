@@ -47,9 +47,9 @@ def free_memory_beside(
     sized = config.num_blocks is not None or config.kv_cache_bytes is not None
     return free_memory(
         meter,
-        None if sized or config.tensor_parallel_size > 1 else try_step,
+        None if sized or config.num_ranks > 1 else try_step,
         num_reserved_bytes=num_reserved_bytes,
-        num_devices=config.tensor_parallel_size,
+        num_devices=config.num_ranks,
     )
 
 

@@ -35,7 +35,7 @@ from octavo_kernels.int_weight import (
     int_weight_values,
 )
 from octavo_kernels.logprobs import token_logprobs
-from octavo_kernels.lora import lora_expand, lora_shrink, lora_spans
+from octavo_kernels.lora import LoraPart, lora_expand, lora_linear, lora_shrink, lora_spans
 from octavo_kernels.matmul import (
     pack_weight,
     packed_argmax,
@@ -71,6 +71,7 @@ __all__ = [
     "Fallback",
     "IntWeight",
     "KernelError",
+    "LoraPart",
     "NotRecordable",
     "OptionError",
     "PackedWeight",
@@ -109,6 +110,7 @@ __all__ = [
     "int_weight_from_packed",
     "int_weight_values",
     "lora_expand",
+    "lora_linear",
     "lora_shrink",
     "lora_spans",
     "merge_states",

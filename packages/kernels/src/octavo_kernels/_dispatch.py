@@ -78,6 +78,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "fused_moe": "moe",
         "lora_shrink": "lora",
         "lora_expand": "lora",
+        "lora_linear": "lora",
         "merge_states": "merge",
         "philox": "noise",
         "gumbel_noise": "noise",
@@ -108,7 +109,6 @@ _FOR_GPUS = frozenset(
         "weight_only_linear",
         "quantize_rows",
         "scaled_linear",
-        "group_rows",
         "fused_moe",
     }
 )
@@ -157,6 +157,7 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "fused_moe",
                 "lora_shrink",
                 "lora_expand",
+                "lora_linear",
             }
         ),
         Backend.CUDA: frozenset(),

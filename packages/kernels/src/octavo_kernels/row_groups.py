@@ -19,8 +19,8 @@ class RowGroups(NamedTuple):
     """Rows sorted by group and cut into tiles that belong to one group each; written by `group_rows`.
 
     rows: [num_tiles, tile_rows] int32, the rows of a tile in ascending order, and num_rows where there is none.
-    groups: [num_tiles] int32, the group of each tile, and -1 for tiles that are not needed. A group's tiles are
-        neighbours, and groups ascend.
+    groups: [num_tiles] int32, the group of each tile, and -1 for tiles that are not needed, which come last. A group's
+        tiles are neighbours, and groups ascend.
     """
 
     rows: Tensor

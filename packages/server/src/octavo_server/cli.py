@@ -57,6 +57,7 @@ def serve(
     deterministic: options.Deterministic = None,
     tensor_parallel_size: options.TensorParallelSize = 1,
     expert_parallel: options.ExpertParallel = False,
+    pipeline_parallel_size: options.PipelineParallelSize = 1,
     max_model_len: options.MaxModelLen = None,
     block_size: options.BlockSize = 16,
     num_blocks: options.NumBlocks = None,
@@ -144,6 +145,7 @@ def serve(
             deterministic=deterministic,
             tensor_parallel_size=tensor_parallel_size,
             expert_parallel=expert_parallel,
+            pipeline_parallel_size=pipeline_parallel_size,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -181,7 +183,7 @@ def _follows(config: EngineConfig) -> bool:
     started = TorchrunRank.of(os.environ)
     if started is None:
         return False
-    started.check_size(config.tensor_parallel_size)
+    started.check_size(config.tensor_parallel_size, config.pipeline_parallel_size)
     if started.rank == 0:
         return False
     from octavo_engine.parallel.follower import follow

@@ -85,8 +85,11 @@ def engine_report(info: EngineInfo, default_sampling: Mapping[str, Any]) -> Tabl
         "batching": f"up to {info.max_num_seqs} sequences and {info.max_num_batched_tokens} tokens a step",
         "loaded in": f"{info.load_seconds:.1f} s",
     }
-    if info.tensor_parallel_size > 1:
-        rows["compute"] += f", split over {info.tensor_parallel_size} processes"
+    num_ranks = info.tensor_parallel_size * info.pipeline_parallel_size
+    if num_ranks > 1:
+        rows["compute"] += f", split over {num_ranks} processes"
+    if info.pipeline_parallel_size > 1:
+        rows["compute"] += f" in {info.pipeline_parallel_size} stages"
     if info.num_host_blocks:
         size = f"{info.num_host_blocks} blocks, {info.host_kv_bytes / 2**30:.2f} GiB"
         rows["on the host"] = f"{size} for sequences that must wait: {info.host_kv_reason}"

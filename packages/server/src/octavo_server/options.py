@@ -65,6 +65,9 @@ TensorParallelSize = Annotated[
 ExpertParallel = Annotated[
     bool, typer.Option("--expert-parallel", help="Give each of these processes whole experts of a mixture.")
 ]
+PipelineParallelSize = Annotated[
+    int, typer.Option(help="Stages that the layers are shared out among, each of as many processes.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one step.")]

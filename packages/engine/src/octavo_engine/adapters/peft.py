@@ -22,7 +22,8 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _NAME = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:(?P<matrix>lora_[AB])\.(?P<part>weight|bias)|(?:base_layer\.)?bias)"
+    r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:(?P<matrix>lora_[AB])\.(?P<part>weight|bias)|(?:base_layer\.)?bias"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
 )
 _DIGEST_BYTES = 32
 _SHOWN = 3
@@ -36,6 +37,7 @@ class _Parts:
     b: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     extra_biases: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dtype) -> AdapterWeights:
@@ -60,17 +62,20 @@ def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dty
     _check_missing(config, parts, targets, where)
     for name in parts.a:
         _check_shapes(config, name, parts, targets, max_rank, where)
+    magnitudes = _vectors("magnitude", parts.magnitudes, targets, where)
     modules = {
-        name: LowRank(a.to(dtype), parts.b[name].to(dtype), config.scale_of(name)) for name, a in parts.a.items()
+        name: LowRank(a.to(dtype), parts.b[name].to(dtype), config.scale_of(name), magnitudes.get(name))
+        for name, a in parts.a.items()
     }
     digest = blake2b(len(config_bytes).to_bytes(8, "little") + config_bytes, digest_size=_DIGEST_BYTES)
     digest.update(weight_bytes)
     return AdapterWeights(
         digest=digest.digest(),
         modules=modules,
-        biases=_biases(parts.biases, targets, where),
+        biases=_vectors("bias", parts.biases, targets, where),
         extra_biases={
-            name: bias * config.scale_of(name) for name, bias in _biases(parts.extra_biases, targets, where).items()
+            name: bias * config.scale_of(name)
+            for name, bias in _vectors("bias", parts.extra_biases, targets, where).items()
         },
     )
 
@@ -128,7 +133,9 @@ def _sort(tensors: Mapping[str, Tensor], targets: Targets, where: str) -> _Parts
                 f"{where}: tensor {name!r} is for a linear {module!r}, which the model does not have; it has "
                 f"{_shown(targets)}"
             )
-        if match["matrix"] is None:
+        if match["magnitude"] is not None:
+            parts.magnitudes[module] = tensor
+        elif match["matrix"] is None:
             if not targets[module].has_bias:
                 raise InvalidAdapter(f"{where}: tensor {name!r} replaces a bias of {module!r}, which the model lacks")
             parts.biases[module] = tensor
@@ -142,13 +149,20 @@ def _sort(tensors: Mapping[str, Tensor], targets: Targets, where: str) -> _Parts
 
 
 def _check_missing(config: PeftConfig, parts: _Parts, targets: Targets, where: str) -> None:
-    """Check that there are both matrices of whatever has one, and of all that the configuration names."""
+    """Check that there are both matrices of whatever has one, and of all that is named, and where magnitudes are."""
     wanted = {name for name in targets if config.targets(name)} | parts.a.keys() | parts.b.keys()
     for kind, found in (("lora_A", parts.a), ("lora_B", parts.b)):
         if missing := sorted(wanted - found.keys()):
             raise InvalidAdapter(f"{where}: expected {kind} of {_shown(missing)}, found none")
     if not wanted:
         raise InvalidAdapter(f"{where}: expected LoRA matrices, found none")
+    if config.use_dora and (missing := sorted(wanted - parts.magnitudes.keys())):
+        raise InvalidAdapter(f"{where}: expected lora_magnitude_vector of {_shown(missing)}, found none")
+    if others := sorted(parts.magnitudes.keys() - (wanted if config.use_dora else set())):
+        raise InvalidAdapter(
+            f"{where}: expected no lora_magnitude_vector of {_shown(others)}: there is one only with use_dora in "
+            f"{_CONFIG}, beside lora_A and lora_B"
+        )
 
 
 def _check_shapes(config: PeftConfig, name: str, parts: _Parts, targets: Targets, max_rank: int, where: str) -> None:
@@ -170,14 +184,15 @@ def _check_shapes(config: PeftConfig, name: str, parts: _Parts, targets: Targets
         )
 
 
-def _biases(biases: Mapping[str, Tensor], targets: Targets, where: str) -> dict[str, Tensor]:
-    """Check biases and return them in float32."""
-    for name, bias in biases.items():
-        if tuple(bias.shape) != (targets[name].out_features,):
+def _vectors(kind: str, vectors: Mapping[str, Tensor], targets: Targets, where: str) -> dict[str, Tensor]:
+    """Check vectors with a number per output and return them in float32."""
+    for name, vector in vectors.items():
+        if tuple(vector.shape) != (targets[name].out_features,):
             raise InvalidAdapter(
-                f"{where}: bias of {name!r}: expected shape {[targets[name].out_features]}, found {list(bias.shape)}"
+                f"{where}: {kind} of {name!r}: expected shape {[targets[name].out_features]}, found "
+                f"{list(vector.shape)}"
             )
-    return {name: bias.float() for name, bias in biases.items()}
+    return {name: vector.float() for name, vector in vectors.items()}
 
 
 def _shown(names: Iterable[str]) -> str:

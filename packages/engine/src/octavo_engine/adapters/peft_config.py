@@ -12,7 +12,6 @@ from typing import Any
 from octavo_engine.errors import InvalidAdapter
 
 _REFUSED = (
-    "use_dora",
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
@@ -46,6 +45,7 @@ class PeftConfig:
         rank_pattern: ranks by regular expressions for the ends of module names.
         alpha_pattern: likewise.
         use_rslora: whether the product is scaled by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+        use_dora: whether each adapted linear has a magnitude (DoRA, arXiv 2402.09353).
         target_modules: what is adapted: ends of names, a regular expression, "all-linear", or None if not said.
         exclude_modules: what is not: names or a regular expression.
         layers: the only layers that are adapted; None for all.
@@ -58,6 +58,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
     target_modules: str | tuple[str, ...] | None
     exclude_modules: str | tuple[str, ...]
     layers: frozenset[int] | None
@@ -80,6 +81,7 @@ class PeftConfig:
             rank_pattern=fields.pattern("rank_pattern", int),
             alpha_pattern=fields.pattern("alpha_pattern", float),
             use_rslora=bool(settings.get("use_rslora", False)),
+            use_dora=bool(settings.get("use_dora", False)),
             target_modules=names,
             exclude_modules=fields.names("exclude_modules") or (),
             layers=fields.layers(),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from octavo_engine.adapters.gguf import read_gguf
 from octavo_engine.adapters.info import Targets
 from octavo_engine.adapters.peft import read_peft
 from octavo_engine.adapters.weights import AdapterWeights
 from octavo_engine.errors import InvalidAdapter
+
+if TYPE_CHECKING:
+    from octavo_engine.models.config import ModelConfig
 
 
 class AdapterReader:
@@ -17,22 +22,30 @@ class AdapterReader:
 
     Args:
         targets: the model's linears.
+        config: the model's; None where GGUF files are not read.
         max_rank: the highest rank that is served.
         dtype: of the matrices in memory.
     """
 
-    def __init__(self, targets: Targets, *, max_rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, targets: Targets, *, max_rank: int, dtype: torch.dtype, config: ModelConfig | None = None
+    ) -> None:
         self._targets = targets
+        self._config = config
         self._max_rank = max_rank
         self._dtype = dtype
 
     def __call__(self, path: str) -> AdapterWeights:
-        """Read the adapter at a path: a folder in the layout of PEFT.
+        """Read the adapter at a path: a folder in the layout of PEFT, or a GGUF file.
 
         Raises:
             InvalidAdapter: there is none, or it cannot be served; says why.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise InvalidAdapter(f"{path}: expected the folder of an adapter, with adapter_config.json, found none")
-        return read_peft(folder, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+        place = Path(path)
+        if place.is_file() and self._config is not None:
+            return read_gguf(place, self._targets, self._config, max_rank=self._max_rank, dtype=self._dtype)
+        if not place.is_dir():
+            raise InvalidAdapter(
+                f"{path}: expected the folder of an adapter, with adapter_config.json, or a GGUF file, found none"
+            )
+        return read_peft(place, self._targets, max_rank=self._max_rank, dtype=self._dtype)

@@ -13,12 +13,14 @@ from torch import Tensor
 class LowRank(NamedTuple):
     """What an adapter adds to a linear: scale * x A^T B^T (LoRA, arXiv 2106.09685).
 
-    a [rank, in_features] and b [out_features, rank], in one floating dtype.
+    a [rank, in_features] and b [out_features, rank], in one floating dtype. With a magnitude, [out_features] fp32, the
+    rows of W + scale * B A are brought to that length (DoRA, arXiv 2402.09353).
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -48,7 +50,17 @@ class AdapterWeights:
         return max((module.rank for module in self.modules.values()), default=0)
 
     @cached_property
+    def has_magnitudes(self) -> bool:
+        """Whether some linear has a magnitude."""
+        return any(module.magnitude is not None for module in self.modules.values())
+
+    @cached_property
     def num_bytes(self) -> int:
         """Of all tensors."""
-        matrices = [tensor for module in self.modules.values() for tensor in (module.a, module.b)]
+        matrices = [
+            tensor
+            for module in self.modules.values()
+            for tensor in (module.a, module.b, module.magnitude)
+            if tensor is not None
+        ]
         return sum(tensor.nbytes for tensor in (*matrices, *self.biases.values(), *self.extra_biases.values()))

@@ -17,6 +17,11 @@ class Team(Protocol):
         """Whether they must be replaced before the next step."""
         ...
 
+    @property
+    def num_restarts(self) -> int:
+        """How often they were replaced."""
+        ...
+
     def restart(self) -> None:
         """Replace them; raises WorkerLost if that cannot be."""
         ...

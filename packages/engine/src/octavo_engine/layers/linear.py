@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from octavo_engine.layers.linear_adapters import LinearAdapters
@@ -27,13 +28,14 @@ class Linear:
         adapters: what adapters add to the product; None where none are served.
     """
 
-    __slots__ = ("_quant", "adapters", "has_bias", "in_features", "parameters", "shards")
+    __slots__ = ("_options", "_quant", "adapters", "has_bias", "in_features", "parameters", "shards")
 
     def __init__(self, in_features: int, shards: Sequence[Shard], *, bias: bool, options: LayerOptions) -> None:
         self.in_features = in_features
         self.has_bias = bias
         self.shards = tuple(shards)
         self.adapters: LinearAdapters | None = None
+        self._options = options
         self._quant: QuantMethod[Any] = options.quant
         self.parameters = options.matrix(sum(shard.num_rows for shard in shards), in_features, bias=bias)
 
@@ -53,6 +55,13 @@ class Linear:
         if self.adapters is not None:
             self.adapters.add(x, out)
         return out
+
+    def columns(self, first: int, end: int) -> Tensor:
+        """Return columns of the weight, [end - first, rows of all shards] fp32: products by unit vectors."""
+        units = torch.zeros(end - first, self.in_features, dtype=self._options.dtype, device=self._options.device)
+        units[:, first:end].fill_diagonal_(1.0)
+        products = self._quant.apply(self.parameters, units).float()
+        return products if self.bias is None else products - self.bias.float()
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go; their names begin with `prefix`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo_engine.adapters.weights import AdapterWeights
 from octavo_engine.quant.base import Shard
-from octavo_kernels import RowGroups, group_rows, lora_expand, lora_shrink
+from octavo_kernels import LoraPart, RowGroups, group_rows, lora_linear
 
 
 class StepAdapters:
@@ -69,20 +69,6 @@ class StepAdapters:
             self.groups = self.slots = None
 
 
-class _ShardAdapters(NamedTuple):
-    """The matrices of one shard in all slots; a slot of rank 0 adds nothing.
-
-    a [num_slots, max_rank, in_features], b [num_slots, out_features, max_rank], on a CPU in the order of ranks, which
-    native products read; ranks [num_slots] int32, scales [num_slots] fp32, and the shard's columns of the product.
-    """
-
-    a: Tensor
-    b: Tensor
-    ranks: Tensor
-    scales: Tensor
-    columns: slice
-
-
 class LinearAdapters:
     """The matrices that adapters add to one linear, each shard's own. Only the AdapterPool writes them.
 
@@ -111,20 +97,19 @@ class LinearAdapters:
     ) -> None:
         self._step = step
         self._names = [shard.name for shard in shards]
-        self._shards: list[_ShardAdapters] = []
+        self._shards: list[LoraPart] = []
         start = 0
         for shard in shards:
-            columns = slice(start, start + shard.num_rows)
             self._shards.append(
-                _ShardAdapters(
+                LoraPart(
                     torch.zeros(num_slots, max_rank, in_features, dtype=dtype, device=device),
                     _make_b(num_slots, shard.num_rows, max_rank, dtype, device),
                     torch.zeros(num_slots, dtype=torch.int32, device=device),
                     torch.zeros(num_slots, device=device),
-                    columns,
+                    start,
                 )
             )
-            start = columns.stop
+            start += shard.num_rows
         self._num_rows = start
         self._biased: set[int] = set()  # slots whose bias is another than the base's
         self._bias: Tensor | None = None  # [num_slots, out_features] fp32, what is added to the base's
@@ -134,8 +119,7 @@ class LinearAdapters:
         groups = self._step.groups
         if groups is None:
             return
-        for a, b, ranks, scales, columns in self._shards:
-            lora_expand(lora_shrink(x, a, groups, ranks), b, groups, ranks, scales, out[:, columns])
+        lora_linear(x, self._shards, groups, out)
         if self._biased:
             self._add_bias(out)
 
@@ -144,18 +128,53 @@ class LinearAdapters:
         """Whether some slot has biases, which are added by torch."""
         return bool(self._biased)
 
-    def fill(self, slot: int, weights: AdapterWeights, prefix: str, base_bias: Tensor | None) -> None:
-        """Put an adapter in a slot; the names of its shards begin with `prefix`."""
-        for name, shard in zip(self._names, self._shards, strict=True):
+    @property
+    def has_factors(self) -> bool:
+        """Whether products are multiplied by factors, 1 for adapters without magnitudes."""
+        return any(shard.factors is not None for shard in self._shards)
+
+    def fill(
+        self,
+        slot: int,
+        weights: AdapterWeights,
+        prefix: str,
+        base_bias: Tensor | None,
+        factors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Put an adapter in a slot; the names of its shards begin with `prefix`.
+
+        `factors` are those of shards with magnitudes. Memory for them is set aside when the first ones come, so that a
+        program that was recorded before must be recorded again.
+        """
+        for index, name in enumerate(self._names):
+            self._set_factors(index, slot, factors.get(name))
+            shard = self._shards[index]
             module = weights.modules.get(prefix + name)
             shard.ranks[slot] = 0 if module is None else module.rank
             if module is not None:
                 shard.scales[slot] = module.scale
                 shard.a[slot, : module.rank] = module.a
                 shard.b[slot, :, : module.rank] = module.b
-        self._set_bias(slot, weights, prefix, base_bias)
+        self._set_bias(slot, weights, prefix, base_bias, factors)
 
-    def _set_bias(self, slot: int, weights: AdapterWeights, prefix: str, base_bias: Tensor | None) -> None:
+    def _set_factors(self, index: int, slot: int, factors: Tensor | None) -> None:
+        shard = self._shards[index]
+        if shard.factors is None:
+            if factors is None:
+                return
+            shard = shard._replace(factors=torch.ones(len(shard.b), shard.b.shape[1], device=shard.b.device))
+            self._shards[index] = shard
+        assert shard.factors is not None
+        shard.factors[slot] = 1.0 if factors is None else factors
+
+    def _set_bias(
+        self,
+        slot: int,
+        weights: AdapterWeights,
+        prefix: str,
+        base_bias: Tensor | None,
+        factors: Mapping[str, Tensor],
+    ) -> None:
         added = torch.zeros(self._num_rows)
         for name, shard in zip(self._names, self._shards, strict=True):
             own, extra = weights.biases.get(prefix + name), weights.extra_biases.get(prefix + name)
@@ -164,6 +183,8 @@ class LinearAdapters:
                 added[shard.columns] += own - base_bias[shard.columns].float().cpu()
             if extra is not None:
                 added[shard.columns] += extra
+            if base_bias is not None and name in factors:  # which multiply the base's bias among its product
+                added[shard.columns] += (1.0 - factors[name]) * base_bias[shard.columns].float().cpu()
         if not added.any():
             self._biased.discard(slot)
             return
@@ -184,7 +205,7 @@ class LinearAdapters:
 
 
 def _make_b(num_slots: int, num_rows: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate zeros [num_slots, num_rows, max_rank]."""
+    """Allocate zeros [num_slots, num_rows, max_rank], on a CPU in the order of ranks, which native products read."""
     if device.type == "cpu":
         return torch.zeros(num_slots, max_rank, num_rows, dtype=dtype).transpose(1, 2)
     return torch.zeros(num_slots, num_rows, max_rank, dtype=dtype, device=device)

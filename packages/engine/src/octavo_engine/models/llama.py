@@ -67,7 +67,8 @@ class Llama:
         options: how the weights are made; they are not initialised.
     """
 
-    layer_class: ClassVar[type[LlamaLayer]] = LlamaLayer
+    layer_class: type[LlamaLayer] = LlamaLayer
+    _first_layer = 0
 
     def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
         self.config = config
@@ -112,19 +113,19 @@ class Llama:
     def slots(self) -> Iterator[WeightSlot]:
         """Yield where each tensor of a checkpoint goes."""
         yield from self.embedding.slots("model.embed_tokens")
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self._first_layer):
             yield from layer.slots(f"model.layers.{index}.")
         yield from self.norm.slots("model.norm")
         yield from self.head.slots("lm_head")
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the linears of all layers; see `Model.linears`."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self._first_layer):
             yield from layer.linears(f"model.layers.{index}.")
 
     def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
         """Yield the mixtures of experts; see `Model.mixtures`."""
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers, self._first_layer):
             if isinstance(layer.mlp, MixtureOfExperts):
                 yield f"model.layers.{index}.{layer.mlp_name}", layer.mlp
 

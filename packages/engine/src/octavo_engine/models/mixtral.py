@@ -34,4 +34,4 @@ class MixtralLayer(LlamaLayer):
 class Mixtral(Llama):
     """Checkpoints of the architecture MixtralForCausalLM; see `Llama`."""
 
-    layer_class: ClassVar[type[LlamaLayer]] = MixtralLayer
+    layer_class: type[LlamaLayer] = MixtralLayer

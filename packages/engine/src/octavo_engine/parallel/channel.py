@@ -49,8 +49,12 @@ class Channel:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def send(self, message: Message) -> None:
-        """Tell all others.
+    def send(self, message: Message, ranks: range | None = None) -> None:
+        """Tell others.
+
+        Args:
+            message: for them.
+            ranks: which they are; None for all.
 
         Raises:
             WorkerLost: one does not listen any more.
@@ -61,9 +65,9 @@ class Channel:
         head[: 2 + len(message.numbers)] = torch.tensor(
             [message.command, 0 if payload is None else len(payload), *message.numbers]
         )
-        self._group.broadcast(head)
+        self._give(head, ranks)
         if payload is not None and len(payload):
-            self._group.broadcast(payload)
+            self._give(payload, ranks)
 
     def receive(self) -> Message:
         """Wait for the next message.
@@ -72,12 +76,39 @@ class Channel:
             WorkerLost: rank 0 has ended.
         """
         head = torch.zeros(2 + _NUM_NUMBERS, dtype=torch.int64)
-        self._group.broadcast(head, patient=True)
+        self._take(head, patient=True)
         command, num_payload, *numbers = head.tolist()
         payload = torch.empty(num_payload, dtype=torch.int64)
         if num_payload:
-            self._group.broadcast(payload)
+            self._take(payload, patient=False)
         return Message(Command(command), tuple(numbers), payload)
+
+    def _give(self, x: Tensor, ranks: range | None) -> None:
+        assert ranks is None, "all hear a broadcast"
+        self._group.broadcast(x)
+
+    def _take(self, x: Tensor, *, patient: bool) -> None:
+        self._group.broadcast(x, patient=patient)
+
+
+class PostedChannel(Channel):
+    """A Channel on which rank 0 does not wait until the others listen, which may be at work on earlier messages.
+
+    Args:
+        group: as for `Channel`.
+        max_on_their_way: messages that a rank may have before it.
+    """
+
+    def __init__(self, group: Group, max_on_their_way: int) -> None:
+        super().__init__(group)
+        self._max_on_their_way = 2 * max_on_their_way * (group.size - 1)  # heads and payloads
+
+    def _give(self, x: Tensor, ranks: range | None) -> None:
+        for rank in range(1, self._group.size) if ranks is None else ranks:
+            self._group.send(x, rank, max_on_their_way=self._max_on_their_way)
+
+    def _take(self, x: Tensor, *, patient: bool) -> None:
+        self._group.receive(x, 0, patient=patient)
 
 
 def step_message(model_input: ModelInput) -> Message:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
-from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.job import Job
+from octavo_engine.parallel.links import Links
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.runner.model_input import KVLayer
@@ -52,7 +52,7 @@ class Follower:
                 assert self._storage is not None, "rank 0 allocates first"
                 self._storage.apply(copies_of(message))
             case Command.STEP:
-                self._shard.model(step_input(message, self._kv_layers, self._device))
+                self._shard.hidden(step_input(message, self._kv_layers, self._device))
             case Command.LOGITS:
                 self._shard.logits(self._empty_hidden(message))
             case Command.GREEDY:
@@ -97,8 +97,8 @@ def follow(
         EngineError: as in loading a model; rank 0 is told.
     """
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
-    groups: list[Group] = []
-    guard = Guard(rank, lambda: [group.cut() for group in groups], ends_process=ends_process)
+    connected: list[Links] = []
+    guard = Guard(rank, lambda: [links.cut() for links in connected], ends_process=ends_process)
     try:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank if local_rank is None else local_rank)
@@ -107,14 +107,14 @@ def follow(
             torch.cuda.set_device(device)
         source = job.open()
         rendezvous.leave(f"joined/{rank}", "")
-        group, orders = Group(rank, job.size), Group(rank, job.size)
+        links = job.links(rank)
         guard.watch(rendezvous, job.size, wait=join_seconds)
-        rendezvous.connect(group, orders, device, job.step_seconds)
-        groups += group, orders
+        rendezvous.connect(links, device, job.step_seconds, job.stage_seconds)
+        connected.append(links)
         guard.check()
-        shard = Shard(source, group, job.loader(device), expert_parallel=job.expert_parallel)
+        shard = job.load(source, links, device)
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
-        Follower(shard, Channel(orders), job, device).run()
+        Follower(shard, links.channel(), job, device).run()
     except Exception as error:
         reason = guard.reason(error)
         if guard.loss is None or guard.loss.rank:  # else nobody listens

@@ -1,4 +1,4 @@
-"""Group: the ranks that compute one model together, as one of them sees it: sums, gathers and broadcasts of tensors.
+"""Group: ranks that compute a model together, as one of them sees it: sums, gathers, broadcasts, and tensors sent.
 
 It stands on torch.distributed's process groups themselves, not on the one default group of a process: a program may
 have a group of its own beside it, and several engines.
@@ -7,9 +7,10 @@ have a group of its own beside it, and several engines.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,18 @@ _FOR_EVER = timedelta(days=3650)
 _CUT_TAG = 0x0C07
 
 
-class Group:
-    """Collective operations of the ranks of a model; each must be called by all of them, in the same order.
+class _Sending(NamedTuple):
+    """A tensor on its way to another rank: torch.distributed's handle, and the memory that is read meanwhile."""
 
-    It can be connected anew after a rank was lost: layers keep the group, not its connections.
+    work: Any
+    x: Tensor
+
+
+class Group:
+    """What some ranks of a model do together; all of them call the same operations, in the same order.
+
+    Only `send` and `receive` are for two of them. It can be connected anew after a rank was lost: layers keep the
+    group, not its connections.
 
     Attributes:
         rank: of this process, from 0.
@@ -36,22 +45,31 @@ class Group:
         self.rank = rank
         self.size = size
         self._backend: Any = None
+        self._patience: timedelta | None = None
+        self._on_their_way: deque[_Sending] = deque()
 
-    def connect(self, store: Store, device: torch.device, *, seconds: float, host: str | None) -> None:
+    def connect(
+        self, store: Store, device: torch.device, *, seconds: float, message_seconds: float, host: str | None
+    ) -> None:
         """Connect all ranks, which call this at the same time.
 
         Args:
             store: where they find each other; one prefix for each group.
             device: of the tensors: gloo moves those of a CPU, NCCL those of a GPU.
-            seconds: how long ranks wait for each other, here and in every operation.
+            seconds: how long ranks wait for each other, here and in every operation of all of them.
+            message_seconds: how long for what one of them sends to another.
             host: the address of this rank's own network interface; None lets the backend choose.
 
         Raises:
             WorkerLost: a rank did not come.
         """
-        wait = timedelta(seconds=seconds)
         try:
-            self._backend = self._nccl(store, wait) if device.type == "cuda" else self._gloo(store, wait, host)
+            if device.type == "cuda":
+                self._backend = self._nccl(store, timedelta(seconds=max(seconds, message_seconds)))
+                self._patience = None  # with one the host would wait, and not the device alone
+            else:
+                self._backend = self._gloo(store, timedelta(seconds=seconds), host)
+                self._patience = timedelta(seconds=message_seconds)
         except RuntimeError as error:
             raise WorkerLost(f"the ranks could not connect within {seconds:g} s: {error}") from error
 
@@ -68,8 +86,38 @@ class Group:
         options._threads = 1
         return gloo(store, self.rank, self.size, options)
 
+    def send(self, x: Tensor, rank: int, *, max_on_their_way: int) -> None:
+        """Begin to send x to a rank, which may take its time to receive it.
+
+        Args:
+            x: contiguous, and not written to any more.
+            rank: which receives it.
+            max_on_their_way: how many tensors may not have been received yet; with more, wait for the oldest.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        while len(self._on_their_way) >= max_on_their_way:
+            self._wait(lambda: self._on_their_way[0].work, self._patience)
+            self._on_their_way.popleft()
+        self._on_their_way.append(_Sending(self._do(lambda: self._backend.send([x], rank, 0)), x))
+
+    def receive(self, x: Tensor, rank: int, *, patient: bool = False) -> None:
+        """Overwrite x, contiguous, with the next tensor of its shape that a rank has sent here.
+
+        Args:
+            x: of the shape that was sent.
+            rank: which sent it.
+            patient: whether to wait as long as it takes.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        self._wait(lambda: self._backend.recv([x], rank, 0), _FOR_EVER if patient else self._patience)
+
     def disconnect(self) -> None:
         """Drop the connections; others that wait for this rank fail."""
+        self._on_their_way.clear()
         self._backend = None
 
     def cut(self) -> None:
@@ -139,10 +187,18 @@ class Group:
             options.timeout = _FOR_EVER
         self._wait(lambda: self._backend.broadcast([x], options))
 
-    def _wait(self, start: Callable[[], Any]) -> None:
+    def _wait(self, start: Callable[[], Any], patience: timedelta | None = None) -> None:
+        """Start an operation and wait for its end; None is as long as all ranks wait for each other.
+
+        Its handle is in no variable. An error's traceback would keep that, and so the connections, and other ranks
+        would not learn that this one has let go of them.
+        """
+        self._do(lambda: start().wait() if patience is None else start().wait(patience))
+
+    def _do(self, operation: Callable[[], Any]) -> Any:
         if self._backend is None:
             raise WorkerLost("the ranks are not connected")
         try:
-            start().wait()
+            return operation()
         except RuntimeError as error:
             raise WorkerLost(f"a rank has ended or does not answer: {error}") from error

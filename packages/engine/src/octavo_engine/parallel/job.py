@@ -10,9 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from octavo_engine.errors import RankMismatch
-from octavo_engine.parallel.shard import LoadModel
+from octavo_engine.parallel.links import Links
+from octavo_engine.parallel.pipe import Pipe
+from octavo_engine.parallel.shard import LoadModel, Shard
+from octavo_engine.parallel.stages import Stage
 from octavo_engine.quant.choose import choose_method, native_isa
-from octavo_engine.weights.load import load_model
+from octavo_engine.weights.load import Progress, load_model
 from octavo_engine.weights.source import Source, open_source
 
 _PACKAGES = ("octavo-engine", "octavo-kernels", "octavo-kvcache", "torch")
@@ -23,14 +26,17 @@ class Job:
     """A model that several ranks run together.
 
     `model` is the path of its files, `sample` stands for their contents, in hexadecimal, `versions` for the software.
-    `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. `instruction_set` is that of rank 0's
-    native kernels, None if it has none. The rest is how it computes.
+    `tp_size` ranks split each layer, and `stages` says which layers, from one to before another, each group of them
+    has. `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. `instruction_set` is that of rank
+    0's native kernels, None if it has none. Ranks wait for each other `step_seconds` within a layer, and stages
+    `stage_seconds` for what the stage before makes. The rest is how it computes.
     """
 
     model: str
     sample: str
     versions: dict[str, str]
-    size: int
+    tp_size: int
+    stages: tuple[tuple[int, int], ...]
     device: str
     dtype: str
     int8_activations: bool
@@ -39,6 +45,7 @@ class Job:
     block_size: int
     kv_dtype: str
     step_seconds: float
+    stage_seconds: float
     expert_parallel: bool
     instruction_set: str | None
 
@@ -49,7 +56,22 @@ class Job:
     @classmethod
     def decode(cls, text: str) -> Job:
         """Return the job that `encode` wrote."""
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**{**fields, "stages": tuple((start, stop) for start, stop in fields["stages"])})
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.tp_size * len(self.stages)
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether several stages share the layers, and compute several steps at once."""
+        return len(self.stages) > 1
+
+    def links(self, rank: int) -> Links:
+        """Return a rank's connections, which are to be made."""
+        return Links(rank, self.tp_size, len(self.stages))
 
     def open(self) -> Source:
         """Open the model, if it is the one that rank 0 has, and so is the software.
@@ -80,7 +102,20 @@ class Job:
         """Return where a rank computes that has so many others of its machine before it."""
         return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, index)
 
-    def loader(self, device: torch.device) -> LoadModel:
+    def load(self, source: Source, links: Links, device: torch.device, progress: Progress | None = None) -> Shard:
+        """Load a rank's part of the model onto a device.
+
+        Raises:
+            CorruptModelFile, UnsupportedModel: as in loading a model.
+        """
+        config = source.config
+        stage = Stage(*self.stages[links.stages.rank], config.num_layers)
+        dtype = getattr(torch, self.dtype)
+        pipe = Pipe(links.stages, config.hidden_size, dtype, device) if self.is_pipelined else None
+        load = self._loader(device)
+        return Shard(source, links.tensors, stage, pipe, load, progress, expert_parallel=self.expert_parallel)
+
+    def _loader(self, device: torch.device) -> LoadModel:
         """Return what loads a rank's part onto a device."""
         dtype = getattr(torch, self.dtype)
         quant = choose_method(

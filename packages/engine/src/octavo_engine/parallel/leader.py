@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from octavo_engine.layers.mixture import MixtureOfExperts
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.registry import model_class
-from octavo_engine.parallel.channel import Command, Message, copies_message, step_message
+from octavo_engine.parallel.channel import Command, Message, copies_message, step_input, step_message
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.parallel.team import Team
 from octavo_engine.quant.base import WeightSlot
@@ -49,24 +50,38 @@ class LeadingModel:
             WorkerLost: a rank has ended, or does not answer.
             NotRecordable: a recording is open, which the ranks' sums would not be in.
         """
-        if current() is not None:
-            raise NotRecordable("the model is split over several processes, which add up their parts in every layer")
-        with self._team.together(step_message(model_input)):
-            return self._shard.model(model_input)
+        self._check_not_recorded()
+        return self._hidden(model_input)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the logits of hidden [rows, hidden_size]: [rows, vocab_size] fp32; see `Model.logits`."""
-        with self._team.together(Message(Command.LOGITS, (len(hidden),))):
+        with self._together(Message(Command.LOGITS, (len(hidden),))):
             logits = self._shard.logits(hidden.contiguous(), out)
         assert logits is not None
         return logits
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""
-        with self._team.together(Message(Command.GREEDY, (len(hidden),))):
+        with self._together(Message(Command.GREEDY, (len(hidden),))):
             found = self._shard.greedy(hidden.contiguous())
         assert found is not None
         return found
+
+    def _hidden(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states, which rank 0 and the others of its layers make together."""
+        with self._together(step_message(model_input)):
+            hidden = self._shard.hidden(model_input)
+        assert hidden is not None
+        return hidden
+
+    def _together(self, message: Message) -> AbstractContextManager[None]:
+        """Tell the ranks that have parts of rank 0's layers to do something, and do rank 0's part of it inside."""
+        return self._team.together(message)
+
+    @staticmethod
+    def _check_not_recorded() -> None:
+        if current() is not None:
+            raise NotRecordable("the model is split over several processes, which wait for each other in every step")
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield none: adapters change nothing of a model that is split."""
@@ -90,6 +105,40 @@ class LeadingModel:
 
     def finish(self) -> None:
         """Do nothing: the weights are finished."""
+
+
+class PipelinedModel(LeadingModel):
+    """A `LeadingModel` whose layers are shared out among stages, of which rank 0 is in the last.
+
+    The other stages compute a step as soon as it has begun, the last one its own part of it when rank 0 finishes the
+    step. So the stages compute different steps at the same time, if steps begin before earlier ones are finished.
+    """
+
+    def __call__(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states: [num_tokens, hidden_size]; see `LeadingModel`."""
+        self._check_not_recorded()
+        return self.finish_step(self.begin_step(model_input))
+
+    def begin_step(self, model_input: ModelInput) -> ModelInput:
+        """Tell the other stages of a step, and return it in memory of its own, which `finish_step` takes later.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        message = step_message(model_input)
+        with self._team.together(message, self._team.links.earlier_stages):
+            return step_input(message, model_input.kv_layers, model_input.token_ids.device)
+
+    def finish_step(self, model_input: ModelInput) -> Tensor:
+        """Return the last hidden states of the oldest step that has begun: [num_tokens, hidden_size].
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        return self._hidden(model_input)
+
+    def _together(self, message: Message) -> AbstractContextManager[None]:
+        return self._team.together(message, self._team.links.last_stage)
 
 
 class LeadingStorage(KVStorage):
@@ -126,4 +175,24 @@ class LeadingStorage(KVStorage):
         """
         if copies:
             with self._team.together(copies_message(copies)):
+                super().apply(copies)
+
+    def apply_in_earlier_stages(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks on the ranks of all stages but the last, which follows by `apply_in_last_stage`.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        if copies:
+            with self._team.together(copies_message(copies), self._team.links.earlier_stages):
+                pass
+
+    def apply_in_last_stage(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks on the ranks of the last stage, rank 0 among them.
+
+        Raises:
+            WorkerLost: a rank has ended, or does not answer.
+        """
+        if copies:
+            with self._team.together(copies_message(copies), self._team.links.last_stage):
                 super().apply(copies)

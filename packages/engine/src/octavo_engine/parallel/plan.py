@@ -46,7 +46,6 @@ class ShardPlan:
     def __init__(self, config: ModelConfig, rank: int, size: int, *, expert_parallel: bool = False) -> None:
         self.rank = rank
         self.size = size
-        self._whole = config
         self._experts = _even(config.num_experts, rank, size) if expert_parallel else range(config.num_experts)
         heads = _even(config.num_heads, rank, size)
         kv_heads = _shared(config.num_kv_heads, rank, size)
@@ -84,8 +83,6 @@ class ShardPlan:
         Raises:
             UnsupportedModel: the tensor belongs to a matrix that is cut, and is neither its weight nor its bias.
         """
-        if self.leaves_out(name):
-            return Cut(0, 0, 0, self._whole.hidden_size if ".w2." in name else self._whole.intermediate_size)
         cut, kind = self._find(name)
         if cut is None or (cut.axis == 1 and kind == "bias"):
             return None
@@ -97,14 +94,9 @@ class ShardPlan:
         return cut
 
     def leaves_out(self, name: str) -> bool:
-        """Return whether a tensor belongs to an expert of another rank; of such a one no row is kept."""
+        """Return whether a tensor belongs to an expert of another rank."""
         match = _EXPERT.search(name)
         return match is not None and int(match[1]) not in self._experts
-
-    @property
-    def num_left_out(self) -> int:
-        """How many tensors that are, one for each matrix."""
-        return 3 * self._whole.num_layers * (self._whole.num_experts - len(self._experts))
 
     def is_added_once(self, name: str) -> bool:
         """Return whether a tensor is the bias of products that the ranks add up, so that one of them alone has it."""

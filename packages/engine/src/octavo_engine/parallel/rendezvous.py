@@ -12,9 +12,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from octavo_engine import errors
 from octavo_engine.errors import EngineError, InvalidConfig, WorkerLost
 from octavo_engine.parallel.address import own_address
-from octavo_engine.parallel.group import Group
-
-_CPU = torch.device("cpu")
+from octavo_engine.parallel.links import Links
 
 
 class Failure(NamedTuple):
@@ -93,12 +91,17 @@ class Rendezvous:
             return Failure(kind(f"rank {rank}: {told['message']}"), kind is WorkerLost)
         return Failure(WorkerLost(f"rank {rank} has ended: {told['kind']}: {told['message']}"), False)
 
-    def connect(self, group: Group, orders: Group, device: torch.device, seconds: float) -> None:
-        """Connect a rank with all others, which do so too: a group for tensors on a device, and one for orders.
+    def connect(self, links: Links, device: torch.device, seconds: float, stage_seconds: float) -> None:
+        """Connect a rank with all others, which do so too.
+
+        Args:
+            links: not connected.
+            device: of the rank's tensors.
+            seconds: how long ranks wait for each other.
+            stage_seconds: how long stages do, once they are connected.
 
         Raises:
             WorkerLost: one did not come.
         """
         host = own_address(*self.address)
-        for name, one, where in (("tensors", group, device), ("orders", orders, _CPU)):
-            one.connect(PrefixStore(name, self._store), where, seconds=seconds, host=host)
+        links.connect(self._store, device, seconds=seconds, stage_seconds=stage_seconds, host=host)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo_engine.models.registry import Model
+from octavo_engine.models.config import ModelConfig
+from octavo_engine.models.llama import Llama
+from octavo_engine.models.llama_stage import LlamaStage
+from octavo_engine.models.registry import Model, ModelClass, model_class
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.layers import join_layers
+from octavo_engine.parallel.pipe import Pipe
 from octavo_engine.parallel.plan import ShardPlan, vocabulary_part
+from octavo_engine.parallel.stages import Stage
+from octavo_engine.runner.model_input import ModelInput
+from octavo_engine.weights.cut import read_whole
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import Source
 from octavo_engine.weights.stored import StoredTensor
@@ -22,21 +30,27 @@ LoadModel = Callable[..., Model]
 
 
 class PartOfSource:
-    """A WeightSource: what one rank keeps of a source's weights; `num_bytes` counts what has come of the files."""
+    """A WeightSource: what one rank keeps of a source's weights; `num_bytes` counts what has come of the files.
 
-    def __init__(self, source: Source, plan: ShardPlan) -> None:
+    Args:
+        source: the whole model's files.
+        plan: the rank's part of each layer.
+        stage: its layers; None for all.
+    """
+
+    def __init__(self, source: Source, plan: ShardPlan, stage: Stage | None = None) -> None:
         self.name = source.name
         self.config = plan.config
-        self.num_weights = source.num_weights - plan.num_left_out
         self.num_bytes = 0
         self._source = source
         self._plan = plan
+        self._stage = stage
+        self.num_weights = sum(map(self._keeps, source.num_bytes()))
 
     def weights(self) -> Iterator[tuple[str, Tensor | StoredTensor]]:
         """Yield each weight's part once; biases that another rank adds are zeros."""
-        for name, weight in self._source.weights(self._plan):
-            if self._plan.leaves_out(name):
-                continue
+        cut = self._plan if self._plan.size > 1 else read_whole
+        for name, weight in self._source.weights(cut, self._keeps):
             assert not isinstance(weight, QuantizedTensor), "these are not cut, and refused before"
             self.num_bytes += weight.rows.nbytes if isinstance(weight, StoredTensor) else weight.nbytes
             if self._plan.rank and self._plan.is_added_once(name):
@@ -45,13 +59,20 @@ class PartOfSource:
             else:
                 yield name, weight
 
+    def _keeps(self, name: str) -> bool:
+        if self._stage is not None and not self._stage.keeps(name, tied=self.config.tie_word_embeddings):
+            return False
+        return not self._plan.leaves_out(name)
+
 
 class Shard:
-    """One rank's part of a model. Its methods are collective: all ranks call them together.
+    """One rank's part of a model. Its methods are collective: all ranks of its group call them together.
 
     Args:
         source: the whole model's files.
-        group: the ranks, whose tensors are on the model's device.
+        group: the ranks that split the same layers, whose tensors are on the model's device.
+        stage: the layers.
+        pipe: to the stages before and behind; None if there are no others.
         load: makes a model of a source.
         progress: called with the number of weights read and their total.
         expert_parallel: whether a rank has whole experts instead of a part of each.
@@ -59,19 +80,44 @@ class Shard:
     Attributes:
         model: the part.
         num_bytes: of the weights that were read, as the files store them.
+        is_alone: whether no other rank has a part of the same layers.
     """
 
     def __init__(
-        self, source: Source, group: Group, load: LoadModel, progress: Any = None, *, expert_parallel: bool = False
+        self,
+        source: Source,
+        group: Group,
+        stage: Stage,
+        pipe: Pipe | None,
+        load: LoadModel,
+        progress: Any = None,
+        *,
+        expert_parallel: bool = False,
     ) -> None:
         plan = ShardPlan(source.config, group.rank, group.size, expert_parallel=expert_parallel)
-        part = PartOfSource(source, plan)
-        self.model = load(part, progress=progress)
+        part = PartOfSource(source, plan, None if pipe is None else stage)
+        self.model = load(
+            part, progress=progress, make_model=None if pipe is None else _stage_maker(part.config, stage)
+        )
         self.num_bytes = part.num_bytes
-        join_layers(self.model, plan.first_token_id, group)
+        self.is_alone = group.size == 1
+        if not self.is_alone:
+            join_layers(self.model, plan.first_token_id, group)
         self._group = group
+        self._pipe = pipe
         self._first_token_id = plan.first_token_id
         self._parts = [vocabulary_part(source.config.vocab_size, rank, group.size) for rank in range(group.size)]
+
+    def hidden(self, model_input: ModelInput) -> Tensor | None:
+        """Return the last hidden states of a step, [num_tokens, hidden_size]; None if another stage makes them."""
+        if self._pipe is None:
+            return self.model(model_input)
+        assert isinstance(self.model, LlamaStage)
+        x = self.model.advance(model_input, self._pipe.take(len(model_input.token_ids)))
+        if self._pipe.is_last:
+            return x
+        self._pipe.pass_on(x)
+        return None
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Return the logits of rank 0's hidden [rows, hidden_size] at rank 0: [rows, vocab_size] fp32.
@@ -80,6 +126,8 @@ class Shard:
             hidden: overwritten on the other ranks.
             out: memory for the result, which is then there.
         """
+        if self.is_alone:
+            return self.model.logits(hidden, out=out)
         self._group.broadcast(hidden)
         own = self.model.logits(hidden)
         widest = len(self._parts[0])
@@ -90,6 +138,8 @@ class Shard:
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the arg-max of the logits of rank 0's hidden and its logit at rank 0; see `Model.greedy`."""
+        if self.is_alone:
+            return self.model.greedy(hidden)
         self._group.broadcast(hidden)
         token_ids, best = self.model.greedy(hidden)
         own = torch.stack([best.double(), (token_ids + self._first_token_id).double()])  # ids below 2^53 are exact
@@ -100,3 +150,11 @@ class Shard:
         largest = bests.amax(0)  # NaN where any is
         lowest = torch.where(bests == largest, ids, torch.inf).amin(0)
         return lowest.nan_to_num(posinf=0).long(), largest.float()
+
+
+def _stage_maker(config: ModelConfig, stage: Stage) -> ModelClass:
+    """Return what makes an empty stage of an architecture."""
+    whole = model_class(config.architecture)
+    assert isinstance(whole, type), "an architecture is a class"
+    assert issubclass(whole, Llama), "check_size lets no other architecture through"
+    return partial(LlamaStage, layers=range(stage.start, stage.stop), layer_class=whole.layer_class)

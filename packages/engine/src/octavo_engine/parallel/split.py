@@ -13,12 +13,12 @@ from octavo_engine.errors import InvalidConfig, UnsupportedModel
 from octavo_engine.parallel.guard import RANK_TIMEOUT
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
-from octavo_engine.parallel.leader import LeadingModel
+from octavo_engine.parallel.leader import LeadingModel, PipelinedModel
 from octavo_engine.parallel.mending import MendingTeam
 from octavo_engine.parallel.plan import check_size
-from octavo_engine.parallel.shard import Shard
-from octavo_engine.parallel.team import STEP_SECONDS, Team
-from octavo_engine.parallel.torchrun import TorchrunRank
+from octavo_engine.parallel.stages import plan_stages
+from octavo_engine.parallel.team import STAGE_SECONDS, STEP_SECONDS, Team
+from octavo_engine.parallel.torchrun import TorchrunRank, describe_sizes
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.weights.source import Source
 
@@ -39,6 +39,7 @@ def make_job(
     source: Source,
     *,
     size: int,
+    num_stages: int = 1,
     device: torch.device,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
@@ -47,12 +48,14 @@ def make_job(
     num_threads: int | None,
     block_size: int,
     expert_parallel: bool = False,
+    stage_seconds: float | None = None,
 ) -> Job:
     """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
 
     Args:
         source: the whole model's files.
-        size: ranks.
+        size: ranks that split each layer.
+        num_stages: that the layers are shared out among, each with so many ranks.
         device: of rank 0.
         dtype: of activations.
         kv_dtype: of the KV cache.
@@ -61,6 +64,7 @@ def make_job(
         num_threads: of each rank; None shares torch's among them.
         block_size: of the KV cache.
         expert_parallel: whether a rank has whole experts instead of a part of each.
+        stage_seconds: that a stage may take over a step before it is taken for lost; None is a day.
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
@@ -69,28 +73,33 @@ def make_job(
     if not source.is_divisible:
         raise UnsupportedModel(
             f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
-            f"Hugging Face's form; serve it with tensor_parallel_size 1, or take a GGUF file"
+            f"Hugging Face's form; serve it with pipeline_parallel_size 1 and tensor_parallel_size 1, or take a GGUF "
+            "file"
         )
     check_size(source.config, size, source.column_block, source.name, expert_parallel=expert_parallel)
-    num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else size
+    stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
+    num_ranks = size * num_stages
+    num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else num_ranks
     if device.type == "cuda" and (device.index or torch.cuda.device_count() < num_here):
         raise InvalidConfig(
-            f"tensor_parallel_size {size} needs the GPUs from 0 to {num_here - 1}, one for each rank; device is "
+            f"{describe_sizes(size, num_stages)} needs the GPUs from 0 to {num_here - 1}, one for each rank; device is "
             f"{device}, and torch sees {torch.cuda.device_count()} GPUs; use device cuda and a smaller size"
         )
     return Job(
         model=str(source.path.absolute()),
         sample=source.sample.hex(),
         versions=installed_versions(),
-        size=size,
+        tp_size=size,
+        stages=tuple((stage.start, stage.stop) for stage in stages),
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         int8_activations=int8_activations,
         batch_invariant=batch_invariant,
-        num_threads=num_threads or max(1, torch.get_num_threads() // size),
+        num_threads=num_threads or max(1, torch.get_num_threads() // num_ranks),
         block_size=block_size,
         kv_dtype=str(kv_dtype).removeprefix("torch."),
         step_seconds=STEP_SECONDS,
+        stage_seconds=STAGE_SECONDS if stage_seconds is None else stage_seconds,
         expert_parallel=expert_parallel,
         instruction_set=native_isa() if device.type == "cpu" else None,
     )
@@ -115,7 +124,7 @@ def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT, ray: RayPlace | None
         return _ray_team(job, rank_timeout, ray)
     if started is None:
         return Team(job, WorkerProcess, rank_timeout=rank_timeout)
-    started.check_size(job.size)
+    started.check_size(job.tp_size, len(job.stages))
     if started.rank:
         raise InvalidConfig(
             f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
@@ -145,8 +154,7 @@ def load_split(source: Source, job: Job, team: Team, progress: Progress | None =
     """
     torch.set_num_threads(job.num_threads)
     team.start()
-    load = job.loader(job.device_of(0))
-    shard = Shard(source, team.group, load, progress, expert_parallel=job.expert_parallel)
+    shard = job.load(source, team.links, job.device_of(0), progress)
     _log.info("rank 0 has read %d bytes of weights", shard.num_bytes)
     team.await_loaded()
-    return LeadingModel(source.config, shard, team)
+    return (PipelinedModel if job.is_pipelined else LeadingModel)(source.config, shard, team)

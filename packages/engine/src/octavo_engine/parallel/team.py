@@ -8,8 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 from octavo_engine.errors import EngineError, RankUnreachable, WorkerLost
-from octavo_engine.parallel.channel import Channel, Command, Message
-from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.channel import Command, Message
 from octavo_engine.parallel.guard import RANK_TIMEOUT, Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
@@ -22,7 +21,10 @@ LOAD_SECONDS = 1800.0
 """Within which it must have loaded its part."""
 
 STEP_SECONDS = 30.0
-"""That ranks wait for each other within a step."""
+"""That ranks wait for each other within a layer."""
+
+STAGE_SECONDS = 86400.0
+"""That a stage waits for the one before it where nothing else is asked for."""
 
 _LOOK_SECONDS = 0.02
 _STOP_SECONDS = 5.0
@@ -44,7 +46,7 @@ class Team:
         rank_timeout: seconds that a rank's machine may be out of reach.
 
     Attributes:
-        group: connects all ranks, for tensors on their devices.
+        links: connects rank 0 with the others.
         num_restarts: how often lost ranks were replaced.
     """
 
@@ -64,14 +66,13 @@ class Team:
         self._address = host, port
         self._prefix = prefix
         self._join_seconds = join_seconds
-        self._orders = Group(0, job.size)
-        self._channel = Channel(self._orders)
+        self.links = job.links(0)
+        self._channel = self.links.channel()
         self._rendezvous: Rendezvous | None = None
         self._workers: dict[int, Worker] = {}
         self._memory: Message | None = None
         self._lost: WorkerLost | None = None
-        self.group = Group(0, job.size)
-        self._guard = Guard(0, self._cut)
+        self._guard = Guard(0, self.links.cut)
         self._rank_timeout = rank_timeout
         self.num_restarts = 0
 
@@ -83,16 +84,17 @@ class Team:
             RankMismatch: it has other files or versions.
             InvalidConfig: the port is in use.
         """
+        job = self._job
         host, port = self._address
         serves = self._launch is not None
         self._rendezvous = Rendezvous(host, port, serves=serves, seconds=self._join_seconds, prefix=self._prefix)
-        self._rendezvous.leave("job", self._job.encode())
+        self._rendezvous.leave("job", job.encode())
         launch = self._launch or StartedRank
-        for rank in range(1, self._job.size):
+        for rank in range(1, job.size):
             self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
-        self._guard.watch(self._rendezvous, self._job.size, wait=self._join_seconds, seconds=self._rank_timeout)
-        self._rendezvous.connect(self.group, self._orders, self._job.device_of(0), self._job.step_seconds)
+        self._guard.watch(self._rendezvous, job.size, wait=self._join_seconds, seconds=self._rank_timeout)
+        self._rendezvous.connect(self.links, job.device_of(0), job.step_seconds, job.stage_seconds)
         self._lost = None
 
     def await_loaded(self) -> None:
@@ -115,20 +117,25 @@ class Team:
             pass
 
     @contextmanager
-    def together(self, message: Message) -> Generator[None]:
-        """Tell all ranks to do something, and do rank 0's part of it inside.
+    def together(self, message: Message, ranks: range | None = None) -> Generator[None]:
+        """Tell other ranks, or all of them, to do something, and do rank 0's part of it inside.
 
         An error inside leaves the ranks at different places, so that all are replaced before they work again.
 
         Raises:
             WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
         """
+        if self._lost is not None:
+            raise type(self._lost)(str(self._lost))
         try:
-            self._channel.send(message)
+            self._channel.send(message, ranks)
             yield
         except Exception as error:
             self._lost = self._reason(error)
             raise self._lost from error
+        except BaseException:
+            self._lost = WorkerLost("rank 0 was interrupted in the middle of a step")
+            raise
 
     @property
     def is_lost(self) -> bool:
@@ -175,7 +182,7 @@ class Team:
     def close(self) -> None:
         """End all ranks, and wait for it."""
         seconds = 0.0
-        if not self.is_lost and self._orders.is_connected:
+        if not self.is_lost and self.links.are_connected:
             try:
                 self._channel.send(Message(Command.STOP))
                 self._guard.close(says_farewell=True)
@@ -188,11 +195,12 @@ class Team:
         """End all ranks after some seconds in which they may do so by themselves."""
         self._guard.close(says_farewell=False)
         until = time.monotonic() + seconds
+        if not seconds:
+            self.links.disconnect()  # those that wait for rank 0 end by it
         for worker in self._workers.values():
             worker.stop(max(0.0, until - time.monotonic()))
         self._workers.clear()
-        for group in (self.group, self._orders):
-            group.disconnect()
+        self.links.disconnect()
         self._rendezvous = None
 
     def _await(self, what: str, seconds: float) -> None:
@@ -250,8 +258,3 @@ class Team:
         if (loss := self._guard.loss) is not None:
             return loss.error()
         return WorkerLost(f"rank {min(silent)} does not answer: {error}") if silent else error
-
-    def _cut(self) -> None:
-        """Let everything fail at once that waits for other ranks."""
-        for group in (self.group, self._orders):
-            group.cut()

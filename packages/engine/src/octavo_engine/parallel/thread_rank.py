@@ -17,7 +17,7 @@ class ThreadRank:
     """
 
     def __init__(self, host: str, port: int, rank: int) -> None:
-        self._error: Exception | None = None
+        self._error = ""
         self._thread = threading.Thread(target=self._run, args=(host, port, rank), daemon=True)
         self._thread.start()
 
@@ -33,4 +33,4 @@ class ThreadRank:
         try:
             follow(host, port, rank, join_seconds=10.0)
         except Exception as error:  # it is told by `ended`, as a process tells it by its log
-            self._error = error
+            self._error = str(error)  # not the error, which would keep the rank's connections open

@@ -42,14 +42,26 @@ class TorchrunRank:
         """What the ranks of this attempt leave in the store begins with."""
         return f"octavo/{self.attempt}"
 
-    def check_size(self, tensor_parallel_size: int) -> None:
+    def check_size(self, tensor_parallel_size: int, pipeline_parallel_size: int = 1) -> None:
         """Refuse another number of ranks than torchrun has started.
 
         Raises:
             InvalidConfig: says both.
         """
-        if tensor_parallel_size != self.size:
+        num_ranks = tensor_parallel_size * pipeline_parallel_size
+        if num_ranks == self.size:
+            return
+        if pipeline_parallel_size == 1:
             raise InvalidConfig(
                 f"torchrun has started {self.size} processes, tensor_parallel_size is {tensor_parallel_size}; give "
                 "both the same number"
             )
+        sizes = describe_sizes(tensor_parallel_size, pipeline_parallel_size)
+        raise InvalidConfig(f"torchrun has started {self.size} processes, {sizes} needs {num_ranks}; start as many")
+
+
+def describe_sizes(tensor_parallel_size: int, pipeline_parallel_size: int) -> str:
+    """Return the settings that make several ranks, for errors."""
+    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    given = {name: size for name, size in sizes.items() if size > 1} or {"tensor_parallel_size": 1}
+    return " x ".join(f"{name} {size}" for name, size in given.items())

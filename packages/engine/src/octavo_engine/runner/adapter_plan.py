@@ -36,7 +36,7 @@ class AdapterPlan:
         if config.lora_dtype != "auto":
             dtype = getattr(torch, config.lora_dtype)
         adapters = Adapters(
-            AdapterReader(targets, max_rank=config.max_lora_rank, dtype=dtype),
+            AdapterReader(targets, config=model.config, max_rank=config.max_lora_rank, dtype=dtype),
             max_num_loaded=config.max_cpu_loras or config.max_loras,
             is_held=slots.is_held,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -16,10 +16,14 @@ from octavo_engine.adapters.weights import AdapterWeights
 from octavo_engine.batch import AdapterSlot
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.linear_adapters import LinearAdapters, StepAdapters
+from octavo_engine.layers.magnitudes import magnitude_factors
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.forward import Forward, Likeliest, OpByOp, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import ModelInput
+
+_FACTORS_PER_SLOT = 4
+"""Adapters whose factors are kept, so that they need not be made again when one comes back to a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class AdapterPool:
         self._device = device
         self._versions: list[bytes | None] = [None] * options.num_slots
         self._step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
+        self._inputs: InputBuilder | None = None
+        self._factors: dict[bytes, list[Mapping[str, Tensor]]] = {}  # by version, the least recently used first
         self._linears: list[tuple[str, Linear, LinearAdapters]] = []
         for prefix, linear in model.linears():
             adapters = LinearAdapters(
@@ -83,6 +89,7 @@ class AdapterPool:
 
     def record(self, inputs: InputBuilder) -> None:
         """Run steps in the fastest way from now on, on what an InputBuilder makes."""
+        self._inputs = inputs
         with self._step.largest():
             forward = make_forward(self._model, inputs, self._device)
         self._forward = AdaptedForward(forward, self._step)
@@ -94,9 +101,25 @@ class AdapterPool:
             return
         weights = self._weights_of(version)
         self._versions[slot] = None  # until all of it is there
-        for prefix, linear, adapters in self._linears:
-            adapters.fill(slot, weights, prefix, linear.bias)
+        factors = self._factors_of(version, weights)
+        had_factors = [adapters.has_factors for _, _, adapters in self._linears]
+        for (prefix, linear, adapters), own in zip(self._linears, factors, strict=True):
+            adapters.fill(slot, weights, prefix, linear.bias, own)
+        if self._inputs is not None and had_factors != [adapters.has_factors for _, _, adapters in self._linears]:
+            self.record(self._inputs)
         self._versions[slot] = version
+
+    def _factors_of(self, version: bytes, weights: AdapterWeights) -> Sequence[Mapping[str, Tensor]]:
+        """Return each linear's factors by shard, made when an adapter with magnitudes first gets a slot."""
+        if not weights.has_magnitudes:
+            return [{}] * len(self._linears)
+        factors = self._factors.pop(version, None)
+        if factors is None:
+            factors = [magnitude_factors(linear, weights, prefix) for prefix, linear, _ in self._linears]
+        self._factors[version] = factors  # the one used last is the last one
+        while len(self._factors) > _FACTORS_PER_SLOT * len(self._versions):
+            del self._factors[next(iter(self._factors))]
+        return factors
 
     def forward(self, slots: NDArray[np.int64]) -> Forward:
         """Return what runs a step whose tokens have these slots, -1 for the base model."""

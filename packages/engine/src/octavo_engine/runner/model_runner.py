@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.forward import Forward, make_forward
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.logits_buffer import LogitsBuffer
-from octavo_engine.runner.model_input import KVLayer
+from octavo_engine.runner.model_input import KVLayer, ModelInput
 from octavo_engine.runner.pooling import Pooler
 from octavo_engine.runner.prompt_logprobs import PromptLogprobs
 from octavo_engine.runner.rows import Rows
@@ -30,6 +31,19 @@ from octavo_engine.runner.step_rows import StepRows
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_kvcache import group_specs
 from octavo_kvcache.storage import KVStorage
+
+
+class RaggedStep(NamedTuple):
+    """A step with prompts, chunks, forks or embeddings, ready to be computed.
+
+    `drawing` are the places that draw or answer candidates, and `shared` says which of the wanted hidden states each
+    goes by; None if each has its own.
+    """
+
+    rows: StepRows
+    drawing: NDArray[np.int64]
+    shared: NDArray[np.int64] | None
+    model_input: ModelInput
 
 
 class ModelRunner:
@@ -149,15 +163,23 @@ class ModelRunner:
         return self._adapters.forward(slots if num_tokens is None else np.repeat(slots, num_tokens))
 
     @torch.inference_mode()
-    def _run_ragged(self, step: StepRows) -> ModelOutput:
+    def _run_ragged(self, rows: StepRows) -> ModelOutput:
         """Run a step with prompts, chunks, forks or embeddings."""
-        answer = Answer(len(step.rows))
+        step = self._build(rows)
+        return self._read(step, self._forward_of(rows.rows, rows.num_scheduled_tokens)(step.model_input))
+
+    def _build(self, step: StepRows) -> RaggedStep:
+        """Make the input of a step whose rows are up to date."""
         drawing = np.flatnonzero(step.samples & ~self._rows.embeds[step.rows])
         sources, shared = step.sources[drawing], None
         if step.forks:  # one row of logits serves a parent and its forks
             sources, shared = np.unique(sources, return_inverse=True)
-        model_input = self._inputs.build(step, self._rows, step.last_tokens(sources))
-        hidden = self._forward_of(step.rows, step.num_scheduled_tokens)(model_input)
+        return RaggedStep(step, drawing, shared, self._inputs.build(step, self._rows, step.last_tokens(sources)))
+
+    def _read(self, ragged: RaggedStep, hidden: Tensor) -> ModelOutput:
+        """Answer a step whose last hidden states [num_tokens, hidden_size] are there."""
+        step, drawing, shared, model_input = ragged
+        answer = Answer(len(step.rows))
         if self._rows.num_embedding:
             for place, vector in self._pooler.pool(step, self._rows, hidden).items():
                 answer.add_pooled(place, vector)

@@ -45,3 +45,12 @@ CutRule = Callable[[str], Cut | None]
 def read_whole(name: str) -> None:  # noqa: ARG001  # a CutRule
     """Read every tensor as it is."""
     return
+
+
+Keep = Callable[[str], bool]
+"""Says by a tensor's Hugging Face name whether it is read at all."""
+
+
+def keep_all(name: str) -> bool:  # noqa: ARG001  # a Keep
+    """Read every tensor."""
+    return True

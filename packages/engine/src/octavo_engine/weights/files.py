@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile, ModelNotFound
-from octavo_engine.weights.cut import CutRule, read_whole
+from octavo_engine.weights.cut import CutRule, Keep, keep_all, read_whole
 from octavo_engine.weights.stacked import StackedMatrix, hf_stack
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class SafetensorsFiles:
 
     With an index, the files it names are read and every tensor must lie where it says; else `model.safetensors`; else
     every `*.safetensors` of the folder. `paths` are the files, `num_weights` the number of tensors in all of them,
-    `metadata` what else the files say, by key.
+    `num_bytes` what each takes, `metadata` what else the files say, by key.
 
     Raises:
         ModelNotFound: if the folder has no safetensors file.
@@ -39,6 +39,7 @@ class SafetensorsFiles:
         self.paths = tuple(self._find_paths())
         headers = {path: _read_header(path) for path in self.paths}
         self._names = {path: header.names for path, header in headers.items()}
+        self.num_bytes = {name: count for header in headers.values() for name, count in header.num_bytes.items()}
         self.metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
         self.num_weights = sum(map(len, self._names.values()))
         self._check_names()
@@ -103,11 +104,12 @@ class SafetensorsFiles:
         """Yield every tensor with its name, file by file, in the type it is stored in."""
         return self.read(read_whole)
 
-    def read(self, cut: CutRule, num_experts: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the part of every tensor that a rule names, as `__iter__` does the whole.
+    def read(self, cut: CutRule, keep: Keep = keep_all, num_experts: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the part that a rule names of every tensor that is kept, as `__iter__` does the whole of all.
 
         Args:
             cut: the rule.
+            keep: says which, by the names under which they come.
             num_experts: of a mixture, whose experts then come one by one, under names of their own.
 
         Raises:
@@ -121,8 +123,9 @@ class SafetensorsFiles:
                     for name in names:
                         matrices = hf_stack(name, num_experts)
                         for matrix in matrices:
-                            yield matrix.name, _read_matrix(file, name, matrix, num_experts, cut, path)
-                        if not matrices:
+                            if keep(matrix.name):
+                                yield matrix.name, _read_matrix(file, name, matrix, num_experts, cut, path)
+                        if not matrices and keep(name):
                             yield name, _read(file, name, cut, path)
             except SafetensorError as error:
                 raise CorruptModelFile(f"{path}: {error}; download the file again") from error
@@ -170,9 +173,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 class _Header(NamedTuple):
-    """What a file says: the names of its tensors, in the order of their data, and its metadata."""
+    """What a file says: the names of its tensors, in the order of their data, the bytes of each, and its metadata."""
 
     names: list[str]
+    num_bytes: dict[str, int]
     metadata: dict[str, Any]
 
 
@@ -190,7 +194,9 @@ def _read_header(path: Path) -> _Header:
     end = _LENGTH_BYTES + length + max((stop for _, stop in spans.values()), default=0)
     if end != size:
         raise CorruptModelFile(f"{path}: expected {end} bytes, found {size}; download the file again")
-    return _Header(sorted(spans, key=spans.__getitem__), metadata if isinstance(metadata, dict) else {})
+    names = sorted(spans, key=spans.__getitem__)
+    num_bytes = {name: stop - start for name, (start, stop) in spans.items()}
+    return _Header(names, num_bytes, metadata if isinstance(metadata, dict) else {})
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:

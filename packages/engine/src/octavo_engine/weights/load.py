@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo_engine.errors import CorruptModelFile
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
-from octavo_engine.models.registry import Model, model_class
+from octavo_engine.models.registry import Model, ModelClass, model_class
 from octavo_engine.quant.base import QuantMethod, WeightSlot
 from octavo_engine.quant.choose import choose_method
 from octavo_engine.quant.online import quantize_online
@@ -49,6 +49,7 @@ def load_model(
     batch_invariant: bool = True,
     quantization: str | None = None,
     progress: Progress | None = None,
+    make_model: ModelClass | None = None,
 ) -> Model:
     """Make a source's model and fill it with its weights.
 
@@ -61,6 +62,7 @@ def load_model(
         quantization: `int8` or `int4` rounds linears as they are read, see `quantize_online`; the method must hold
             GGUF's blocks. None leaves them as they are.
         progress: called after each weight with the number that was read and the total.
+        make_model: makes the empty model; None goes by the architecture.
 
     Raises:
         UnsupportedModel: if no class runs the architecture, or linears that are to be rounded are quantised already.
@@ -71,7 +73,7 @@ def load_model(
     if isinstance(source, FolderSource) and source.scheme is not None:
         quant = Quantized(quant, batch_invariant=batch_invariant)
     options = LayerOptions(dtype, device, quant, batch_invariant)
-    model = model_class(source.config.architecture)(source.config, options)
+    model = (make_model or model_class(source.config.architecture))(source.config, options)
     weights: Iterable[tuple[str, Weight]] = source.weights()
     if quantization is not None:
         linears = {f"{prefix}{shard.name}.weight" for prefix, linear in model.linears() for shard in linear.shards}

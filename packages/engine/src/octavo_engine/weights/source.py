@@ -20,7 +20,7 @@ from octavo_engine.errors import CorruptModelFile, ModelNotFound, UnsupportedMod
 from octavo_engine.models.config import ModelConfig, token_ids
 from octavo_engine.text.chat_template import ChatTemplate
 from octavo_engine.text.tokenizer import Tokenizer
-from octavo_engine.weights.cut import Cut, CutRule, read_whole
+from octavo_engine.weights.cut import Cut, CutRule, Keep, keep_all, read_whole
 from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.digest import content_digest, sample_digest
 from octavo_engine.weights.files import SafetensorsFiles, read_json
@@ -58,7 +58,9 @@ class Source(ABC):
     num_weights: int
 
     @abstractmethod
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         """Yield each weight once, as (Hugging Face name, tensor on the CPU), in the order of the file.
 
         Unquantised tensors keep the file's type, quantised ones come as their bytes. Either may share memory with the
@@ -67,15 +69,20 @@ class Source(ABC):
         Args:
             cut: the parts that are wanted; nothing else is copied out of the file. Columns may be cut at multiples of
                 `column_block`.
+            keep: the tensors that are wanted; the others are not touched.
 
         Raises:
             CorruptModelFile: if a tensor cannot be read or has an impossible shape.
             UnsupportedModel: if the file holds a tensor that the architecture does not know.
         """
 
+    @abstractmethod
+    def num_bytes(self) -> Mapping[str, int]:
+        """Return how many bytes each weight takes in the file, by the name that `weights` yields; none is read."""
+
     @property
     def is_divisible(self) -> bool:
-        """Whether `weights` can read parts of tensors."""
+        """Whether `weights` can read parts of tensors, and some tensors without the others."""
         return True
 
     def column_block(self, name: str) -> int:  # noqa: ARG002
@@ -216,9 +223,15 @@ class GGUFSource(Source):
             raise UnsupportedModel(f"{self.path}: tensor {info.name!r} is none of the llama architecture's")
         yield name, info
 
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor]]:
         for name, info in self._infos.items():
-            yield name, self._tensor(info, cut(name))
+            if keep(name):
+                yield name, self._tensor(info, cut(name))
+
+    def num_bytes(self) -> Mapping[str, int]:
+        return {name: info.num_bytes for name, info in self._infos.items()}
 
     def column_block(self, name: str) -> int:
         return self._infos[name].type.block_elements if name in self._infos else 1
@@ -327,12 +340,21 @@ class FolderSource(Source):
 
         return QuantizedFiles(self.files, scheme)
 
-    def weights(self, cut: CutRule = read_whole) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
+    def weights(
+        self, cut: CutRule = read_whole, keep: Keep = keep_all
+    ) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
         if self.scheme is None:
-            read = self.files.read(cut, self.config.num_experts)
+            read = self.files.read(cut, keep, self.config.num_experts)
             return ((hf_router(name), weight) for name, weight in read)
-        assert cut is read_whole, "quantised tensors of this form are not cut"
+        assert (cut, keep) == (read_whole, keep_all), "quantised tensors of this form are not cut or left out"
         return iter(self._quantized(self.scheme))
+
+    def num_bytes(self) -> Mapping[str, int]:
+        num_bytes: dict[str, int] = {}
+        for name, count in self.files.num_bytes.items():
+            matrices = hf_stack(name, self.config.num_experts)
+            num_bytes |= {matrix.name: count // len(matrices) for matrix in matrices} or {hf_router(name): count}
+        return num_bytes
 
     @property
     def is_divisible(self) -> bool:

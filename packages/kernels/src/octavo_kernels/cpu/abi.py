@@ -25,6 +25,8 @@ class OpKind(IntEnum):
     APPLY_TOKEN_BITMASK = 11
     LORA_SHRINK = 12
     LORA_EXPAND = 13
+    LORA_LINEAR = 14
+    GROUP_ROWS = 15
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -144,19 +146,23 @@ class ApplyTokenBitmaskArgs(ctypes.Structure):
     _fields_ = _fields("logits bitmask rows", "logits_stride bitmask_stride vocab_size")
 
 
-class LoraShrinkArgs(ctypes.Structure):
-    """Arguments of LORA_SHRINK."""
+class LoraPart(ctypes.Structure):
+    """One of the linears of LoraArgs."""
+
+    _fields_ = _fields("a b ranks scales factors", "first_column num_columns")
+
+
+class LoraArgs(ctypes.Structure):
+    """Arguments of LORA_SHRINK, LORA_EXPAND and LORA_LINEAR."""
 
     _fields_ = _fields(
-        "x a rows groups ranks out",
-        "x_stride num_tiles tile_rows num_spans span_inputs out_span_stride max_rank in_features a_dtype",
+        "x out parts rows groups shrunk",
+        "x_stride out_stride num_parts num_tiles tile_rows num_spans span_inputs shrunk_part_stride shrunk_span_stride "
+        "max_rank in_features a_dtype b_dtype",
     )
 
 
-class LoraExpandArgs(ctypes.Structure):
-    """Arguments of LORA_EXPAND."""
+class GroupRowsArgs(ctypes.Structure):
+    """Arguments of GROUP_ROWS."""
 
-    _fields_ = _fields(
-        "shrunk b rows groups ranks scales out",
-        "out_stride num_tiles tile_rows num_spans span_stride max_rank out_features b_dtype",
-    )
+    _fields_ = _fields("ids rows groups places", "num_groups num_tiles tile_rows bytes_of_id")

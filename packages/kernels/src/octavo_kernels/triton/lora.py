@@ -4,12 +4,15 @@
 # ruff: noqa: N803
 # Triton has no types, and its compile-time parameters are written in capitals.
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.lora import lora_span_inputs
+from octavo_kernels.lora import LoraPart, lora_span_inputs
+from octavo_kernels.reference.lora import multiply_by_factors
 from octavo_kernels.row_groups import RowGroups
 from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 from octavo_kernels.triton._tiles import dot_precision
@@ -43,6 +46,15 @@ def lora_expand(shrunk: Tensor, b: Tensor, groups: RowGroups, ranks: Tensor, sca
         WIDE_DOT=interpreted() and b.dtype == torch.bfloat16, PRECISION=dot_precision(b.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
+
+
+def lora_linear(x: Tensor, parts: Sequence[LoraPart], groups: RowGroups, out: Tensor, shrunk: Tensor) -> None:
+    """Add to out as `octavo_kernels.lora_linear` says."""
+    for part, sums in zip(parts, shrunk, strict=True):
+        lora_shrink(x, part.a, groups, part.ranks, sums)
+        lora_expand(sums, part.b, groups, part.ranks, part.scales, out[:, part.columns])
+        if part.factors is not None:
+            multiply_by_factors(part.factors, groups, part.ranks, out[:, part.columns])
 
 
 @triton.jit

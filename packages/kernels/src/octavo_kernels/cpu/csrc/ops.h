@@ -215,40 +215,47 @@ struct ApplyTokenBitmaskArgs {  // rows: masks
 
 // ---- adapters -------------------------------------------------------------------------------------------------------
 
-struct LoraShrinkArgs {    // rows: of x
+struct LoraPart {         // one of the linears that lie side by side in a product
+  const void* a;          // [adapters, max_rank, in_features] contiguous
+  const void* b;          // [adapters, max_rank, num_columns] contiguous
+  const int32_t* ranks;   // [adapters]
+  const float* scales;    // [adapters]
+  const float* factors;   // [adapters, num_columns] contiguous, or null: sums are multiplied by them, out's share too
+  int64_t first_column;   // of out
+  int64_t num_columns;
+};
+
+struct LoraArgs {          // rows: of x and out; a shrink looks at no b and out, an expand at no x and a
   const float* x;          // [rows, in_features]
-  const void* a;           // [adapters, max_rank, in_features] contiguous
+  float* out;              // [rows, columns of all parts], added to
+  const LoraPart* parts;
   const int32_t* rows;     // [num_tiles, tile_rows], the rows of a tile; those that are no row are passed over
-  const int32_t* groups;   // [num_tiles], the adapter of a tile, below 0 for none
-  const int32_t* ranks;    // [adapters]
-  float* out;              // [num_spans, rows, max_rank]
+  const int32_t* groups;   // [num_tiles], the adapter of a tile; from the first one below 0 on there are no more
+  float* shrunk;           // [num_parts, num_spans, rows, max_rank], written by a shrink and read by an expand
   int64_t x_stride;
+  int64_t out_stride;
+  int64_t num_parts;
   int64_t num_tiles;
   int64_t tile_rows;       // at most 128
   int64_t num_spans;
   int64_t span_inputs;
-  int64_t out_span_stride;
+  int64_t shrunk_part_stride;
+  int64_t shrunk_span_stride;
   int64_t max_rank;
   int64_t in_features;
   int64_t a_dtype;
+  int64_t b_dtype;
 };
 
-struct LoraExpandArgs {    // rows: of out
-  const float* shrunk;     // [num_spans, rows, max_rank]
-  const void* b;           // [adapters, max_rank, out_features] contiguous
-  const int32_t* rows;     // as for shrink
-  const int32_t* groups;
-  const int32_t* ranks;
-  const float* scales;     // [adapters]
-  float* out;              // [rows, out_features], added to
-  int64_t out_stride;
-  int64_t num_tiles;
+struct GroupRowsArgs {     // rows: of ids
+  const void* ids;         // [rows] int32 or int64; outside 0 .. num_groups - 1: in no group
+  int32_t* rows;           // [num_tiles, tile_rows]; the number of rows where there is none
+  int32_t* groups;         // [num_tiles]; -1 for tiles that are not needed
+  int32_t* places;         // [num_groups], overwritten
+  int64_t num_groups;
+  int64_t num_tiles;       // enough for any ids
   int64_t tile_rows;
-  int64_t num_spans;
-  int64_t span_stride;
-  int64_t max_rank;
-  int64_t out_features;
-  int64_t b_dtype;
+  int64_t bytes_of_id;
 };
 
 // ---- the table of ops: the number of each is part of the ABI --------------------------------------------------------
@@ -268,6 +275,8 @@ enum class OpKind : int32_t {
   kApplyTokenBitmask = 11,
   kLoraShrink = 12,
   kLoraExpand = 13,
+  kLoraLinear = 14,
+  kGroupRows = 15,
 };
 
 struct Op {
@@ -289,7 +298,9 @@ void noise(const NoiseArgs&, int64_t num_rows, Team&);
 void noise_at(const NoiseAtArgs&, int64_t num_values, Team&);
 void sample_tokens(const SampleTokensArgs&, int64_t num_rows, Team&);
 void apply_token_bitmask(const ApplyTokenBitmaskArgs&, int64_t num_masks, Team&);
-void lora_shrink(const LoraShrinkArgs&, int64_t num_rows, Team&);
-void lora_expand(const LoraExpandArgs&, int64_t num_rows, Team&);
+void lora_shrink(const LoraArgs&, int64_t num_rows, Team&);
+void lora_expand(const LoraArgs&, int64_t num_rows, Team&);
+void lora_linear(const LoraArgs&, int64_t num_rows, Team&);
+void group_rows(const GroupRowsArgs&, int64_t num_rows, Team&);
 
 }  // namespace octavo

@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 struct Job {
   const Op* ops;
@@ -48,9 +48,13 @@ void run_op(const Op& op, const Step* step, Team& team) {
     case OpKind::kApplyTokenBitmask:
       return apply_token_bitmask(*static_cast<const ApplyTokenBitmaskArgs*>(op.args), num_rows, team);
     case OpKind::kLoraShrink:
-      return lora_shrink(*static_cast<const LoraShrinkArgs*>(op.args), num_rows, team);
+      return lora_shrink(*static_cast<const LoraArgs*>(op.args), num_rows, team);
     case OpKind::kLoraExpand:
-      return lora_expand(*static_cast<const LoraExpandArgs*>(op.args), num_rows, team);
+      return lora_expand(*static_cast<const LoraArgs*>(op.args), num_rows, team);
+    case OpKind::kLoraLinear:
+      return lora_linear(*static_cast<const LoraArgs*>(op.args), num_rows, team);
+    case OpKind::kGroupRows:
+      return group_rows(*static_cast<const GroupRowsArgs*>(op.args), num_rows, team);
   }
 }
 
