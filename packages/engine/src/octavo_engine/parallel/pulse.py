@@ -96,10 +96,13 @@ class Pulse:
 
     def close(self, *, says_farewell: bool) -> None:
         """End: the others hear a farewell and do not miss this rank, or see the connection closed and do."""
-        if not self._closing:
-            self._says_farewell, self._closing = says_farewell, True
-            self._wake.send(_BEAT)
+        if self._closing:
+            return
+        self._says_farewell, self._closing = says_farewell, True
+        self._wake.send(_BEAT)
         self._thread.join()
+        self._wake.close()
+        self._woken.close()
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -119,8 +122,6 @@ class Pulse:
         for peer in list(self._peers.values()):
             self._forget(peer)
         self._selector.close()
-        self._wake.close()
-        self._woken.close()
 
     def _hear(self, peer: _Peer) -> None:
         try:
