@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,9 @@ from octavo_engine.text.byte_alphabet import CHAR_OF_BYTE
 NOTICE_SECONDS = 10.0
 BACK_SECONDS = 60.0
 MAX_LEN = 8192
+NOTICED = "cannot be reached at"
 OCTAVO = [sys.executable, "-c", "from octavo_server.cli import main; main()"]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -61,9 +66,9 @@ class Client:
         self._path = path
         self.http = httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path)), base_url="http://octavo", timeout=60)
 
-    def tokens(self, num_tokens: int) -> str:
+    def tokens(self, num_tokens: int, seconds: float = 20) -> str:
         """Return the text of so many tokens."""
-        response = self.http.post("/v1/completions", json=body(num_tokens), timeout=20)
+        response = self.http.post("/v1/completions", json=body(num_tokens), timeout=seconds)
         response.raise_for_status()
         answer = response.json()
         assert answer["usage"]["completion_tokens"] == num_tokens
@@ -78,6 +83,17 @@ class Client:
                     return self.tokens(num_tokens)
             time.sleep(0.2)
         raise AssertionError(f"no answer within {seconds} s")
+
+    def await_waiting(self, num_requests: int) -> None:
+        """Wait until so many requests wait for others to end."""
+        name = "octavo_num_requests_waiting "
+        until = time.monotonic() + 10
+        while not any(
+            line.startswith(name) and float(line.split()[1]) == num_requests
+            for line in self.http.get("/metrics").text.splitlines()
+        ):
+            assert time.monotonic() < until, "nobody waits"
+            time.sleep(0.05)
 
     def _accepts(self) -> bool:
         """Return whether somebody listens; httpx2 leaves a socket open where nobody does."""
@@ -114,10 +130,30 @@ def torchrun(network: Network, model: Path, uds: Path) -> list[Program]:
         agent = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
         agent += ["--rdzv-conf", f"is_host={int(index == 0)}", "--local-addr", machine.address]
         agent += ["--max-restarts", "9", "--no-python"]
-        options = ["--tensor-parallel-size", "2", "--uds", str(uds), "--served-model-name", "tiny", "--threads", "1"]
-        options += ["--num-blocks", "600", "--state-dir", ":memory:"]
-        programs.append(machine.start([*TORCHRUN, *agent, *OCTAVO, "serve", str(model), *options]))
+        programs.append(machine.start([*TORCHRUN, *agent, *OCTAVO, "serve", str(model), *serving(uds)]))
     return programs
+
+
+def ray(network: Network, model: Path, uds: Path, folder: Path) -> list[Program]:
+    """Start a node of a Ray cluster on each machine, kept running as a service would be, and a server on the first."""
+    head, other = network.machines
+    address = f"{head.address}:6379"
+    common = ["--num-cpus", "1", "--object-store-memory", "80000000", "--disable-usage-stats", "--block"]
+    first = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", str(folder)]
+    programs = []
+    for machine, arguments in ((head, first), (other, ["--address", address])):
+        start = [*RAY, "start", "--node-ip-address", machine.address, *arguments, *common]
+        programs.append(machine.start(["sh", "-c", f"while true; do {shlex.join(start)}; sleep 1; done"]))
+        programs[-1].await_output("Ray runtime started", BACK_SECONDS)
+    options = ["--executor", "ray", "--ray-address", address, "--ray-placement", "strict_spread"]
+    programs.append(head.start([*OCTAVO, "serve", str(model), *options, *serving(uds)]))
+    return programs
+
+
+def serving(uds: Path) -> list[str]:
+    """Return the options of every server here."""
+    options = ["--tensor-parallel-size", "2", "--uds", str(uds), "--served-model-name", "tiny", "--threads", "1"]
+    return [*options, "--num-blocks", "600", "--max-num-seqs", "1", "--state-dir", ":memory:"]
 
 
 def test_torchrun_serves_from_two_machines(network: Network, model: Path, tmp_path: Path, client: Client) -> None:
@@ -134,23 +170,76 @@ def test_a_cut_link_ends_in_an_error_and_torchrun_brings_the_service_back(
 ) -> None:
     if network.why_not:
         pytest.skip(f"no link can be cut: {network.why_not}")
-    torchrun(network, model, tmp_path / "octavo.sock")
+    server, _ = torchrun(network, model, tmp_path / "octavo.sock")
     expected = client.await_tokens(40, BACK_SECONDS)
-    cut_and_restore(network, client, how)
-    restored_at = time.monotonic()
-    assert client.await_tokens(40, BACK_SECONDS) == expected
-    print(f"back after {time.monotonic() - restored_at:.1f} s")
+    cut_in_an_answer(network, client, how)
+    await_service(network, client, how, expected)
+    cut_when_idle(network, server, how)
+    await_service(network, client, how, expected)
 
 
-def cut_and_restore(network: Network, client: Client, how: str) -> None:
-    """Cut the link in the middle of an answer, which ends in an error, and restore it."""
+def cut_in_an_answer(network: Network, client: Client, how: str) -> None:
+    """Cut the link in the middle of an answer, which ends in an error."""
     with client.stream(MAX_LEN - 100) as events:
         assert "error" not in next(events)
         cut_at = time.monotonic()
         network.cut(how)
         (error,) = [event["error"] for event in events if "error" in event]
+    check_noticed(cut_at, error)
+
+
+def check_noticed(cut_at: float, error: dict[str, Any]) -> None:
+    """Check the error of a request that ran when the link was cut, and when it came."""
     noticed = time.monotonic() - cut_at
     print(f"noticed after {noticed:.1f} s: {error}")
     assert noticed < NOTICE_SECONDS
     assert error["code"] == "request_lost"
+
+
+def cut_when_idle(network: Network, server: Program, how: str) -> None:
+    """Cut the link while there is nothing to do, which the log says."""
+    num_before = server.output.count(NOTICED)
+    network.cut(how)
+    server.await_output(NOTICED, NOTICE_SECONDS, count=num_before + 1)
+
+
+def await_service(network: Network, client: Client, how: str, expected: str) -> None:
+    """Restore the link; the service comes back by itself."""
     network.restore(how)
+    restored_at = time.monotonic()
+    assert client.await_tokens(40, BACK_SECONDS) == expected
+    print(f"back after {time.monotonic() - restored_at:.1f} s")
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose name leaves room for those of Ray's sockets, which the system bounds."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["drop", "down"])
+def test_ray_serves_from_two_machines_and_mends_itself(
+    network: Network, model: Path, tmp_path: Path, short_folder: Path, client: Client, how: str
+) -> None:
+    """What runs when the link is cut ends in an error, what waits has its answer when the link is back."""
+    pytest.importorskip("ray")
+    *_, server = ray(network, model, tmp_path / "octavo.sock", short_folder)
+    expected = client.await_tokens(40, BACK_SECONDS)
+    if network.why_not:
+        pytest.skip(f"it serves from two loopback addresses, and no link can be cut: {network.why_not}")
+    with ThreadPoolExecutor(1) as pool:
+        with client.stream(MAX_LEN - 100) as events:
+            assert "error" not in next(events)
+            waiting = pool.submit(client.tokens, 40, BACK_SECONDS)
+            client.await_waiting(1)
+            network.cut(how)
+            cut_at = time.monotonic()
+            (error,) = [event["error"] for event in events if "error" in event]
+        check_noticed(cut_at, error)
+        assert not waiting.done()
+        network.restore(how)
+        assert waiting.result() == expected
+    cut_when_idle(network, server, how)
+    await_service(network, client, how, expected)

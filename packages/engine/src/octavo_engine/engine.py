@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from octavo_engine.adapters.info import AdapterStats
@@ -60,6 +60,7 @@ class Engine:
         self.standby = Standby(scheduler, host)
         self._executor = executor
         self._ranks = ranks
+        self._has_started_over = False
         self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
 
     @property
@@ -131,11 +132,11 @@ class Engine:
 
     def step(self) -> list[SequenceUpdate]:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
-        if self._ranks is not None:
-            if self._in_flight and self._ranks.is_lost:
+        if self._ranks is not None and self._ranks.is_lost:
+            if self._in_flight:
                 return self._take_oldest()
-            if not self._ranks.are_ready():
-                return []
+            if (updates := self._replace(self._ranks)) is not None:
+                return updates
         batch = self.scheduler.schedule()
         if batch is not None:
             self._submit(batch)
@@ -151,6 +152,24 @@ class Engine:
         """
         if self._ranks is not None:
             self._ranks.check()
+
+    def _replace(self, ranks: Team) -> list[SequenceUpdate] | None:
+        """Let lost ranks be replaced; None once that is done, and the next step can be chosen.
+
+        The keys and values of all tokens are lost with a rank, whether a step was in flight or not.
+        """
+        updates = []
+        if not self._has_started_over:
+            updates = self._start_over((), ranks.trouble or WorkerLost("a rank was lost"))
+        if not ranks.are_ready():
+            return updates
+        self._has_started_over = False
+        return updates or None
+
+    def _start_over(self, lost: Collection[ScheduledBatch], error: WorkerLost) -> list[SequenceUpdate]:
+        self._has_started_over = True
+        reason = f"{type(error).__name__}: {error}"
+        return self.scheduler.start_over(lost, reason, ends_all=isinstance(error, RankUnreachable))
 
     def drain(self) -> None:
         """Read the steps in flight, of whose sequences nobody wants to hear any more: all were aborted."""
@@ -183,8 +202,7 @@ class Engine:
             _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
             lost = [batch, *(later for later, _ in self._in_flight)]
             self._in_flight.clear()
-            reason = f"{type(error).__name__}: {error}"
-            return self.scheduler.start_over(lost, reason, ends_all=isinstance(error, RankUnreachable))
+            return self._start_over(lost, error)
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

@@ -54,12 +54,9 @@ class PipelinedExecutor(WorkersExecutor):
             WorkerLost: lost ranks cannot be replaced; what a step itself raises comes with its result.
         """
         assert self._staged is not None, "submit without a runner"
-        is_lost = self._team.is_lost
-        if is_lost or self._team.num_restarts != self._num_restarts:
+        if self._team.num_restarts != self._num_restarts:
             self._staged.forget_steps(WorkerLost("the ranks that had begun this step were replaced"))
-        if is_lost:
-            self._team.restart()
-        self._num_restarts = self._team.num_restarts
+            self._num_restarts = self._team.num_restarts
         return self._staged.launch(batch)
 
     def close(self) -> None:

@@ -38,24 +38,29 @@ class MendingTeam(Team):
         self._mending: threading.Thread | None = None
         self._closing = threading.Event()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the ranks must be replaced before the next step, or are being replaced."""
+        return self._mending is not None or super().is_lost
+
     def are_ready(self) -> bool:
-        """Whether a step may run; if not, this waits a moment while lost ranks are being replaced."""
+        """Let lost ranks be replaced, wait a moment for it, and return whether it is done."""
+        if self._mending is None and self.is_lost:
+            self._mending = threading.Thread(target=self._mend, name="octavo-mending", daemon=True)
+            self._mending.start()
         if self._mending is not None:
             self._mending.join(_MOMENT_SECONDS)
             if self._mending.is_alive():
                 return False
             self._mending = None
-        if not self.is_lost:
-            return True
-        self._mending = threading.Thread(target=self._mend, name="octavo-mending", daemon=True)
-        self._mending.start()
-        return False
+        return not self.is_lost
 
     def close(self) -> None:
         """End all ranks, and attempts to replace them."""
         self._closing.set()
         if self._mending is not None:
             self._mending.join()
+            self._mending = None
         super().close()
         self._on_close()
 

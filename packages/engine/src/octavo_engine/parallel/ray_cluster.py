@@ -67,7 +67,8 @@ class RayCluster:
         self._is_ours = not self._ray.is_initialized()
         if self._is_ours:
             _connect(self._ray, address)
-        self.host: str = self._ray.util.get_node_ip_address()
+        own_id = self._ray.get_runtime_context().get_node_id()
+        self.host: str = next(n["NodeManagerAddress"] for n in self._ray.nodes() if n["NodeID"] == own_id)
 
     def __call__(self, host: str, port: int, rank: int) -> RayRank:
         """Start a rank. The first one of a team makes room for all.

@@ -125,8 +125,8 @@ class Team:
         Raises:
             WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
         """
-        if self._lost is not None:
-            raise type(self._lost)(str(self._lost))
+        if (trouble := self.trouble) is not None:
+            raise type(trouble)(str(trouble))
         try:
             self._channel.send(message, ranks)
             yield
@@ -149,7 +149,13 @@ class Team:
         return self._lost or (None if loss is None else loss.error())
 
     def are_ready(self) -> bool:
-        """Whether a step may run, lost ranks being replaced when it begins: see `WorkersExecutor`."""
+        """Replace lost ranks, after which a step may run.
+
+        Raises:
+            WorkerLost: see `restart`.
+        """
+        if self.is_lost:
+            self.restart()
         return True
 
     def check(self) -> None:
