@@ -156,6 +156,44 @@ def serving(uds: Path) -> list[str]:
     return [*options, "--num-blocks", "600", "--max-num-seqs", "1", "--state-dir", ":memory:"]
 
 
+PULSE = """
+import socket, sys, time
+from octavo_engine.parallel.pulse import Pulse
+host, seconds = sys.argv[1], float(sys.argv[3])
+if sys.argv[2] == "listen":
+    with socket.create_server((host, 5117)) as listening:
+        print("listening", flush=True)
+        connection, _ = listening.accept()
+else:
+    connection = socket.create_connection((host, 5117))
+Pulse({1: connection}, seconds, lambda loss: print(loss.error(), flush=True))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["drop", "down"])
+def test_both_ends_notice_a_cut_link_and_survive_a_short_one(network: Network, how: str) -> None:
+    if network.why_not:
+        pytest.skip(f"no link can be cut: {network.why_not}")
+    here, there = network.machines
+    command = [sys.executable, "-c", PULSE, here.address]
+    ends = [here.start([*command, "listen", "2.5"])]
+    ends[0].await_output("listening", 20)
+    ends.append(there.start([*command, "connect", "2.5"]))
+    for end in ends:
+        end.await_output("ready", 20)
+    network.cut(how)
+    time.sleep(0.8)
+    network.restore(how)
+    time.sleep(2.5)
+    assert not any(NOTICED in end.output for end in ends)
+    network.cut(how)
+    for end in ends:
+        end.await_output(NOTICED, 5)
+
+
+@pytest.mark.slow
 def test_torchrun_serves_from_two_machines(network: Network, model: Path, tmp_path: Path, client: Client) -> None:
     if network.why_not:
         print(f"loopback addresses instead of machines: {network.why_not}")
