@@ -232,7 +232,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(default=False, venv_backend="none", requires=["env"])
 def network(session: nox.Session) -> None:
-    """Run a model on two machines, which are network namespaces, by torchrun and by Ray, and cut the link between them."""
+    """Run a model on two machines, which are network namespaces, by torchrun and by Ray; cut and restore their link."""
     session.run(shared_python(session), "-m", "pip", "install", "--quiet", *requirements("network"), external=True)
     pytest(session, "tests/test_network.py", "-m", "slow or not slow", "-rA", *session.posargs)
 
