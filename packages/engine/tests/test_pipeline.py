@@ -4,8 +4,6 @@ import gc
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,13 +100,6 @@ def test_stages_of_several_ranks_each(make: Make) -> None:
     found = answers(make(2, 2, max_num_batched_tokens=32))
     assert found == answers(make(1, 2, max_num_batched_tokens=32))
     check_ties(make(), found)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_stages_on_the_reference_backend(make: Make, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Its last bits depend on company, and so do those of stages, whose steps are others."""
-    monkeypatch.setenv("OCTAVO_BACKEND", "reference")
-    check_ties(make(), answers(make(2, size, max_num_batched_tokens=32)))
 
 
 @pytest.mark.parametrize(
@@ -418,32 +409,3 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(
         llm._engine._executor._team._lost = None
     rank.join(10)
     assert not rank.is_alive()
-
-
-INTERPRETED = """
-import sys
-from octavo_engine import LLM, SamplingParams
-sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=1)
-prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9] * 5}]
-found = []
-for tp_size, num_stages in ((1, 1), (1, 2), (2, 1), (2, 2)):
-    sizes = {"tensor_parallel_size": tp_size, "pipeline_parallel_size": num_stages}
-    with LLM(sys.argv[1], num_blocks=9, max_model_len=32, num_threads=1, show_progress=False, **sizes) as llm:
-        assert llm.info.kernel_backend == "triton", llm.info.kernel_backend
-        found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(prompts, sampling)])
-assert found[0] == found[1] and found[2] == found[3], found
-assert [tokens for tokens, _ in found[0]] == [tokens for tokens, _ in found[2]], found
-"""
-
-
-@pytest.mark.slow
-def test_stages_in_the_triton_interpreter(save_llama: Callable[..., Path]) -> None:
-    """The very numbers of one process, and of ranks that split whole layers."""
-    pytest.importorskip("triton", reason="needs Triton, as an interpreter")
-    environ = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OCTAVO_BACKEND": "triton",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", INTERPRETED, str(save_llama(2))], env=environ, check=True, timeout=280)
