@@ -202,13 +202,13 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that writes a folder with a tiny random Llama of some layers, and a tokenizer of bytes."""
 
-    def save(num_layers: int = 4, *, tied: bool = False) -> Path:
+    def save(num_layers: int = 4, *, tied: bool = False, **sizes: int) -> Path:
         from safetensors.torch import save_file
 
         from octavo_engine.testing import random_weights, tiny_config
 
         folder = tmp_path_factory.mktemp("llama")
-        config = replace(tiny_config(tie_word_embeddings=tied), num_layers=num_layers)
+        config = replace(tiny_config(tie_word_embeddings=tied), num_layers=num_layers, **sizes)
         save_file(random_weights(config), folder / "model.safetensors")
         same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "tie_word_embeddings")
         values = {name: getattr(config, name) for name in (*same, "max_position_embeddings")}

@@ -26,6 +26,7 @@ from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.thread_rank import ThreadRank
+from octavo_engine.quant.choose import has_native_products
 from octavo_engine.types import Request, TokenSpan
 
 TIE = 5e-4
@@ -118,6 +119,26 @@ def test_stages_of_a_mixture(mixtral: Path, monkeypatch: pytest.MonkeyPatch, siz
     assert loads[0][1:] == loads[1]
 
 
+@pytest.mark.skipif(not has_native_products(torch.device("cpu")), reason="needs the native kernels")
+def test_each_rank_rounds_its_linears_to_the_codes_of_the_whole(
+    save_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
+    folder = save_llama(2, hidden_size=64, intermediate_size=128)
+    found = []
+    for sizes in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        with make_llm(folder, *sizes, quantization="int4") as llm:
+            found.append(answers(llm))
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    for (tokens, logprobs), (split_tokens, split_logprobs) in zip(found[0], found[2], strict=True):
+        assert tokens == split_tokens
+        likely = [entry.logprob for entry in logprobs]
+        assert likely == pytest.approx([entry.logprob for entry in split_logprobs], abs=1e-4)
+    with pytest.raises(InvalidConfig, match=r"tensor_parallel_size 4 does not fit .*use 1 or 2$"):
+        make_llm(folder, 1, 4, quantization="int4")
+
+
 def test_stages_compute_different_steps_at_the_same_time(make: Make) -> None:
     """As many steps are on their way as there are stages, and none of them waits for another one's tokens."""
     llm = make(3)
@@ -201,8 +222,6 @@ def test_sizes_and_what_cannot_be_done_are_refused(make: Make) -> None:
         llm.sleep()
     with pytest.raises(InvalidConfig, match="enable_lora needs pipeline_parallel_size 1, got 2"):
         EngineConfig(enable_lora=True, pipeline_parallel_size=2)
-    with pytest.raises(InvalidConfig, match="quantization 'int4' needs pipeline_parallel_size 1, got 2"):
-        EngineConfig(quantization="int4", pipeline_parallel_size=2)
     with pytest.raises(InvalidConfig, match="pipeline_parallel_size must be at least 1, got 0"):
         EngineConfig(pipeline_parallel_size=0)
 

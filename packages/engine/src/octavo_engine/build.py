@@ -83,6 +83,7 @@ def _build_split(
         num_threads=config.num_threads,
         block_size=config.block_size,
         expert_parallel=config.expert_parallel,
+        quantization=config.quantization,
         stage_seconds=config.watchdog_timeout,
     )
     team = make_team(job)

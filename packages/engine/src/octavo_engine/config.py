@@ -128,7 +128,11 @@ class EngineConfig:
                 "lower max_loras"
             )
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            self._check_in_one_piece(name, getattr(self, name))
+            if self.enable_lora and getattr(self, name) > 1:
+                raise InvalidConfig(
+                    f"enable_lora needs {name} 1, got {getattr(self, name)}; a model that is split over several "
+                    "processes takes no adapters"
+                )
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -182,16 +186,3 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """Processes that run the model together."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
-
-    def _check_in_one_piece(self, name: str, size: int) -> None:
-        """Refuse what a model that is split over several processes cannot do."""
-        if size > 1 and self.enable_lora:
-            raise InvalidConfig(
-                f"enable_lora needs {name} 1, got {size}; a model that is split over several processes takes no "
-                "adapters"
-            )
-        if size > 1 and self.quantization in QUANTIZATIONS:
-            raise InvalidConfig(
-                f"quantization {self.quantization!r} needs {name} 1, got {size}; use a checkpoint that is quantised "
-                "already"
-            )

@@ -47,6 +47,7 @@ class Job:
     step_seconds: float
     stage_seconds: float
     expert_parallel: bool
+    quantization: str | None
     instruction_set: str | None
 
     def encode(self) -> str:
@@ -121,7 +122,14 @@ class Job:
         quant = choose_method(
             device, dtype, int8_activations=self.int8_activations, batch_invariant=self.batch_invariant
         )
-        return partial(load_model, device=device, dtype=dtype, quant=quant, batch_invariant=self.batch_invariant)
+        return partial(
+            load_model,
+            device=device,
+            dtype=dtype,
+            quant=quant,
+            batch_invariant=self.batch_invariant,
+            quantization=self.quantization,
+        )
 
 
 def installed_versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from octavo_engine.parallel.stages import plan_stages
 from octavo_engine.parallel.team import STAGE_SECONDS, STEP_SECONDS, Team
 from octavo_engine.parallel.torchrun import TorchrunRank, describe_sizes
 from octavo_engine.quant.choose import native_isa
+from octavo_engine.quant.online import BLOCK
 from octavo_engine.weights.source import Source
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def make_job(
     num_threads: int | None,
     block_size: int,
     expert_parallel: bool = False,
+    quantization: str | None = None,
     stage_seconds: float | None = None,
 ) -> Job:
     """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
@@ -54,6 +56,7 @@ def make_job(
         num_threads: of each rank; None shares torch's among them.
         block_size: of the KV cache.
         expert_parallel: whether a rank has whole experts instead of a part of each.
+        quantization: see `load_model`.
         stage_seconds: that a stage may take over a step before it is taken for lost; None is a day.
 
     Raises:
@@ -66,7 +69,8 @@ def make_job(
             f"Hugging Face's form; serve it with pipeline_parallel_size 1 and tensor_parallel_size 1, or take a GGUF "
             "file"
         )
-    check_size(source.config, size, source.column_block, source.name, expert_parallel=expert_parallel)
+    column_block = source.column_block if quantization is None else _online_block
+    check_size(source.config, size, column_block, source.name, expert_parallel=expert_parallel)
     stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
     num_ranks = size * num_stages
     num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else num_ranks
@@ -91,8 +95,14 @@ def make_job(
         step_seconds=STEP_SECONDS,
         stage_seconds=STAGE_SECONDS if stage_seconds is None else stage_seconds,
         expert_parallel=expert_parallel,
+        quantization=quantization,
         instruction_set=native_isa() if device.type == "cpu" else None,
     )
+
+
+def _online_block(name: str) -> int:  # noqa: ARG001  # a ColumnBlock
+    """Return how many columns are rounded together, so that parts have the codes of the whole."""
+    return BLOCK
 
 
 def make_team(job: Job) -> Team:
