@@ -270,6 +270,7 @@ class QuantisedLlama:
         source = FolderSource(self.folder)
         weights = dict(source.weights())
         assert len(weights) == source.num_weights
+        assert source.num_bytes().keys() == weights.keys()
         for name, values in self.linears.items():
             read = weights[f"{name}.weight"].values()
             assert tuple(read.shape) == weights[f"{name}.weight"].shape == tuple(values.shape)
