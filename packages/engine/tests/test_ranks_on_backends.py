@@ -16,8 +16,10 @@ pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]
 import torch
 
 from octavo_engine import LLM, SamplingParams
+from octavo_engine.layers import experts
 from octavo_engine.parallel import split
 from octavo_engine.parallel.thread_rank import ThreadRank
+from octavo_engine.quant import choose
 
 transformers = pytest.importorskip("transformers")
 
@@ -88,3 +90,27 @@ def test_ranks_draw_the_tokens_of_one_process(
     folder = checkpoint(tmp_path, kind, sizes)
     byte_tokenizer(folder / "tokenizer.json", 67)
     assert answers(folder, **options) == answers(folder)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernel for all experts at once is Triton's")
+def test_experts_in_one_kernel_are_dealt_out_too(
+    tmp_path: Path, byte_tokenizer: Callable[[Path, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where nothing is packed; of three experts one rank has one and the other two."""
+    num_experts: list[int] = []
+
+    def counted(x: torch.Tensor, gate_up: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        num_experts.append(len(gate_up))
+        return fused_moe(x, gate_up, *rest)
+
+    fused_moe = experts.fused_moe
+    monkeypatch.setattr(experts, "fused_moe", counted)
+    monkeypatch.setattr(choose, "has_native_products", lambda device: False)
+    kind, sizes, options = SPLITS["EP 2"]
+    folder = checkpoint(tmp_path, kind, sizes)
+    byte_tokenizer(folder / "tokenizer.json", 67)
+    expected = answers(folder)
+    assert set(num_experts) == {3}
+    num_experts.clear()
+    assert answers(folder, **options) == expected
+    assert set(num_experts) == {1, 2}
