@@ -21,6 +21,7 @@ from octavo_engine.parallel.plan import ShardPlan, vocabulary_part
 from octavo_engine.parallel.stages import Stage
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.weights.cut import read_whole
+from octavo_engine.weights.load import Weight
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import Source
 from octavo_engine.weights.stored import StoredTensor
@@ -41,18 +42,18 @@ class PartOfSource:
     def __init__(self, source: Source, plan: ShardPlan, stage: Stage | None = None) -> None:
         self.name = source.name
         self.config = plan.config
+        self.is_quantized = source.is_quantized
         self.num_bytes = 0
         self._source = source
         self._plan = plan
         self._stage = stage
         self.num_weights = sum(map(self._keeps, source.num_bytes()))
 
-    def weights(self) -> Iterator[tuple[str, Tensor | StoredTensor]]:
+    def weights(self) -> Iterator[tuple[str, Weight]]:
         """Yield each weight's part once; biases that another rank adds are zeros."""
         cut = self._plan if self._plan.size > 1 else read_whole
         for name, weight in self._source.weights(cut, self._keeps):
-            assert not isinstance(weight, QuantizedTensor), "these are not cut, and refused before"
-            self.num_bytes += weight.rows.nbytes if isinstance(weight, StoredTensor) else weight.nbytes
+            self.num_bytes += _num_bytes(weight)
             if self._plan.rank and self._plan.is_added_once(name):
                 assert isinstance(weight, Tensor), "biases are not quantised"
                 yield name, torch.zeros_like(weight)
@@ -63,6 +64,15 @@ class PartOfSource:
         if self._stage is not None and not self._stage.keeps(name, tied=self.config.tie_word_embeddings):
             return False
         return not self._plan.leaves_out(name)
+
+
+def _num_bytes(weight: Weight) -> int:
+    match weight:
+        case StoredTensor():
+            return int(weight.rows.nbytes)
+        case QuantizedTensor():
+            return weight.num_bytes
+    return weight.nbytes
 
 
 class Shard:

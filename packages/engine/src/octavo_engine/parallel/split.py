@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from octavo_engine.errors import InvalidConfig, UnsupportedModel
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
 from octavo_engine.parallel.leader import LeadingModel, PipelinedModel
@@ -61,14 +61,9 @@ def make_job(
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
-        UnsupportedModel: the architecture cannot be split, or the checkpoint's form of quantisation.
+        UnsupportedModel: the architecture cannot be split.
+        CorruptModelFile: a quantised weight of which columns are to be cut is damaged; names it.
     """
-    if not source.is_divisible:
-        raise UnsupportedModel(
-            f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
-            f"Hugging Face's form; serve it with pipeline_parallel_size 1 and tensor_parallel_size 1, or take a GGUF "
-            "file"
-        )
     column_block = source.column_block if quantization is None else _online_block
     check_size(source.config, size, column_block, source.name, expert_parallel=expert_parallel)
     stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
