@@ -7,7 +7,7 @@ import pytest
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Parent
-from octavo_engine.errors import WorkerLost
+from octavo_engine.errors import RankUnreachable, RequestFailed, RequestLost, WorkerLost, request_error
 from octavo_engine.executor.fake import hashed_next_token
 from octavo_engine.preemption import PreemptionPolicy, TransferCost
 from octavo_engine.scheduler_bench import SchedulerBench
@@ -23,21 +23,29 @@ class Lost:
         raise WorkerLost("rank 1 is gone")
 
 
+class OutOfReach:
+    """The answer of a step whose machine went out of reach."""
+
+    def result(self) -> ModelOutput:
+        raise RankUnreachable("rank 1 is out of reach")
+
+
 class LosingExecutor:
     """An executor that loses its memory in some steps, with whatever these bring."""
 
     max_in_flight = 1
 
-    def __init__(self, executor: Any, lost: set[int]) -> None:
+    def __init__(self, executor: Any, lost: set[int], answer: type = Lost) -> None:
         self._executor = executor
         self._lost = lost
+        self._answer = answer
 
     def submit(self, batch: ScheduledBatch) -> Any:
         if batch.step_id not in self._lost:
             return self._executor.submit(batch)
         self._executor._release(batch)
         self._executor._memory.clear()
-        return Lost()
+        return self._answer()
 
 
 def make(lost: set[int], **options: Any) -> SchedulerBench:
@@ -83,6 +91,24 @@ def test_what_meets_it_twice_ends_with_the_reason_and_what_waits_is_served() -> 
     assert bench.reasons() == {("first", 0): FinishReason.ERROR, ("second", 0): FinishReason.LENGTH}
     assert [update.error for update in bench.updates if update.error] == ["WorkerLost: rank 1 is gone"]
     bench.assert_empty()
+
+
+def test_what_runs_when_a_machine_goes_out_of_reach_ends_and_what_waits_is_served() -> None:
+    bench = SchedulerBench.make(NEXT_TOKEN, 0, max_num_seqs=1)
+    bench.engine._executor = LosingExecutor(bench.executor, {2}, OutOfReach)
+    for name in ("runs", "waits"):
+        bench.add(name, range(5), max_tokens=6)
+    bench.run()
+    assert bench.reasons() == {("runs", 0): FinishReason.ERROR, ("waits", 0): FinishReason.LENGTH}
+    assert [update.error for update in bench.updates if update.error] == ["RankUnreachable: rank 1 is out of reach"]
+    bench.assert_empty()
+
+
+def test_an_error_says_whether_the_request_may_be_sent_again() -> None:
+    assert type(request_error("RankUnreachable: rank 1", "")) is RequestLost
+    assert type(request_error("WorkerLost: rank 1", "")) is RequestLost
+    assert type(request_error("MemoryError: no room", "")) is RequestFailed
+    assert str(request_error(None, "it failed")) == "it failed"
 
 
 def test_nothing_that_was_cached_kept_or_pinned_is_hit_afterwards() -> None:

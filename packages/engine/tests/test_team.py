@@ -197,15 +197,23 @@ def test_a_killed_worker_is_replaced_and_costs_no_request(split_llm: LLM, caplog
     assert f"rank 1 (process {first}) was killed by signal 9 (SIGKILL)" in caplog.text
     second = worker_of(split_llm).pid
     assert second != first
-    # Requests that lose a worker twice end with its reason; the engine goes on.
+    # One that is lost between two requests takes the prefix cache with it.
     executor = split_llm._engine._executor
+    os.kill(second, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while not executor._team.is_lost:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert tokens_of(split_llm) == expected
+    assert split_llm.stats().num_lost_steps == 1
+    # Requests that lose a worker twice end with its reason; the engine goes on.
     executor._team.restart = lambda: setattr(executor._team, "_lost", WorkerLost("rank 1 is gone"))
     kill_in_step(split_llm, 1)
     with pytest.raises(RequestFailed, match=r"WorkerLost: "):
         tokens_of(split_llm)
+    third = worker_of(split_llm).pid
     split_llm.close()
-    assert not is_running(first)
-    assert not is_running(second)
+    assert not any(is_running(pid) for pid in (first, second, third))
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}

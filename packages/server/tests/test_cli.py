@@ -100,6 +100,12 @@ def test_the_mode_reaches_the_configuration(octavo, command):
             ["serve", "--pipeline-parallel-size", "2", "--enable-lora"],
             "enable_lora needs pipeline_parallel_size 1, got 2",
         ),
+        (
+            ["serve", "--executor", "ray"],
+            "executor ray runs the ranks of a model that is split; give tensor_parallel_s",
+        ),
+        (["serve", "--ray-placement", "near"], "ray_placement 'near' is not one of pack, spread, strict_pack"),
+        (["serve", "--rank-timeout", "0"], "rank_timeout must be from 1 to 3600 seconds, got 0"),
         (["serve", "--kv-cache-gib", "1", "--kv-cache-bytes", "1"], "--kv-cache-gib and --kv-cache-bytes both came"),
         (["serve", "--host-kv-gib", "1", "--host-kv-bytes", "1"], "--host-kv-gib and --host-kv-bytes both came"),
         (["serve", "--preemption-mode", "never"], "preemption_mode 'never' is not one of"),
@@ -310,3 +316,25 @@ def test_serve_finds_a_port_in_use_before_it_loads_the_model(octavo):
     assert result.exit_code == 2
     assert "choose another --host or --port" in result.stderr
     assert octavo.configs == []
+
+
+def test_ranks_go_where_the_operator_says(octavo, engine):
+    engine.broken = ModelNotFound("none here")
+    options = "--tensor-parallel-size", "2", "--executor", "ray", "--ray-address", "head:6379"
+    octavo("serve", "--port", "0", *options, "--ray-placement", "strict_spread", "--rank-timeout", "9")
+    (config,) = octavo.configs
+    assert (config.executor, config.ray_address) == ("ray", "head:6379")
+    assert (config.ray_placement, config.rank_timeout) == ("strict_spread", 9)
+
+
+def test_a_server_that_torchrun_has_started_ends_with_its_engine(octavo, engine, monkeypatch):
+    """So that torchrun starts all ranks again."""
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    for name, value in {**environ, "TORCHELASTIC_RUN_ID": "run"}.items():
+        monkeypatch.setenv(name, value)
+    end = threading.Timer(0.5, lambda: setattr(engine, "broken", EngineDead("rank 1 cannot be reached")))
+    end.start()
+    result = octavo("serve", "--tensor-parallel-size", "2", "--port", "0")
+    end.join()
+    assert result.exit_code == 2
+    assert result.stderr.endswith("error: rank 1 cannot be reached\n")

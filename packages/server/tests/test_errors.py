@@ -11,6 +11,7 @@ from octavo_engine.errors import (
     InvalidRequest,
     PromptTooLong,
     RequestFailed,
+    RequestLost,
 )
 from octavo_server.errors import ApiError, to_api_error
 
@@ -315,6 +316,7 @@ def test_an_unforeseen_error_is_500_without_details(make_client, engine):
         (InvalidRequest("m", param="top_p"), 400, "top_p", None),
         (PromptTooLong("m"), 400, "prompt", "context_length_exceeded"),
         (RequestFailed("m"), 500, None, "request_failed"),
+        (RequestLost("m"), 503, None, "request_lost"),
         (EngineBusy("m"), 503, None, "engine_busy"),
         (EngineStuck("m"), 503, None, "engine_stuck"),
         (EngineDead("m"), 503, None, "engine_dead"),

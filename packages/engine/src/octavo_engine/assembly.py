@@ -125,7 +125,7 @@ def assemble(
     info = _describe(source, config, numerics, plan, host_plan, model, started)
     clear_expert_loads(model)  # of the step that was tried
     experts = partial(expert_stats, model) if host is None else partial(expert_stats_of, host)
-    return BuiltEngine(Engine(scheduler, executor, host, adapters.adapters, experts), text, info)
+    return BuiltEngine(Engine(scheduler, executor, host, adapters.adapters, experts, place.team), text, info)
 
 
 def _parts(

@@ -18,7 +18,15 @@ from octavo_engine.async_adapters import AsyncAdapters
 from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
-from octavo_engine.errors import EngineAsleep, EngineDead, EngineError, InvalidRequest, RequestFailed
+from octavo_engine.errors import (
+    EngineAsleep,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    RequestFailed,
+    WorkerLost,
+    request_error,
+)
 from octavo_engine.mailbox import Letter, Mailbox, Reader, post
 from octavo_engine.pins import Pin
 from octavo_engine.relay import Relay
@@ -127,7 +135,7 @@ class AsyncEngine:
                     if update.pooled is not None:
                         return update
                     if update.finish_reason is not None:
-                        raise RequestFailed(update.error or f"the request ended: {update.finish_reason}")
+                        raise request_error(update.error, f"the request ended: {update.finish_reason}")
 
     async def warm(self, request: Request) -> WarmOutput:
         """Compute a prompt into the prefix cache. See `EngineClient.warm`."""
@@ -236,6 +244,10 @@ class AsyncEngine:
         """Return if the loop runs; raise EngineDead or EngineStuck with the reason if not."""
         if self._dead is not None:
             raise self._dead
+        try:
+            self._engine.check_ranks()
+        except WorkerLost as error:
+            raise EngineDead(f"the engine cannot go on: {error}") from error
         if self._watchdog is not None:
             self._watchdog.check()
 

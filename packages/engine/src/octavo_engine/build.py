@@ -69,7 +69,7 @@ def _build_split(
         )
     from octavo_engine.parallel.leader import LeadingStorage
     from octavo_engine.parallel.pipelined_runner import PipelinedRunner
-    from octavo_engine.parallel.split import load_split, make_job, make_team
+    from octavo_engine.parallel.split import RayPlace, load_split, make_job, make_team
 
     job = make_job(
         source,
@@ -86,7 +86,8 @@ def _build_split(
         quantization=config.quantization,
         stage_seconds=config.watchdog_timeout,
     )
-    team = make_team(job)
+    ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None
+    team = make_team(job, config.rank_timeout, ray)
     staged = partial(PipelinedRunner, max_in_flight=len(job.stages)) if job.is_pipelined else None
     place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team, staged)
     try:

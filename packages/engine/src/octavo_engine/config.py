@@ -13,6 +13,8 @@ _KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
 _MODES = ("exact", "fast")
 QUANTIZATIONS = ("int8", "int4")
 QUEUE_POLICIES = ("arrival", "fair")
+EXECUTORS = ("processes", "ray")
+RAY_PLACEMENTS = ("pack", "spread", "strict_pack", "strict_spread")
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
@@ -72,6 +74,15 @@ class EngineConfig:
             instead of a part of each.
         pipeline_parallel_size: stages that the model's layers are shared out among, each of `tensor_parallel_size`
             ranks; as many steps are computed at once. No more than there are layers.
+        executor: what runs the other ranks: `processes` of this machine, or those that torchrun has started; or `ray`,
+            actors of a Ray cluster that this machine is a node of (extra `ray`).
+        ray_address: of the cluster's head, as host:port; None is RAY_ADDRESS, or else the cluster that this machine is
+            a node of.
+        ray_placement: of ranks on its nodes, as Ray's placement groups have it: `pack`, `spread`, `strict_pack` or
+            `strict_spread`. Rank 0 is this process, on its own node. A rank takes one GPU, or as many CPUs as it has
+            threads.
+        rank_timeout: seconds that the machine of a rank may be out of reach before the rank counts as lost; the
+            operating systems of both machines find out, so that a busy one is not mistaken for a lost one.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -109,6 +120,10 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     expert_parallel: bool = False
     pipeline_parallel_size: int = 1
+    executor: str = "processes"
+    ray_address: str | None = None
+    ray_placement: str = "pack"
+    rank_timeout: float = 6.0
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -162,6 +177,19 @@ class EngineConfig:
             )
         if self.watchdog_timeout is not None and not self.watchdog_timeout > 0:
             raise InvalidConfig(f"watchdog_timeout must be above 0 seconds, got {self.watchdog_timeout}; None is off")
+        if self.executor not in EXECUTORS:
+            raise InvalidConfig(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}")
+        if self.ray_placement not in RAY_PLACEMENTS:
+            raise InvalidConfig(f"ray_placement {self.ray_placement!r} is not one of {', '.join(RAY_PLACEMENTS)}")
+        if self.executor == "ray" and self.num_ranks == 1:
+            raise InvalidConfig(
+                "executor ray runs the ranks of a model that is split; give tensor_parallel_size or "
+                "pipeline_parallel_size too"
+            )
+        if not 1 <= self.rank_timeout <= 3600:
+            raise InvalidConfig(
+                f"rank_timeout must be from 1 to 3600 seconds, got {self.rank_timeout}; 6 is the default"
+            )
         limits = {
             "max_model_len": 1,
             "num_blocks": 2,  # block 0 is reserved

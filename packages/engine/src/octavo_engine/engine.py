@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from octavo_engine.adapters.info import AdapterStats
 from octavo_engine.adapters.store import Adapters
 from octavo_engine.batch import ScheduledBatch
 from octavo_engine.branch import Branch, Parent, unknown_parent
-from octavo_engine.errors import UnknownAdapter, WorkerLost
+from octavo_engine.errors import RankUnreachable, UnknownAdapter, WorkerLost
 from octavo_engine.executor.base import Executor, Pending
 from octavo_engine.executor.inline import Done
+from octavo_engine.executor.workers import Team
 from octavo_engine.expert_stats import ExpertStats
 from octavo_engine.overlap import OverlapStats
 from octavo_engine.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Engine:
         host: holds the model; None for one that cannot be put aside.
         adapters: that requests may name; None if they may name none.
         experts: tells which experts of a mixture the tokens went to.
+        ranks: other processes that have parts of the model; None if there are none.
 
     Attributes:
         scheduler: chooses the steps.
@@ -49,6 +51,7 @@ class Engine:
         host: ModelHost[Any] | None = None,
         adapters: Adapters | None = None,
         experts: Callable[[], ExpertStats] = ExpertStats,
+        ranks: Team | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._adapters = adapters
@@ -56,6 +59,8 @@ class Engine:
         self.pins = scheduler.pins
         self.standby = Standby(scheduler, host)
         self._executor = executor
+        self._ranks = ranks
+        self._has_started_over = False
         self._in_flight: deque[tuple[ScheduledBatch, Pending]] = deque()
 
     @property
@@ -127,12 +132,44 @@ class Engine:
 
     def step(self) -> list[SequenceUpdate]:
         """Advance by one step and return what finished steps brought; may be empty while steps are in flight."""
+        if self._ranks is not None and self._ranks.is_lost:
+            if self._in_flight:
+                return self._take_oldest()
+            if (updates := self._replace(self._ranks)) is not None:
+                return updates
         batch = self.scheduler.schedule()
         if batch is not None:
             self._submit(batch)
         if batch is None or len(self._in_flight) >= self._executor.max_in_flight:
             return self._take_oldest()
         return []
+
+    def check_ranks(self) -> None:
+        """Return if all processes that have a part of the model work, or will be replaced.
+
+        Raises:
+            WorkerLost: one was lost, and this engine cannot replace it.
+        """
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def _replace(self, ranks: Team) -> list[SequenceUpdate] | None:
+        """Let lost ranks be replaced; None once that is done, and the next step can be chosen.
+
+        The keys and values of all tokens are lost with a rank, whether a step was in flight or not.
+        """
+        updates = []
+        if not self._has_started_over:
+            updates = self._start_over((), ranks.trouble or WorkerLost("a rank was lost"))
+        if not ranks.are_ready():
+            return updates
+        self._has_started_over = False
+        return updates or None
+
+    def _start_over(self, lost: Collection[ScheduledBatch], error: WorkerLost) -> list[SequenceUpdate]:
+        self._has_started_over = True
+        reason = f"{type(error).__name__}: {error}"
+        return self.scheduler.start_over(lost, reason, ends_all=isinstance(error, RankUnreachable))
 
     def drain(self) -> None:
         """Read the steps in flight, of whose sequences nobody wants to hear any more: all were aborted."""
@@ -165,7 +202,7 @@ class Engine:
             _log.error("step %d was lost, and the keys and values of all tokens with it: %s", batch.step_id, error)
             lost = [batch, *(later for later, _ in self._in_flight)]
             self._in_flight.clear()
-            return self.scheduler.start_over(lost, f"{type(error).__name__}: {error}")
+            return self._start_over(lost, error)
         except Exception as error:  # whatever the step raised, it ends the requests of this step and no others
             _log.exception("step %d failed; its %d sequences end with an error", batch.step_id, batch.num_rows)
             return self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

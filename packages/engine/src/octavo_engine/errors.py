@@ -13,9 +13,12 @@
         │   ├── UnknownAdapter   no adapter has this name
         │   └── InvalidAdapter   an adapter's files cannot be read, or do not fit the model or its limits
         ├── RequestFailed        the engine could not compute this request; the others go on
+        │   └── RequestLost      a process or machine with a part of the model was lost; it may be sent again
         ├── IncompatibleWeights  weights that were to replace others are of another model, or changed unasked
         ├── RankMismatch         processes that are to run one model together have other files or versions
         ├── WorkerLost           a process that holds a part of the model has ended, does not answer, or never joined
+        │   └── RankUnreachable  its machine cannot be reached any more
+        ├── ClusterFull          a cluster has no room for the processes that a model is split over
         ├── EngineInUse          what was asked for needs an idle engine, and this one is at work
         ├── EngineBusy           the engine could not take this request now; the same one may succeed later
         │   └── EngineAsleep     it sleeps, or is about to, or its weights are being replaced
@@ -119,6 +122,10 @@ class RequestFailed(EngineError):
         self.outputs = outputs
 
 
+class RequestLost(RequestFailed):
+    """A process or a machine that had a part of the model was lost while the request ran; it may be sent again."""
+
+
 class EngineBusy(EngineError):
     """The engine had no room for this request when it came; nothing of it was begun, and it may succeed later."""
 
@@ -143,9 +150,31 @@ class WorkerLost(EngineError):
     """A process that holds a part of the model has ended, does not answer, or never joined; names it and the reason."""
 
 
+class ClusterFull(EngineError):
+    """A cluster has no room for the processes that a model is split over; says what they need and what is free."""
+
+
+class RankUnreachable(WorkerLost):
+    """A process that holds a part of the model may well live, but its machine has not answered for some seconds."""
+
+
 class EngineStuck(EngineError):
     """The engine makes no step though it should; it may go on later, and until then takes no requests."""
 
 
 class EngineDead(EngineError):
     """The engine has stopped; every request in flight and every later one ends with this error."""
+
+
+_LOSSES = (WorkerLost.__name__, RankUnreachable.__name__)
+
+
+def request_error(reason: str | None, otherwise: str) -> RequestFailed:
+    """Return the error of a request that the engine could not compute.
+
+    Args:
+        reason: the name of an error and its text, as updates of sequences have it; None if it is not known.
+        otherwise: the text in place of a reason.
+    """
+    kind = RequestLost if reason is not None and reason.partition(":")[0] in _LOSSES else RequestFailed
+    return kind(reason or otherwise)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Parent
 from octavo_engine.engine import Engine
-from octavo_engine.errors import InvalidRequest, RequestFailed
+from octavo_engine.errors import InvalidRequest, RequestFailed, request_error
 from octavo_engine.offline_request import Choice, OfflineRequest
 from octavo_engine.prompts import EncodedPrompt
 from octavo_engine.text.processor import TextProcessor
@@ -152,7 +152,7 @@ class OfflineRuns:
             while self._engine.has_work:
                 for update in self._engine.step():
                     if update.pooled is None:
-                        raise RequestFailed(update.error or "the engine returned no embedding")
+                        raise request_error(update.error, "the engine returned no embedding")
                     by_id[update.request_id] = update
         finally:
             for request in requests:

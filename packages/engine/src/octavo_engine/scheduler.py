@@ -8,7 +8,7 @@ thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from octavo_engine.adapters.slots import AdapterSlots
 from octavo_engine.admission import Admission
@@ -227,14 +227,18 @@ class Scheduler:
         self._residents.distrust_copies(batch.step_id)
         return updates
 
-    def start_over(self, batches: Iterable[ScheduledBatch], reason: str) -> list[SequenceUpdate]:
+    def start_over(
+        self, batches: Collection[ScheduledBatch], reason: str, *, ends_all: bool = False
+    ) -> list[SequenceUpdate]:
         """Take in that all steps in flight were lost, and with them the keys and values of all tokens.
 
-        Everything is computed again from its tokens, but for sequences of these steps that meet this for the second
-        time: these end with an error, lest one that brings the model down does it for ever.
+        Everything is computed again from its tokens, but for sequences that meet this for the second time, of these
+        steps or, where none was in flight, of all that run: these end with an error, lest one that brings the model
+        down does it for ever. `ends_all`: they end so the first time, since nobody knows when the model can be computed
+        again. Those that wait go on waiting.
         """
         sequences = self._take_back(batches)
-        updates = self._end_all([s for s in sequences if s.num_losses > 1], FinishReason.ERROR, reason)
+        updates = self._end_all([s for s in sequences if ends_all or s.num_losses > 1], FinishReason.ERROR, reason)
         self._residents.start_over()
         return updates
 
@@ -349,9 +353,9 @@ class Scheduler:
         self._last_step = self._residents.last_step
         return rows
 
-    def _take_back(self, batches: Iterable[ScheduledBatch]) -> list[Sequence]:
+    def _take_back(self, batches: Collection[ScheduledBatch]) -> list[Sequence]:
         """End steps that have no answers, whose sequences go on; return these."""
-        sequences: dict[Sequence, None] = {}
+        sequences: dict[Sequence, None] = dict.fromkeys(() if batches else self._running)
         for batch in batches:
             self.counters.num_lost_steps += 1
             for sequence, _, _, samples in self._end_step(batch):

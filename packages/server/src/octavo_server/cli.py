@@ -94,6 +94,10 @@ def serve(
     retention_days: options.RetentionDays = 30,
     request_timeout: options.RequestTimeout = None,
     watchdog_timeout: options.WatchdogTimeout = 120.0,
+    executor: options.Executor = "processes",
+    ray_address: options.RayAddress = None,
+    ray_placement: options.RayPlacement = "pack",
+    rank_timeout: options.RankTimeout = 6.0,
     drain_timeout: options.DrainTimeout = DRAIN_SECONDS,
     ssl_certfile: options.SslCertfile = None,
     ssl_keyfile: options.SslKeyfile = None,
@@ -155,6 +159,10 @@ def serve(
             max_pinned_share=max_pinned_share,
             max_num_timelines=max_num_timelines,
             watchdog_timeout=watchdog_timeout or None,
+            executor=executor,
+            ray_address=ray_address,
+            ray_placement=ray_placement,
+            rank_timeout=rank_timeout,
             enable_lora=enable_lora or bool(lora_modules) or lora_dir is not None,
             max_loras=max_loras,
             max_lora_rank=max_lora_rank,
@@ -191,6 +199,7 @@ def _follows(config: EngineConfig) -> bool:
         join_seconds=JOIN_SECONDS,
         local_rank=started.local_rank,
         prefix=started.prefix,
+        ends_process=True,
     )
     return True
 
@@ -228,9 +237,13 @@ def _serve(
                 soft_wrap=True,
             )
             app = create_app(engine, settings, store)
-            server = make_server(app, drain=app.state.server.drain, drain_seconds=drain_seconds, tls=endpoint.tls)
+            check = None if TorchrunRank.of(os.environ) is None else engine.check_health  # it starts rank 0 again
+            drain = app.state.server.drain
+            server = make_server(app, drain=drain, drain_seconds=drain_seconds, tls=endpoint.tls, check=check)
             gc.freeze()  # to walk all of what stays would hold every stream up
             server.run(sockets=[listening])
+            if check is not None:
+                check()
         finally:
             engine.close()
     console.print("stopped")

@@ -28,6 +28,7 @@ from octavo_engine.errors import (
     InvalidAdapter,
     InvalidRequest,
     RequestFailed,
+    RequestLost,
     UnknownAdapter,
     UnknownPin,
 )
@@ -128,6 +129,13 @@ ERRORS: Mapping[type[Exception], ErrorRow] = {
         500, _SERVER, None, "the adapter's files could not be read again; the server's log says more"
     ),
     RequestFailed: ErrorRow(500, _SERVER, "request_failed", "the engine could not compute this request"),
+    RequestLost: ErrorRow(
+        503,
+        _SERVER,
+        "request_lost",
+        "a part of the model was lost while this was computed; send it again",
+        {"retry-after": "10"},
+    ),
     EngineBusy: ErrorRow(503, _SERVER, "engine_busy", None, {"retry-after": "5"}),
     EngineStuck: ErrorRow(503, _SERVER, "engine_stuck", None, {"retry-after": "10"}),
     EngineDead: ErrorRow(

@@ -118,6 +118,16 @@ RequestTimeout = Annotated[float | None, typer.Option(help="Seconds that a reque
 WatchdogTimeout = Annotated[
     float, typer.Option(help="Seconds that a step may take before /health is 503; 0 lets it take any time.", min=0)
 ]
+Executor = Annotated[
+    str, typer.Option(help="Runs the other ranks of a split model: processes, or ray, on a Ray cluster.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Head of the Ray cluster, host:port. Default: RAY_ADDRESS, or this machine's own.")
+]
+RayPlacement = Annotated[str, typer.Option(help="Of ranks on its nodes: pack, spread, strict_pack or strict_spread.")]
+RankTimeout = Annotated[
+    float, typer.Option(help="Seconds that a rank's machine may be out of reach before the rank counts as lost.")
+]
 DrainTimeout = Annotated[float, typer.Option(help="Seconds that requests have to end after SIGTERM.", min=0)]
 SslCertfile = Annotated[Path | None, typer.Option(help="Certificate of the server, in PEM, for HTTPS.")]
 SslKeyfile = Annotated[Path | None, typer.Option(help="Private key of the certificate, if not in its file.")]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from octavo_engine.errors import InvalidConfig
+from octavo_engine.errors import EngineDead, EngineStuck, InvalidConfig
 from octavo_server.config import DRAIN_SECONDS
 from octavo_server.drain import Drain
 from octavo_server.endpoint import Endpoint, Tls
@@ -32,6 +33,8 @@ IDLE_SECONDS = 75
 CLOSE_SECONDS = 5  # for connections to take what was written to them
 _LAST_WORDS_SECONDS = 0.1
 _BACKLOG = 2048
+
+_log = logging.getLogger(__name__)
 
 
 class _Http(H11Protocol):
@@ -106,10 +109,14 @@ class _Server(uvicorn.Server):
         config: uvicorn's.
         drain: knows the requests in progress.
         drain_seconds: within which they may end.
+        check: raises EngineDead where the server shall not outlive the engine; None lets it answer that it has.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Drain, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Drain, drain_seconds: float, check: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
+        self._check = check
         self._drain = drain
         self._drain_seconds = drain_seconds
 
@@ -132,6 +139,14 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop, some times a second."""
+        if self._check is not None and not self._drain.is_begun:
+            try:
+                self._check()
+            except EngineStuck:
+                pass
+            except EngineDead as error:
+                _log.error("the server ends, since %s", error)
+                self._drain.begin(CLOSE_SECONDS)  # its requests have been told, and are about to tell their clients
         return await super().on_tick(counter) or self._drain.is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -211,11 +226,17 @@ def allow_many_connections() -> None:
 
 
 def make_server(
-    app: ASGIApp, *, drain: Drain | None = None, drain_seconds: float = DRAIN_SECONDS, tls: Tls | None = None
+    app: ASGIApp,
+    *,
+    drain: Drain | None = None,
+    drain_seconds: float = DRAIN_SECONDS,
+    tls: Tls | None = None,
+    check: Callable[[], None] | None = None,
 ) -> uvicorn.Server:
     """Return a server for an app; `run(sockets=[...])` serves until SIGINT or SIGTERM.
 
     Requests in progress have some seconds to end then, if the app's `drain` is given; a second signal does not wait.
+    Where `check` is given, the server also ends when that raises EngineDead.
     """
     config = uvicorn.Config(
         app,
@@ -230,4 +251,4 @@ def make_server(
         h11_max_incomplete_event_size=HEADER_BYTES,
         **(tls.options() if tls else {}),
     )
-    return _Server(config, drain or Drain(), drain_seconds)
+    return _Server(config, drain or Drain(), drain_seconds, check)

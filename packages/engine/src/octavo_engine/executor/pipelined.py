@@ -35,6 +35,7 @@ class PipelinedExecutor(WorkersExecutor):
         assert isinstance(runner, StagedRunner), f"{type(runner).__name__} knows no stages"
         self._staged: StagedRunner | None = runner
         self._max_in_flight = runner.max_in_flight
+        self._num_restarts = team.num_restarts
 
     @property
     def max_in_flight(self) -> int:
@@ -53,9 +54,9 @@ class PipelinedExecutor(WorkersExecutor):
             WorkerLost: lost ranks cannot be replaced; what a step itself raises comes with its result.
         """
         assert self._staged is not None, "submit without a runner"
-        if self._team.is_lost:
+        if self._team.num_restarts != self._num_restarts:
             self._staged.forget_steps(WorkerLost("the ranks that had begun this step were replaced"))
-            self._team.restart()
+            self._num_restarts = self._team.num_restarts
         return self._staged.launch(batch)
 
     def close(self) -> None:

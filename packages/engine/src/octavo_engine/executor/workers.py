@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from octavo_engine.batch import ScheduledBatch
-from octavo_engine.executor.base import Pending
+from octavo_engine.errors import WorkerLost
 from octavo_engine.executor.inline import InlineExecutor, Runner
 
 
@@ -17,8 +16,22 @@ class Team(Protocol):
         """Whether they must be replaced before the next step."""
         ...
 
-    def restart(self) -> None:
-        """Replace them; raises WorkerLost if that cannot be."""
+    @property
+    def trouble(self) -> WorkerLost | None:
+        """Why they must be; None if they need not be."""
+        ...
+
+    @property
+    def num_restarts(self) -> int:
+        """How often they were replaced."""
+        ...
+
+    def are_ready(self) -> bool:
+        """Replace them; False if that takes longer, and is to be asked again. Raises WorkerLost if it cannot be."""
+        ...
+
+    def check(self) -> None:
+        """Return if they work, or will be replaced; raise WorkerLost if neither."""
         ...
 
     def close(self) -> None:
@@ -27,7 +40,7 @@ class Team(Protocol):
 
 
 class WorkersExecutor(InlineExecutor):
-    """Runs batches in this thread. A step in which a rank is lost raises WorkerLost, and the next one replaces it.
+    """Runs batches in this thread. A step in which a rank is lost, or before which one was, raises WorkerLost.
 
     Args:
         runner: of rank 0.
@@ -37,16 +50,6 @@ class WorkersExecutor(InlineExecutor):
     def __init__(self, runner: Runner, team: Team) -> None:
         super().__init__(runner)
         self._team = team
-
-    def submit(self, batch: ScheduledBatch) -> Pending:
-        """Run the step.
-
-        Raises:
-            WorkerLost: lost ranks cannot be replaced; what a step itself raises comes with its result.
-        """
-        if self._team.is_lost:
-            self._team.restart()
-        return super().submit(batch)
 
     def close(self) -> None:
         """Drop the runner and end the other ranks."""

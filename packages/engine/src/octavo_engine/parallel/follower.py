@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
+from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.job import Job
+from octavo_engine.parallel.links import Links
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.runner.model_input import KVLayer
@@ -69,7 +71,14 @@ class Follower:
 
 
 def follow(
-    host: str, port: int, rank: int, *, join_seconds: float, local_rank: int | None = None, prefix: str = ""
+    host: str,
+    port: int,
+    rank: int,
+    *,
+    join_seconds: float,
+    local_rank: int | None = None,
+    prefix: str = "",
+    ends_process: bool = False,
 ) -> None:
     """Be a rank of the model that rank 0 runs, until it says stop.
 
@@ -80,12 +89,16 @@ def follow(
         join_seconds: how long to wait for rank 0.
         local_rank: the number of this machine's GPU to take; None is that of the rank.
         prefix: see `Rendezvous`.
+        ends_process: see `Guard`.
 
     Raises:
         WorkerLost: rank 0 does not answer within `join_seconds`, or a rank has ended; rank 0 is told.
+        RankUnreachable: a rank cannot be reached any more; rank 0 is told, if it is another one.
         EngineError: as in loading a model; rank 0 is told.
     """
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
+    connected: list[Links] = []
+    guard = Guard(rank, lambda: [links.cut() for links in connected], ends_process=ends_process)
     try:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank if local_rank is None else local_rank)
@@ -95,10 +108,19 @@ def follow(
         source = job.open()
         rendezvous.leave(f"joined/{rank}", "")
         links = job.links(rank)
+        guard.watch(rendezvous, job.size, wait=join_seconds)
         rendezvous.connect(links, device, job.step_seconds, job.stage_seconds)
+        connected.append(links)
+        guard.check()
         shard = job.load(source, links, device)
         rendezvous.leave(f"loaded/{rank}", str(shard.num_bytes))
         Follower(shard, links.channel(), job, device).run()
     except Exception as error:
-        rendezvous.leave_failure(rank, error)
-        raise
+        reason = guard.reason(error)
+        if guard.loss is None or guard.loss.rank:  # else nobody listens
+            rendezvous.leave_failure(rank, reason)
+        guard.close(says_farewell=False)
+        if reason is error:
+            raise
+        raise reason from error
+    guard.close(says_farewell=True)

@@ -6,6 +6,7 @@ have a group of its own beside it, and several engines.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torch._C._distributed_c10d import Store
 from octavo_engine.errors import WorkerLost
 
 _FOR_EVER = timedelta(days=3650)
+_CUT_TAG = 0x0C07
 
 
 class _Sending(NamedTuple):
@@ -117,6 +119,18 @@ class Group:
         """Drop the connections; others that wait for this rank fail."""
         self._on_their_way.clear()
         self._backend = None
+
+    def cut(self) -> None:
+        """Let everything fail at once that waits here for another rank, in whatever thread, and all that comes."""
+        backend = self._backend
+        if backend is None or self.size == 1:
+            return
+        if backend.name() == "nccl":
+            backend.abort()
+            return
+        # gloo's own abort ends nothing. What it waits for in vain for however short a time closes all its connections.
+        with contextlib.suppress(RuntimeError):
+            backend.recv([torch.empty(1)], (self.rank + 1) % self.size, _CUT_TAG).wait(timedelta(milliseconds=1))
 
     @property
     def is_connected(self) -> bool:

@@ -88,6 +88,11 @@ class Links:
         for group in (self.tensors, self.stages, self.orders):
             group.disconnect()
 
+    def cut(self) -> None:
+        """Let everything fail at once that waits here for another rank; see `Group.cut`."""
+        for group in (self.tensors, self.stages, self.orders):
+            group.cut()
+
     @property
     def are_connected(self) -> bool:
         """Whether the ranks have met, and rank 0 has not let go of them."""

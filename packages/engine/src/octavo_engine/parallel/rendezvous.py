@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from octavo_engine import errors
 from octavo_engine.errors import EngineError, InvalidConfig, WorkerLost
+from octavo_engine.parallel.address import own_address
 from octavo_engine.parallel.links import Links
 
 
@@ -102,5 +103,5 @@ class Rendezvous:
         Raises:
             WorkerLost: one did not come.
         """
-        host = self._host if self._host in ("127.0.0.1", "::1", "localhost") else None
+        host = own_address(*self.address)
         links.connect(self._store, device, seconds=seconds, stage_seconds=stage_seconds, host=host)

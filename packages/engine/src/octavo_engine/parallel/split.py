@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from octavo_engine.errors import InvalidConfig
+from octavo_engine.parallel.guard import RANK_TIMEOUT
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
 from octavo_engine.parallel.leader import LeadingModel, PipelinedModel
+from octavo_engine.parallel.mending import MendingTeam
 from octavo_engine.parallel.plan import check_size
 from octavo_engine.parallel.stages import plan_stages
 from octavo_engine.parallel.team import STAGE_SECONDS, STEP_SECONDS, Team
@@ -24,6 +27,13 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """(weights loaded, weights in all)"""
+
+
+class RayPlace(NamedTuple):
+    """Where on a Ray cluster ranks are to be: see `EngineConfig.ray_address` and `ray_placement`."""
+
+    address: str | None
+    placement: str
 
 
 def make_job(
@@ -100,21 +110,44 @@ def _online_block(name: str) -> int:  # noqa: ARG001  # a ColumnBlock
     return BLOCK
 
 
-def make_team(job: Job) -> Team:
-    """Return the other ranks of a job: processes of this machine, not started, or those that torchrun has started.
+def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT, ray: RayPlace | None = None) -> Team:
+    """Return the other ranks of a job: not started yet, or those that torchrun has started.
+
+    Args:
+        job: what they run.
+        rank_timeout: see `EngineConfig`.
+        ray: where on a Ray cluster they are to be; None starts processes of this machine.
 
     Raises:
-        InvalidConfig: torchrun has started another number of processes, or this is not the first of them.
+        InvalidConfig: torchrun has started another number of processes, or this is not the first of them; or no Ray
+            cluster answers.
     """
     started = TorchrunRank.of(os.environ)
+    if ray is not None:
+        if started is not None:
+            raise InvalidConfig("torchrun has started this process, and executor ray starts ranks too; use one of them")
+        return _ray_team(job, rank_timeout, ray)
     if started is None:
-        return Team(job, WorkerProcess)
+        return Team(job, WorkerProcess, rank_timeout=rank_timeout)
     started.check_size(job.tp_size, len(job.stages))
     if started.rank:
         raise InvalidConfig(
             f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
         )
-    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix)
+    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix, rank_timeout=rank_timeout)
+
+
+def _ray_team(job: Job, rank_timeout: float, place: RayPlace) -> Team:
+    from octavo_engine.parallel.ray_cluster import RayCluster
+
+    cluster = RayCluster(
+        place.address,
+        size=job.size,
+        num_cpus=job.num_threads,
+        num_gpus=int(job.device == "cuda"),
+        placement=place.placement,
+    )
+    return MendingTeam(job, cluster, cluster.close, host=cluster.host, rank_timeout=rank_timeout)
 
 
 def load_split(source: Source, job: Job, team: Team, progress: Progress | None = None) -> LeadingModel:

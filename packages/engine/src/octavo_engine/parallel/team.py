@@ -7,8 +7,9 @@ import time
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from octavo_engine.errors import EngineError, WorkerLost
+from octavo_engine.errors import EngineError, RankUnreachable, WorkerLost
 from octavo_engine.parallel.channel import Command, Message
+from octavo_engine.parallel.guard import RANK_TIMEOUT, Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
 from octavo_engine.parallel.rendezvous import Rendezvous
@@ -42,6 +43,7 @@ class Team:
         port: of it; 0 takes a free one.
         prefix: see `Rendezvous`.
         join_seconds: within which a rank must have joined.
+        rank_timeout: seconds that a rank's machine may be out of reach.
 
     Attributes:
         links: connects rank 0 with the others.
@@ -57,6 +59,7 @@ class Team:
         port: int = 0,
         prefix: str = "",
         join_seconds: float = JOIN_SECONDS,
+        rank_timeout: float = RANK_TIMEOUT,
     ) -> None:
         self._job = job
         self._launch = launch
@@ -69,6 +72,8 @@ class Team:
         self._workers: dict[int, Worker] = {}
         self._memory: Message | None = None
         self._lost: WorkerLost | None = None
+        self._guard = Guard(0, self.links.cut)
+        self._rank_timeout = rank_timeout
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -88,6 +93,7 @@ class Team:
         for rank in range(1, job.size):
             self._workers[rank] = launch(*self._rendezvous.address, rank)
         self._await("joined", self._join_seconds)
+        self._guard.watch(self._rendezvous, job.size, wait=self._join_seconds, seconds=self._rank_timeout)
         self._rendezvous.connect(self.links, job.device_of(0), job.step_seconds, job.stage_seconds)
         self._lost = None
 
@@ -102,6 +108,7 @@ class Team:
         assert self._rendezvous is not None
         for rank in self._workers:
             _log.info("rank %d has read %s bytes of weights", rank, self._rendezvous.take(f"loaded/{rank}"))
+        self._guard.expect_beats(self._job.step_seconds)
 
     def allocate(self, num_blocks: int, num_host_blocks: int) -> None:
         """Let all ranks take memory for their part of the KV cache, and again whenever they are replaced."""
@@ -118,8 +125,8 @@ class Team:
         Raises:
             WorkerLost: a rank has ended, or does not answer; says which and why, as far as is known.
         """
-        if self._lost is not None:
-            raise WorkerLost(str(self._lost))
+        if (trouble := self.trouble) is not None:
+            raise type(trouble)(str(trouble))
         try:
             self._channel.send(message, ranks)
             yield
@@ -133,7 +140,32 @@ class Team:
     @property
     def is_lost(self) -> bool:
         """Whether the ranks must be replaced before the next step."""
-        return self._lost is not None
+        return self._lost is not None or self._guard.loss is not None
+
+    @property
+    def trouble(self) -> WorkerLost | None:
+        """Why the ranks do not work together any more, as far as is known; None if they do. Any thread may ask."""
+        loss = self._guard.loss
+        return self._lost or (None if loss is None else loss.error())
+
+    def are_ready(self) -> bool:
+        """Replace lost ranks, after which a step may run.
+
+        Raises:
+            WorkerLost: see `restart`.
+        """
+        if self.is_lost:
+            self.restart()
+        return True
+
+    def check(self) -> None:
+        """Return if the ranks work, or can be replaced from here.
+
+        Raises:
+            WorkerLost: why they do not; torchrun has to start them again.
+        """
+        if self._launch is None and (trouble := self.trouble) is not None:
+            raise type(trouble)(f"{trouble}; torchrun starts all ranks again, as often as its --max-restarts says")
 
     def restart(self) -> None:
         """Replace all ranks; what they had of the KV cache is gone.
@@ -141,9 +173,9 @@ class Team:
         Raises:
             WorkerLost: they cannot be replaced, or it is for torchrun to do that.
         """
-        if self._launch is None:
-            raise WorkerLost(f"{self._lost}; torchrun starts all ranks again, as often as its --max-restarts says")
+        self.check()
         started = time.monotonic()
+        self._lost = self.trouble
         self._end(0)
         self.start()
         self.await_loaded()
@@ -156,9 +188,10 @@ class Team:
     def close(self) -> None:
         """End all ranks, and wait for it."""
         seconds = 0.0
-        if self._lost is None and self.links.are_connected:
+        if not self.is_lost and self.links.are_connected:
             try:
                 self._channel.send(Message(Command.STOP))
+                self._guard.close(says_farewell=True)
                 seconds = _STOP_SECONDS
             except WorkerLost as error:
                 _log.warning("while the ranks were ended: %s", error)
@@ -166,6 +199,7 @@ class Team:
 
     def _end(self, seconds: float) -> None:
         """End all ranks after some seconds in which they may do so by themselves."""
+        self._guard.close(says_farewell=False)
         until = time.monotonic() + seconds
         if not seconds:
             self.links.disconnect()  # those that wait for rank 0 end by it
@@ -201,6 +235,8 @@ class Team:
     def _culprit(self, ranks: Iterable[int]) -> EngineError | None:
         """Return why one of some ranks has ended by itself; None if none has."""
         assert self._rendezvous is not None
+        if (loss := self._guard.loss) is not None and loss.is_unreachable:  # nor, perhaps, can the store be
+            return loss.error()
         for rank in ranks:
             ended = self._workers[rank].ended()  # first: what a rank says of its end comes before the end
             failure = self._rendezvous.failure(rank)
@@ -216,10 +252,15 @@ class Team:
             return WorkerLost(f"rank 0 failed in the middle of a step: {type(error).__name__}: {error}")
         if self._rendezvous is None:
             return error
-        until = time.monotonic() + _LAST_WORDS_SECONDS
-        while (culprit := self._culprit(self._workers)) is None and time.monotonic() < until:
+        began = time.monotonic()
+        while (culprit := self._culprit(self._workers)) is None:
+            silent = [rank for rank in self._workers.keys() - self._guard.losses if not self._rendezvous.failure(rank)]
+            patience = self._rank_timeout + _LAST_WORDS_SECONDS if silent else _LAST_WORDS_SECONDS
+            if time.monotonic() - began > patience:
+                break
             time.sleep(_LOOK_SECONDS)
         if culprit is not None:
-            return WorkerLost(str(culprit))
-        silent = [rank for rank in self._workers if self._rendezvous.failure(rank) is None]
-        return WorkerLost(f"rank {silent[0]} does not answer: {error}") if silent else error
+            return culprit if isinstance(culprit, RankUnreachable) else WorkerLost(str(culprit))
+        if (loss := self._guard.loss) is not None:
+            return loss.error()
+        return WorkerLost(f"rank {min(silent)} does not answer: {error}") if silent else error

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     from octavo_engine.parallel.team import JOIN_SECONDS
 
     try:
-        follow(host, port, rank, join_seconds=JOIN_SECONDS)
+        follow(host, port, rank, join_seconds=JOIN_SECONDS, ends_process=True)
     except EngineError as error:
         _log.error("%s: %s", type(error).__name__, error)
         return 1

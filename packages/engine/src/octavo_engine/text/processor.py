@@ -14,7 +14,7 @@ from typing import Any
 from octavo_engine.beam_limits import BeamLimits
 from octavo_engine.beam_params import BeamSearchParams
 from octavo_engine.branch import Parent
-from octavo_engine.errors import InvalidRequest, PromptTooLong, RequestFailed
+from octavo_engine.errors import InvalidRequest, PromptTooLong, request_error
 from octavo_engine.stop_automaton import StopAutomaton
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.structured.params import StructuredOutputsParams
@@ -358,7 +358,7 @@ class RequestStream:
         if update.index not in self._open:
             return None
         if update.finish_reason is FinishReason.ERROR:
-            raise RequestFailed(update.error or "the engine could not compute this request")
+            raise request_error(update.error, "the engine could not compute this request")
         text_ids, hidden = self._visible(update)
         finished = update.finish_reason is not None
         delta = self._streams[update.index].push(text_ids, finished=finished)
