@@ -78,14 +78,12 @@ SHARED: dict[str, tuple[Callable[[], QuantizedTensor], tuple[float, float]]] = {
 }
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize(("make", "most"), SHARED.values(), ids=SHARED)
-def test_ranks_keep_their_share(make: Callable[[], QuantizedTensor], most: tuple[float, float], num_ranks: int) -> None:
-    """All ranks' parts together are as large as the whole, or `most` times that where the matrix is cut by columns."""
+def test_four_ranks_keep_their_share(make: Callable[[], QuantizedTensor], most: tuple[float, float]) -> None:
+    """All ranks' parts together are as large as the whole, or as many times that as `most` says, by rows and by columns."""
     whole = make()
     for axis, times in enumerate(most):
-        cuts = [Cut(axis, rank * 512 // num_ranks, (rank + 1) * 512 // num_ranks, 512) for rank in range(num_ranks)]
-        parts = [whole.part(cut) for cut in cuts]
+        parts = [whole.part(Cut(axis, start, start + 128, 512)) for start in range(0, 512, 128)]
         assert torch.equal(torch.cat([part.values() for part in parts], dim=axis), whole.values())
         assert sum(part.num_bytes for part in parts) <= times * whole.num_bytes
 
