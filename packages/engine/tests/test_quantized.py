@@ -80,7 +80,7 @@ SHARED: dict[str, tuple[Callable[[], QuantizedTensor], tuple[float, float]]] = {
 
 @pytest.mark.parametrize(("make", "most"), SHARED.values(), ids=SHARED)
 def test_four_ranks_keep_their_share(make: Callable[[], QuantizedTensor], most: tuple[float, float]) -> None:
-    """All ranks' parts together are as large as the whole, or as many times that as `most` says, by rows and by columns."""
+    """Together they take as much as the whole, or as many times that as `most` says, by rows and by columns."""
     whole = make()
     for axis, times in enumerate(most):
         parts = [whole.part(Cut(axis, start, start + 128, 512)) for start in range(0, 512, 128)]
