@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,11 +14,15 @@ pytest.importorskip("torch", reason="models need the extra octavo-engine[local]"
 import torch
 from torch import Tensor
 
+from octavo_engine import LLM, EngineConfig, InvalidConfig, SamplingParams
+from octavo_engine.parallel import split
 from octavo_engine.parallel.dual_batch import DualBatch, halves
 from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.thread_rank import ThreadRank
 from octavo_engine.runner.model_input import GroupInput, ModelInput
 
 NUM_SUMS = 3
+PROMPTS = [tuple((7 * i + j) % 97 for j in range(length)) for i, length in enumerate([1, 5, 16, 17, 40])]
 
 
 def step_of(rows: Sequence[tuple[int, int]]) -> ModelInput:
@@ -150,3 +155,53 @@ def test_what_one_half_raises_ends_both(group: Group, failing: int, at: int) -> 
     group._backend.events.clear()
     dual.run(compute_of(group), step)  # and the next step runs as ever
     assert len(group._backend.events) == 4 * NUM_SUMS
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}]
+)
+def test_the_numbers_are_those_of_whole_steps(
+    save_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]
+) -> None:
+    check_numbers(save_llama(2), monkeypatch, **sizes)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_the_numbers_of_a_mixture_are_those_of_whole_steps(
+    make_mixtral: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, expert_parallel: bool
+) -> None:
+    folder, _ = make_mixtral(num_key_value_heads=4)
+    check_numbers(folder, monkeypatch, tensor_parallel_size=2, expert_parallel=expert_parallel)
+
+
+def check_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: Any) -> None:
+    """Halved prompts, chunks and decodes have the tokens and log-probabilities of whole ones, to the last bit."""
+    monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
+    num_halved: list[int] = []
+    run = DualBatch.run
+
+    def counting(dual: DualBatch, compute: Any, model_input: ModelInput) -> Tensor:
+        hidden = run(dual, compute, model_input)
+        num_halved.append(dual.num_halved)
+        return hidden
+
+    monkeypatch.setattr(DualBatch, "run", counting)
+    found = []
+    for enable_dbo in (False, True):
+        options = {"num_blocks": 65, "max_num_seqs": 8, "num_threads": 1, "max_num_batched_tokens": 32}
+        with LLM(
+            str(folder), **options, **sizes, show_progress=False, enable_dbo=enable_dbo, dbo_token_threshold=3
+        ) as llm:
+            sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+            outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in PROMPTS], sampling)
+            found.append([(o.prompt_logprobs, o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
+        assert bool(num_halved) == enable_dbo
+    assert max(num_halved) > 8  # prompts, and steps in which all decode
+    assert found[0] == found[1]
+
+
+def test_one_process_has_nothing_to_overlap(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="enable_dbo needs tensor_parallel_size 2 or more, got 1"):
+        EngineConfig(model=str(tmp_path), enable_dbo=True)
+    with pytest.raises(InvalidConfig, match="dbo_token_threshold must be at least 2, got 1"):
+        EngineConfig(model=str(tmp_path), dbo_token_threshold=1)

@@ -94,6 +94,7 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
         (["serve", "--expert-parallel"], "expert_parallel needs tensor_parallel_size 2 or more, got 1"),
+        (["serve", "--enable-dbo"], "enable_dbo needs tensor_parallel_size 2 or more, got 1"),
         (["serve", "--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
         (["serve", "--pipeline-parallel-size", "0"], "pipeline_parallel_size must be at least 1, got 0"),
         (

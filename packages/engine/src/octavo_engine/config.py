@@ -83,6 +83,9 @@ class EngineConfig:
             threads.
         rank_timeout: seconds that the machine of a rank may be out of reach before the rank counts as lost; the
             operating systems of both machines find out, so that a busy one is not mistaken for a lost one.
+        enable_dbo: whether steps of many tokens are computed as two halves (dual batch overlap), each while the ranks
+            add up their parts of the other. It pays where sums take long.
+        dbo_token_threshold: tokens from which on a step is halved then.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -124,6 +127,8 @@ class EngineConfig:
     ray_address: str | None = None
     ray_placement: str = "pack"
     rank_timeout: float = 6.0
+    enable_dbo: bool = False
+    dbo_token_threshold: int = 32
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -156,6 +161,11 @@ class EngineConfig:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
                 "split over processes"
+            )
+        if self.enable_dbo and self.tensor_parallel_size == 1:
+            raise InvalidConfig(
+                "enable_dbo needs tensor_parallel_size 2 or more, got 1; it computes one half of a step while the "
+                "processes add up the other"
             )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:
@@ -204,6 +214,7 @@ class EngineConfig:
             "num_threads": 1,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
+            "dbo_token_threshold": 2,
         }
         for name, low in limits.items():
             value = getattr(self, name)

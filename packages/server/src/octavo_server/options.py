@@ -68,6 +68,10 @@ ExpertParallel = Annotated[
 PipelineParallelSize = Annotated[
     int, typer.Option(help="Stages that the layers are shared out among, each of as many processes.")
 ]
+EnableDBO = Annotated[
+    bool, typer.Option("--enable-dbo", help="Compute one half of a step while processes add up the other.")
+]
+DBOTokenThreshold = Annotated[int, typer.Option(help="Tokens from which on --enable-dbo halves a step.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one step.")]

@@ -23,6 +23,11 @@ Compute = Callable[[ModelInput, slice], Tensor]
 """From a part of a step's input, and which of the step's tokens it is, to their hidden states."""
 
 
+def at_once(compute: Compute, model_input: ModelInput) -> Tensor:
+    """Compute a step in one piece: [num_tokens, hidden_size]."""
+    return compute(model_input, slice(0, len(model_input.token_ids)))
+
+
 class Turns:
     """Two threads of which one runs at a time, until it passes on.
 
@@ -89,7 +94,7 @@ class DualBatch:
         """
         num_tokens = len(model_input.token_ids)
         if num_tokens < self._min_tokens:
-            return compute(model_input, slice(0, num_tokens))
+            return at_once(compute, model_input)
         self.num_halved += 1
         turns = Turns()
         middle = num_tokens // 2

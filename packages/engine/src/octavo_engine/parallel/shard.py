@@ -14,6 +14,7 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
 from octavo_engine.models.llama_stage import LlamaStage
 from octavo_engine.models.registry import Model, ModelClass, model_class
+from octavo_engine.parallel.dual_batch import DualBatch, at_once
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.layers import join_layers
 from octavo_engine.parallel.pipe import Pipe
@@ -86,6 +87,7 @@ class Shard:
         load: makes a model of a source.
         progress: called with the number of weights read and their total.
         expert_parallel: whether a rank has whole experts instead of a part of each.
+        dual_batch: computes steps of many tokens as two halves; None computes all of them at once.
 
     Attributes:
         model: the part.
@@ -103,6 +105,7 @@ class Shard:
         progress: Any = None,
         *,
         expert_parallel: bool = False,
+        dual_batch: DualBatch | None = None,
     ) -> None:
         plan = ShardPlan(source.config, group.rank, group.size, expert_parallel=expert_parallel)
         part = PartOfSource(source, plan, None if pipe is None else stage)
@@ -115,15 +118,21 @@ class Shard:
             join_layers(self.model, plan.first_token_id, group)
         self._group = group
         self._pipe = pipe
+        self._run = at_once if dual_batch is None else dual_batch.run
         self._first_token_id = plan.first_token_id
         self._parts = [vocabulary_part(source.config.vocab_size, rank, group.size) for rank in range(group.size)]
 
     def hidden(self, model_input: ModelInput) -> Tensor | None:
         """Return the last hidden states of a step, [num_tokens, hidden_size]; None if another stage makes them."""
+        model = self.model
         if self._pipe is None:
-            return self.model(model_input)
-        assert isinstance(self.model, LlamaStage)
-        x = self.model.advance(model_input, self._pipe.take(len(model_input.token_ids)))
+            return self._run(lambda part, _: model(part), model_input)
+        assert isinstance(model, LlamaStage)
+        residual = self._pipe.take(len(model_input.token_ids))
+        if residual is None:
+            x = self._run(lambda part, _: model.advance(part, None), model_input)
+        else:
+            x = self._run(lambda part, tokens: model.advance(part, residual[tokens]), model_input)
         if self._pipe.is_last:
             return x
         self._pipe.pass_on(x)

@@ -51,6 +51,7 @@ def make_job(
     expert_parallel: bool = False,
     quantization: str | None = None,
     stage_seconds: float | None = None,
+    dbo_token_threshold: int | None = None,
 ) -> Job:
     """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
 
@@ -68,6 +69,7 @@ def make_job(
         expert_parallel: whether a rank has whole experts instead of a part of each.
         quantization: see `load_model`.
         stage_seconds: that a stage may take over a step before it is taken for lost; None is a day.
+        dbo_token_threshold: tokens from which on steps are computed as two halves; None computes all at once.
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
@@ -101,6 +103,7 @@ def make_job(
         stage_seconds=STAGE_SECONDS if stage_seconds is None else stage_seconds,
         expert_parallel=expert_parallel,
         quantization=quantization,
+        dbo_token_threshold=dbo_token_threshold,
         instruction_set=native_isa() if device.type == "cpu" else None,
     )
 
