@@ -152,6 +152,8 @@ def test_what_one_half_raises_ends_both(group: Group, failing: int, at: int) -> 
     step = step_of([(4, 0), (1, 7)])
     with pytest.raises(RuntimeError, match="no memory"):
         dual.run(compute_of(group, fail), step)
+    begun = [event for event in group._backend.events if event.startswith("start")]
+    assert len(begun) == 2 * at + failing  # the other half does not go on alone
     group._backend.events.clear()
     dual.run(compute_of(group), step)  # and the next step runs as ever
     assert len(group._backend.events) == 4 * NUM_SUMS

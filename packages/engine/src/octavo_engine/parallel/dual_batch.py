@@ -29,14 +29,13 @@ def at_once(compute: Compute, model_input: ModelInput) -> Tensor:
 
 
 class Turns:
-    """Two threads of which one runs at a time, until it passes on.
+    """Two threads of which one runs at a time, until it passes on; both pass on as often.
 
     So both of them call a group's operations in one order, the same on every rank.
     """
 
     def __init__(self) -> None:
         self._may_run = (Semaphore(1), Semaphore(0))
-        self._is_alone = False
         self._failure: BaseException | None = None
         self._local = local()
 
@@ -55,13 +54,10 @@ class Turns:
             self._failure = error
             raise
         finally:
-            self._is_alone = True
             self._may_run[1 - half].release()
 
     def pass_on(self) -> None:
-        """Let the other one run up to where it passes on; return at once if it has ended."""
-        if self._is_alone:
-            return
+        """Let the other one run up to where it passes on, or to its end."""
         half = self._local.half
         self._may_run[1 - half].release()
         self._may_run[half].acquire()
