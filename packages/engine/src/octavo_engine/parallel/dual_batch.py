@@ -96,7 +96,7 @@ class DualBatch:
         middle = num_tokens // 2
         first, second = halves(model_input, middle)
         with self._group.while_summing(turns.pass_on):
-            rest = self._thread.submit(_other_half, turns, compute, second, slice(middle, num_tokens), _stream())
+            rest = self._thread.submit(_other_half, turns, compute, second, slice(middle, num_tokens), _stream(first))
             try:
                 with turns.of(0):
                     hidden = compute(first, slice(0, middle))
@@ -112,9 +112,10 @@ def _other_half(
         return compute(model_input, tokens)
 
 
-def _stream() -> torch.cuda.Stream | None:
-    """Return the stream of this thread, which another thread does not go by by itself."""
-    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+def _stream(model_input: ModelInput) -> torch.cuda.Stream | None:
+    """Return this thread's stream on a GPU, which another thread would not go by."""
+    device = model_input.token_ids.device
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def halves(model_input: ModelInput, middle: int) -> tuple[ModelInput, ModelInput]:
