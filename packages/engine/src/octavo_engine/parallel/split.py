@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
+from math import lcm
 from typing import NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ def make_job(
         UnsupportedModel: the architecture cannot be split.
         CorruptModelFile: a quantised weight of which columns are to be cut is damaged; names it.
     """
-    column_block = source.column_block if quantization is None else _online_block
+    column_block = source.column_block if quantization is None else partial(_rounded_block, source)
     check_size(source.config, size, column_block, source.name, expert_parallel=expert_parallel)
     stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
     num_ranks = size * num_stages
@@ -108,9 +110,9 @@ def make_job(
     )
 
 
-def _online_block(name: str) -> int:  # noqa: ARG001  # a ColumnBlock
-    """Return how many columns are rounded together, so that parts have the codes of the whole."""
-    return BLOCK
+def _rounded_block(source: Source, name: str) -> int:
+    """Return how many columns are stored, and rounded, together: so parts have the codes of the whole."""
+    return lcm(BLOCK, source.column_block(name))
 
 
 def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT, ray: RayPlace | None = None) -> Team:
