@@ -83,6 +83,9 @@ class EngineConfig:
             threads.
         rank_timeout: seconds that the machine of a rank may be out of reach before the rank counts as lost; the
             operating systems of both machines find out, so that a busy one is not mistaken for a lost one.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
+            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -124,6 +127,8 @@ class EngineConfig:
     ray_address: str | None = None
     ray_placement: str = "pack"
     rank_timeout: float = 6.0
+    enforce_eager: bool = False
+    max_num_graphs: int = 40
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -199,6 +204,7 @@ class EngineConfig:
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
             "max_num_timelines": 0,
+            "max_num_graphs": 1,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,
