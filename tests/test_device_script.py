@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "device.py"
-PARTS = ("correctness", "ceilings", "small", "sampling")
+PARTS = ("correctness", "ceilings", "small", "products", "sampling")
 
 
 def test_the_parts_on_kernels_run_and_every_kernel_is_right(tmp_path):
@@ -22,4 +22,8 @@ def test_the_parts_on_kernels_run_and_every_kernel_is_right(tmp_path):
     rows = documents["correctness"]["rows"]
     assert len(rows) >= 30
     assert all(row.get("met", True) and row.get("same_bits", True) for row in rows)
-    assert not [row for document in documents.values() for row in document["rows"] if "not_measured" in row]
+    measured = [row for document in documents.values() for row in document["rows"]]
+    assert not [row for row in measured if "not_measured" in row and "torch" not in row["name"]]
+    products = [row["name"] for row in documents["products"]["rows"] if "error" in row]  # those that were right
+    for kind in ("W4A16", "W8A16", "FP8, rows", "FP8, groups", "int8", "GGUF q4_0", "GGUF q4_k", "GGUF q6_k"):
+        assert [name for name in products if name.startswith(kind)], kind
