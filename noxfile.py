@@ -59,7 +59,15 @@ ON_EVERY_BACKEND = {
     "kvcache": ["packages/kvcache/tests/test_storage.py"],
     "engine": [
         f"packages/engine/tests/test_{name}.py"
-        for name in ("determinism", "llama", "mixture", "model_runner", "ranks_on_backends", "stages_on_backends")
+        for name in (
+            "determinism",
+            "llama",
+            "mixture",
+            "model_runner",
+            "packed_on_device",
+            "ranks_on_backends",
+            "stages_on_backends",
+        )
     ],
 }
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.

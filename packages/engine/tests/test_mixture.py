@@ -16,6 +16,7 @@ from octavo_engine.layers.mixture import MixtureOfExperts, Router
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import WeightSlot
 from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.packed_on_device import PackedOnDevice
 from octavo_engine.quant.unquantized import Unquantized
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 64, 96, 5, 2
@@ -145,5 +146,6 @@ def test_the_kernel_for_mixtures_serves_where_there_is_one() -> None:
     """Weights in another form than rows of numbers are each multiplied by themselves everywhere."""
     has_kernel = os.environ.get("OCTAVO_BACKEND") == "triton"
     expected = StackedExperts if has_kernel else SeparateExperts
-    assert isinstance(make_experts(HIDDEN, INTERMEDIATE, range(2), options=PLAIN), expected)
+    for options in (PLAIN, LayerOptions(quant=PackedOnDevice())):
+        assert isinstance(make_experts(HIDDEN, INTERMEDIATE, range(2), options=options), expected)
     assert isinstance(make_experts(HIDDEN, INTERMEDIATE, range(2), options=OPTIONS["packed"]), SeparateExperts)

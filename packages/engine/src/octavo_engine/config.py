@@ -86,6 +86,9 @@ class EngineConfig:
         enable_dbo: whether steps of many tokens are computed as two halves (dual batch overlap), each while the ranks
             add up their parts of the other. It pays where sums take long.
         dbo_token_threshold: tokens from which on a step is halved then.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
+            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -129,6 +132,8 @@ class EngineConfig:
     rank_timeout: float = 6.0
     enable_dbo: bool = False
     dbo_token_threshold: int = 32
+    enforce_eager: bool = False
+    max_num_graphs: int = 40
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -209,6 +214,7 @@ class EngineConfig:
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
             "max_num_timelines": 0,
+            "max_num_graphs": 1,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,
