@@ -58,7 +58,18 @@ PROBES = {"cuda": "nvidia-smi", "rocm": "rocminfo"}
 ON_EVERY_BACKEND = {
     "kernels": ["packages/kernels/tests"],
     "kvcache": ["packages/kvcache/tests/test_storage.py"],
-    "engine": [f"packages/engine/tests/test_{name}.py" for name in ("determinism", "llama", "mixture", "model_runner")],
+    "engine": [
+        f"packages/engine/tests/test_{name}.py"
+        for name in (
+            "determinism",
+            "llama",
+            "mixture",
+            "model_runner",
+            "packed_on_device",
+            "ranks_on_backends",
+            "stages_on_backends",
+        )
+    ],
 }
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
 ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}

@@ -38,6 +38,7 @@ class OtherWeights:
 
     def __init__(self, source: Source, change: Callable[[torch.Tensor], Weight]) -> None:
         self.name, self.config, self.num_weights = source.name, source.config, source.num_weights
+        self.is_quantized = False
         self._source = source
         self._change = change
 

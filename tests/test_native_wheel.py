@@ -18,6 +18,7 @@ KERNELS = ROOT / "packages/kernels"
 NATIVE = KERNELS / "src/octavo_kernels/cpu"
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni") if platform.machine() == "x86_64" else ("baseline",)
 LIBRARIES = [f"octavo_kernels/cpu/lib/liboctavo_cpu_{isa}.so" for isa in ISAS]
+CUDA_LIBRARY = "octavo_kernels/cuda/lib/octavo_kernels_cuda.so"
 MAX_GLIBC = (2, 28)
 BASE_LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, kind: str, **variables: str) -> Path:
+def build(folder: Path, kind: str, project: Path = KERNELS, **variables: str) -> Path:
     """Build a wheel or an sdist by the standard interface of build backends, where torch cannot be imported."""
     program = (
         "import sys; sys.modules['torch'] = None\n"
@@ -36,7 +37,7 @@ def build(folder: Path, kind: str, **variables: str) -> Path:
     )
     environment = {**os.environ, **variables}
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=KERNELS, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder / run.stdout.splitlines()[-1]
 
@@ -141,10 +142,24 @@ def test_without_a_compiler_the_wheel_is_pure_and_torch_serves(tmp_path: Path) -
     assert said.count("torch serves the cpu backend: this installation was built without a C++ compiler") == 1
 
 
+def test_a_cuda_library_that_was_built_before_is_in_the_wheel(tmp_path: Path) -> None:
+    project = tmp_path / "kernels"
+    shutil.copytree(KERNELS, project, ignore=shutil.ignore_patterns("tests", "lib", "__pycache__"))
+    library = project / "src" / CUDA_LIBRARY
+    library.parent.mkdir()
+    library.write_bytes(b"\0GLIBC_2.17\0")
+    wheel = build(tmp_path, "wheel", project, CXX="/nowhere/g++")
+    assert not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == [CUDA_LIBRARY]
+
+
 def test_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
     with tarfile.open(build(tmp_path, "sdist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(KERNELS)) for path in (NATIVE / "csrc").iterdir()}
     assert sources
+    cuda = {"build.py", "copy_blocks.cu", "copy_blocks.cuh", "copy_blocks.h", "ops.cpp"}
     assert {"hatch_build.py", "src/octavo_kernels/cpu/build.py", *sources} <= names
+    assert {f"csrc_cuda/{name}" for name in cuda} <= names
     assert not [name for name in names if "/cpu/lib/" in name]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +11,9 @@ from torch import Tensor
 
 import octavo_kernels as ok
 from octavo_kernels.testing import make_paged_inputs, tolerance
+from on_device.backends import served_by
 from on_device.bench import Bench
+from on_device.product_kinds import packed_weight
 
 FP8 = torch.float8_e4m3fn
 _UNEQUAL = 0.02
@@ -51,25 +51,12 @@ def run(bench: Bench) -> None:
     for name, case in _cases(smoke=bench.smoke):
         bench.check_time()
         actual = case(Maker(bench.device, False, bench.smoke))
-        with _reference():
+        with served_by("reference"):
             expected = case(Maker(bench.device, True, bench.smoke))
         bench.add(name, value=_error(actual, expected), at_most=1.0, unit="of the tolerance")
         bench.free()
     for name, same in _bits(bench):
         bench.add(name, same_bits=same)
-
-
-@contextmanager
-def _reference() -> Iterator[None]:
-    before = os.environ.get("OCTAVO_BACKEND")
-    os.environ["OCTAVO_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OCTAVO_BACKEND"]
-        else:
-            os.environ["OCTAVO_BACKEND"] = before
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -125,6 +112,10 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
         yield f"weight_only_linear, 4 bits, {rows} rows", lambda m, rows=rows: _weight_only(m, rows, 4, 128)
     yield "weight_only_linear, 4 bits in groups of 32", lambda m: _weight_only(m, m.size(40, 3), 4, 32)
     yield "weight_only_linear, 8 bits", lambda m: _weight_only(m, m.size(17, 3), 8, 128)
+    for form in (ok.WeightFormat.Q4_0, ok.WeightFormat.Q8_0, ok.WeightFormat.Q4_K, ok.WeightFormat.Q6_K):
+        for rows in (1, 40, 130) if not smoke else (3,):
+            yield f"packed_linear, {form.value}, {rows} rows", lambda m, rows=rows, form=form: _packed(m, rows, form)
+        yield f"packed_embedding, {form.value}", lambda m, form=form: _embedded(m, form)
     for rows in (1, 40, 130) if not smoke else (3,):
         yield f"scaled_linear, FP8 by blocks, {rows} rows", lambda m, rows=rows: _scaled(m, rows, FP8, blocks=True)
         yield f"scaled_linear, FP8 by rows, {rows} rows", lambda m, rows=rows: _scaled(m, rows, FP8, blocks=False)
@@ -293,6 +284,23 @@ def _weight_only(make: Maker, rows: int, bits: int, group_size: int) -> Tensor:
     zeros = make.integers(0, 1 << bits, *shape)
     weight = ok.int_weight_from_codes(codes, scales, bits=bits, group_size=group_size, zeros=zeros)
     return ok.weight_only_linear(make.normal(rows, in_features), weight)
+
+
+def _stored(make: Maker, form: ok.WeightFormat) -> ok.PackedWeight:
+    weight = packed_weight(form, make.size(2000, 40), make.size(4096, 256))
+    return replace(weight, data=weight.data.to(make.device))
+
+
+def _packed(make: Maker, rows: int, form: ok.WeightFormat) -> Tensor:
+    """The reference takes fp32 and computes in float64; its result is rounded as the kernel's is."""
+    weight = _stored(make, form)
+    x = make.normal(rows, weight.in_features)
+    return ok.packed_linear(x.float() if make.wide else x, weight).to(torch.bfloat16)
+
+
+def _embedded(make: Maker, form: ok.WeightFormat) -> Tensor:
+    weight = _stored(make, form)
+    return ok.packed_embedding(weight, make.integers(0, weight.out_features, 65))
 
 
 def _scaled(make: Maker, rows: int, dtype: torch.dtype, *, blocks: bool) -> Tensor:

@@ -72,10 +72,30 @@ def _octavo(bench: Bench, config: ModelConfig, requests: list[WorkloadRequest], 
         bench.add(f"octavo, {name}", value=found[name], unit="output tok/s", seconds=seconds, **targeted)
     gain = found["n=1"] / found["reserving"]
     bench.add(f"octavo, blocks beside {context} contiguous tokens a sequence", value=gain, unit="times")
-    if bench.device.type == "cuda" and llm is not None:
+    assert llm is not None
+    if bench.device.type == "cuda":
         for batch in (16, 64):
             bench.add(f"GPU busy, batch {batch}", value=_busy(llm, config, batch), target=BUSY_TARGET, unit="of time")
+    graphs = _decode_rates(bench, llm, config)
+    llm = None
+    bench.free()
+    llm = make_llm(config, bench.device, enforce_eager=True, **options, **runs["uncapped"][0])
+    eager = _decode_rates(bench, llm, config)
+    for batch, rate in graphs.items():
+        gain = {"value": rate / eager[batch], "unit": "times", "output_tok_s": rate}
+        bench.add(f"decode by graphs beside op by op, batch {batch}", **gain)
     return found
+
+
+def _decode_rates(bench: Bench, llm: LLM, config: ModelConfig) -> dict[int, float]:
+    """Return output tokens per second by how many sequences run at once; what is captured is captured before."""
+    token_ids = list(range(100, min(config.vocab_size, 4000)))
+    lengths = {"prompt_length": bench.size(32, 9), "output_length": bench.size(256, 3)}
+    rates: dict[int, float] = {}
+    for batch in (1, 16, 64) if not bench.smoke else (2,):
+        seconds = [run_octavo(llm, make_fixed_workload(batch, seed, token_ids, **lengths)) for seed in (11, 12)]
+        rates[batch] = batch * lengths["output_length"] / seconds[-1]
+    return rates
 
 
 def _token_bytes(config: ModelConfig) -> int:

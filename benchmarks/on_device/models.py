@@ -60,6 +60,10 @@ class RandomSource(Source):
         return {slot.name: slot.num_parameters * itemsize for slot in self._slots}
 
     @property
+    def files_read(self) -> list[Path]:
+        return []
+
+    @property
     def digest(self) -> bytes:
         return bytes(32)
 

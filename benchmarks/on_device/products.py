@@ -2,130 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import octavo_kernels as ok
 from on_device.bench import Bench, Ceilings
+from on_device.product_kinds import Kind, Sizes, activations, error_of, kinds
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # out_features, in_features of a layer
 ROWS = (1, 4, 16, 32, 64, 128, 512)
-FP8 = torch.float8_e4m3fn
 TARGET_ROWS, TARGET = 16, 2.2
-
-Make = Callable[[int, int, int], Callable[[], object]]
-"""(rows, out_features, in_features) -> a call with weights of its own"""
+_MOST_ERROR = 1e-2  # of its size: outputs are rounded to bf16, and tensor cores add FP8 in fewer bits than fp32 has
 
 
 def run(bench: Bench) -> None:
     ceilings = bench.ceilings()
-    shapes = SHAPES if not bench.smoke else ((48, 128),)
-    kinds: dict[str, tuple[Make, float]] = {  # and the bytes of a weight
-        "bf16 (torch)": (lambda *sizes: _bf16(bench, *sizes), 2.0),
-        "W4A16, groups of 128": (lambda *sizes: _weight_only(bench, 4, *sizes), 0.516),
-        "W8A16, groups of 128": (lambda *sizes: _weight_only(bench, 8, *sizes), 1.016),
-        "FP8, rows and outputs": (lambda *sizes: _scaled(bench, FP8, None, *sizes), 1.0),
-        "FP8, groups and blocks of 128": (lambda *sizes: _scaled(bench, FP8, 128, *sizes), 1.0),
-        "FP8, rows and outputs (torch)": (lambda *sizes: _torch_fp8(bench, *sizes), 1.0),
-        "int8, rows and outputs": (lambda *sizes: _scaled(bench, torch.int8, None, *sizes), 1.0),
-    }
-    for rows in ROWS if not bench.smoke else (1, 40):
+    shapes = SHAPES if not bench.smoke else ((48, 256),)
+    for rows in ROWS if not bench.smoke else (3,):
         dense = 0.0
-        for kind, (make, weight_bytes) in kinds.items():
-            name = f"{kind}, {rows} rows"
-            with bench.attempt(name, ours="torch" not in kind):
-                seconds = sum(_time(bench, make, rows, shape, weight_bytes) for shape in shapes)
+        for name, kind in kinds().items():
+            with bench.attempt(f"{name}, {rows} rows", ours="torch" not in name):
+                sizes = [Sizes(rows, *shape) for shape in shapes]
+                error = max(_checked(bench, kind, each) for each in sizes)
+                seconds = sum(_time(bench, kind, each) for each in sizes)
                 dense = dense or seconds
-                _add(bench, name, kind, rows, dense / seconds, seconds, shapes, weight_bytes, ceilings)
+                _add(bench, name, kind, sizes, dense / seconds, seconds, error, ceilings)
     with bench.attempt("fused_moe"):
         _mixture(bench, ceilings)
     with bench.attempt("adapters"):
         _adapters(bench)
 
 
-def _time(bench: Bench, make: Make, rows: int, shape: tuple[int, int], weight_bytes: float) -> float:
-    num_copies = bench.num_copies(int(shape[0] * shape[1] * weight_bytes))
-    seconds = bench.seconds([make(rows, *shape) for _ in range(num_copies)])
+def _checked(bench: Bench, kind: Kind, sizes: Sizes) -> float:
+    """Return by how much a product is off; one that is wrong is not timed."""
+    error = error_of(kind.make(bench, sizes))
+    bench.free()
+    if not error <= _MOST_ERROR:
+        raise ArithmeticError(f"the product of {sizes} is off by {error:.3g} of its size, expected {_MOST_ERROR}")
+    return error
+
+
+def _time(bench: Bench, kind: Kind, sizes: Sizes) -> float:
+    num_copies = bench.num_copies(int(sizes.out_features * sizes.in_features * kind.weight_bytes))
+    seconds = bench.seconds([kind.make(bench, sizes).call for _ in range(num_copies)])
     bench.free()
     return seconds
 
 
 def _add(
-    bench: Bench, name: str, kind: str, rows: int, ratio: float, seconds: float,
-    shapes: Sequence[tuple[int, int]], weight_bytes: float, ceilings: Ceilings,
+    bench: Bench, name: str, kind: Kind, sizes: Sequence[Sizes], ratio: float, seconds: float, error: float,
+    ceilings: Ceilings,
 ) -> None:  # fmt: skip
-    num_weights = sum(out * inputs for out, inputs in shapes)
-    figures = {
-        "unit": "x bf16",
-        "us": seconds * 1e6,
-        "of_copy": num_weights * weight_bytes / seconds / ceilings.copy,
-        "of_gemm": 2 * rows * num_weights / seconds / ceilings.gemm,
-    }
-    if kind.startswith("W4A16") and rows == TARGET_ROWS:
-        bench.add(name, value=ratio, target=TARGET, **figures)
-    else:
-        bench.add(name, value=ratio, **figures)
-
-
-def _x(bench: Bench, rows: int, in_features: int) -> Tensor:
-    return torch.randn(rows, in_features, device=bench.device).to(torch.bfloat16)
-
-
-def _bf16(bench: Bench, rows: int, out_features: int, in_features: int) -> Callable[[], object]:
-    x = _x(bench, rows, in_features)
-    weight = torch.randn(out_features, in_features, device=bench.device).to(torch.bfloat16)
-    return lambda: F.linear(x, weight)
-
-
-def _weight_only(bench: Bench, bits: int, rows: int, out_features: int, in_features: int) -> Callable[[], object]:
-    x = _x(bench, rows, in_features)
-    per_word = 32 // bits
-    words = torch.randint(-(1 << 31), 1 << 31, (in_features // per_word, out_features), device=bench.device)
-    scales = torch.rand(in_features // 128, out_features, device=bench.device).to(torch.float16)
-    weight = ok.IntWeight(words.to(torch.int32), scales, None, None, in_features, 128, bits, 1 << (bits - 1))
-    out = torch.empty(rows, out_features, dtype=x.dtype, device=bench.device)
-    workspace = torch.empty(ok.weight_only_workspace(rows, weight), dtype=torch.uint8, device=bench.device)
-    return lambda: ok.weight_only_linear(x, weight, out=out, workspace=workspace)
-
-
-def _codes(bench: Bench, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randint(-100, 100, (rows, columns), device=bench.device).to(dtype)
-
-
-def _scaled(
-    bench: Bench, dtype: torch.dtype, block: int | None, rows: int, out_features: int, in_features: int
-) -> Callable[[], object]:
-    """Activations are rounded in the call, as a model does it before each product."""
-    x = _x(bench, rows, in_features)
-    weight = _codes(bench, out_features, in_features, dtype)
-    w_shape = (out_features, 1) if block is None else (-(-out_features // 128), -(-in_features // 128))
-    w_scale = torch.rand(w_shape, device=bench.device)
-    codes, scales = ok.quantize_rows(x, dtype, group_size=block)
-    out = torch.empty(rows, out_features, dtype=x.dtype, device=bench.device)
-    size = ok.scaled_workspace(rows, out_features, in_features)
-    workspace = torch.empty(size, dtype=torch.uint8, device=bench.device)
-
-    def call() -> object:
-        ok.quantize_rows(x, dtype, group_size=block, out=codes, scales=scales)
-        return ok.scaled_linear(codes, weight, scales, w_scale, out=out, workspace=workspace)
-
-    return call
-
-
-def _torch_fp8(bench: Bench, rows: int, out_features: int, in_features: int) -> Callable[[], object]:
-    x = _x(bench, rows, in_features)
-    weight = _codes(bench, out_features, in_features, FP8)
-    w_scale = torch.rand(1, out_features, device=bench.device)
-    codes, scales = ok.quantize_rows(x, FP8)
-
-    def call() -> object:
-        ok.quantize_rows(x, FP8, out=codes, scales=scales)
-        return torch._scaled_mm(codes, weight.T, scales, w_scale, out_dtype=torch.bfloat16)
-
-    return call
+    num_weights = sum(each.out_features * each.in_features for each in sizes)
+    rows = sizes[0].rows
+    targeted = {"target": TARGET} if name.startswith("W4A16") and rows == TARGET_ROWS else {}
+    bench.add(
+        f"{name}, {rows} rows",
+        value=ratio,
+        **targeted,
+        unit="x bf16",
+        us=seconds * 1e6,
+        of_copy=num_weights * kind.weight_bytes / seconds / ceilings.copy,
+        of_gemm=2 * rows * num_weights / seconds / ceilings.gemm,
+        error=error,
+    )
 
 
 def _mixture(bench: Bench, ceilings: Ceilings) -> None:
@@ -136,7 +77,7 @@ def _mixture(bench: Bench, ceilings: Ceilings) -> None:
     w13 = torch.randn(shape13, device=bench.device, dtype=torch.bfloat16)
     w2 = torch.randn(shape2, device=bench.device, dtype=torch.bfloat16)
     for rows in (1, 16, 128, 2048) if not bench.smoke else (3,):
-        x = _x(bench, rows, hidden)
+        x = activations(bench, rows, hidden)
         weights, ids = torch.rand(rows, num_experts, device=bench.device).topk(top_k)
         ids = ids.to(torch.int32)
         size = ok.moe_workspace(rows, top_k, num_experts, hidden, intermediate, x.dtype)
@@ -158,7 +99,7 @@ def _adapters(bench: Bench) -> None:
     ranks = torch.full((num_adapters,), 16, dtype=torch.int32, device=bench.device)
     scales = torch.ones(num_adapters, device=bench.device)
     for rows in (16, 128) if not bench.smoke else (3,):
-        x, out = _x(bench, rows, in_features), _x(bench, rows, out_features)
+        x, out = activations(bench, rows, in_features), activations(bench, rows, out_features)
         groups = ok.group_rows(torch.arange(rows, device=bench.device) % (num_adapters + 1) - 1, num_adapters)
         shrunk = ok.lora_shrink(x, a, groups, ranks)
 
@@ -166,6 +107,7 @@ def _adapters(bench: Bench) -> None:
             ok.lora_shrink(x, a, groups, ranks, out=shrunk)  # noqa: B023
             return ok.lora_expand(shrunk, b, groups, ranks, scales, out)  # noqa: B023
 
-        dense = bench.seconds([_bf16(bench, rows, out_features, in_features)])
+        plain = kinds()["bf16 (torch)"].make(bench, Sizes(rows, out_features, in_features))
+        dense = bench.seconds([plain.call])
         seconds = bench.seconds([call])
         bench.add(f"adapters, {rows} tokens", value=seconds / dense, unit="of the bf16 product", us=seconds * 1e6)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import octavo_kernels as ok
-from on_device.bench import Bench
+from on_device.backends import served_by
+from on_device.bench import Bench, Ceilings
 
 TARGET = 0.8
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -56,6 +57,7 @@ def run(bench: Bench) -> None:
     measure("quantize_rows to int8", rows + rows // 2, quantize_rows)
     heads = NUM_HEADS + 2 * NUM_KV_HEADS
     measure("rope_kv_write", 2 * num_tokens * heads * HEAD_DIM * 2, lambda: _rope(bench, num_tokens, normal))
+    _copies(bench, ceilings)
 
 
 def _rope(bench: Bench, num_tokens: int, normal: Callable[..., Tensor]) -> Callable[[], object]:
@@ -66,3 +68,23 @@ def _rope(bench: Bench, num_tokens: int, normal: Callable[..., Tensor]) -> Calla
     slots = torch.randperm(num_tokens, device=bench.device) + 16
     cos_sin = torch.randn(num_tokens, HEAD_DIM, device=bench.device)
     return lambda: ok.rope_kv_write(q, k, v, positions, cos_sin, cache[:, 0], cache[:, 1], slots)
+
+
+def _copies(bench: Bench, ceilings: Ceilings) -> None:
+    """Measure copies of blocks as a sequence that was forked makes them: few of them, in each layer's K and V."""
+    num_layers, num_blocks = bench.size(32, 2), bench.size(256, 8)
+    caches = [
+        torch.randn(num_blocks, 2, NUM_KV_HEADS, 16, HEAD_DIM, device=bench.device).to(torch.bfloat16)
+        for _ in range(num_layers)
+    ]
+    parts = [part for cache in caches for part in (cache[:, 0], cache[:, 1])]
+    fastest = ok.choose("copy_blocks", bench.device)
+    for num_copies in (1, 64) if not bench.smoke else (2,):
+        ids = torch.randperm(num_blocks, device=bench.device)
+        src, dst = ids[:num_copies], ids[num_copies : 2 * num_copies]
+        num_bytes = 2 * num_copies * sum(part[0].nbytes for part in parts)
+        for backend in dict.fromkeys((fastest, ok.Backend.TRITON)):
+            name = f"copy_blocks by {backend.value}, {num_copies} blocks of {num_layers} layers"
+            with bench.attempt(name), served_by(backend.value):
+                seconds = bench.seconds([lambda: ok.copy_blocks(parts, src, dst)])  # noqa: B023
+                bench.add(name, value=num_bytes / seconds / ceilings.copy, unit="of copy", us=seconds * 1e6)

@@ -1,4 +1,8 @@
-"""The build hook: compiles the native CPU library into the wheel, or beside the sources of an editable install."""
+"""The build hook: compiles the native CPU library into the wheel, or beside the sources of an editable install.
+
+A CUDA library that `csrc_cuda/build.py` has made goes into the wheel too; it is not made here, since that takes nvcc
+and torch's headers.
+"""
 
 import importlib.util
 import platform
@@ -13,6 +17,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _PACKAGE = "octavo_kernels/cpu"
+_CUDA_LIBRARY = "octavo_kernels/cuda/lib/octavo_kernels_cuda.so"
 _MANYLINUX_GLIBC = (2, 28)
 
 
@@ -23,6 +28,12 @@ class NativeLibraryHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build before hatchling collects the files; `version` is "editable" for `pip install -e`."""
+        cuda = Path(self.root, "src", _CUDA_LIBRARY)
+        compiled = [cuda] if cuda.is_file() and version != "editable" else []
+        for library in compiled:
+            build_data["force_include"][str(library)] = _CUDA_LIBRARY
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{_platform_tag(compiled)}"
         build = _load_build(Path(self.root, "src", _PACKAGE, "build.py"))
         compiler = build.find_compiler()
         if compiler is None or not build.has_sources():
@@ -40,7 +51,7 @@ class NativeLibraryHook(BuildHookInterface[Any]):
         for library in libraries:
             build_data["force_include"][str(library)] = f"{_PACKAGE}/lib/{library.name}"
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{_platform_tag(libraries)}"
+        build_data["tag"] = f"py3-none-{_platform_tag([*libraries, *compiled])}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 hatch's
         """Remove what the wheel has taken in."""

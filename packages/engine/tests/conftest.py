@@ -202,13 +202,13 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that writes a folder with a tiny random Llama of some layers, and a tokenizer of bytes."""
 
-    def save(num_layers: int = 4, *, tied: bool = False) -> Path:
+    def save(num_layers: int = 4, *, tied: bool = False, **sizes: int) -> Path:
         from safetensors.torch import save_file
 
         from octavo_engine.testing import random_weights, tiny_config
 
         folder = tmp_path_factory.mktemp("llama")
-        config = replace(tiny_config(tie_word_embeddings=tied), num_layers=num_layers)
+        config = replace(tiny_config(tie_word_embeddings=tied), num_layers=num_layers, **sizes)
         save_file(random_weights(config), folder / "model.safetensors")
         same = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "tie_word_embeddings")
         values = {name: getattr(config, name) for name in (*same, "max_position_embeddings")}
@@ -270,26 +270,49 @@ class QuantisedLlama:
         source = FolderSource(self.folder)
         weights = dict(source.weights())
         assert len(weights) == source.num_weights
+        assert source.num_bytes().keys() == weights.keys()
         for name, values in self.linears.items():
             read = weights[f"{name}.weight"].values()
             assert tuple(read.shape) == weights[f"{name}.weight"].shape == tuple(values.shape)
             assert read.dtype == values.dtype
             assert (read == values).all(), name
+            self._check_parts(weights[f"{name}.weight"], values)
 
-    def check_tokens(self) -> None:
-        """Hold greedy tokens of `LLM` against Transformers'."""
+    def _check_parts(self, weight: Any, values: Any) -> None:
+        """Hold halves, and parts of other sizes, against those of the values, bit for bit."""
+        from octavo_engine.weights.cut import Cut
+
+        rows, columns = weight.shape
+        block = weight.column_block
+        cuts = [Cut(0, start, stop, rows) for start, stop in ((0, rows // 2), (rows // 2, rows), (5, 18))]
+        middle, last = columns // 2 // block * block, max(2 * block, columns - block)
+        cuts += [Cut(1, start, stop, columns) for start, stop in ((0, middle), (middle, columns), (block, last))]
+        for cut in cuts:
+            part, expected = weight.part(cut), cut.part(values)
+            assert part.shape == tuple(expected.shape)
+            assert (part.values() == expected).all(), cut
+            assert (part.values(slice(1, 4)) == expected[1:4]).all(), cut
+
+    def check_tokens(self, num_ranks: int = 1, **options: Any) -> None:
+        """Hold greedy tokens of `LLM`, over some ranks, which are threads, against Transformers'."""
         import torch
 
         from octavo_engine import LLM, SamplingParams
+        from octavo_engine.parallel import split
+        from octavo_engine.parallel.thread_rank import ThreadRank
 
         prompts = [[3, 14, 15, 92, 65], [35, 89, 79], [1] * 20]
-        llm = LLM(str(self.folder), show_progress=False, num_blocks=32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(split, "WorkerProcess", ThreadRank)
+            options = {"tensor_parallel_size": num_ranks, "show_progress": False, "num_blocks": 32, **options}
+            llm = LLM(str(self.folder), **options)
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
         for prompt, output in zip(prompts, outputs, strict=True):
             with torch.inference_mode():
                 expected = self.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
             assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()
+        llm.close()
 
     def check_mutations(self, num_mutations: int = 12) -> None:
         """Load copies whose settings, headers or bytes are damaged: they load, or end in a typed error."""
@@ -451,6 +474,12 @@ def _write_byte_tokenizer(path: Path, vocab_size: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[[Path, int], None]:
+    """Return a function that writes a tokenizer.json of so many bytes."""
+    return _write_byte_tokenizer
 
 
 @pytest.fixture(scope="session")

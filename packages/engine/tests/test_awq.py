@@ -81,9 +81,9 @@ def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuan
     made.check_values()
 
 
-@pytest.mark.parametrize("name", ["gemm"])
-def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantised) -> None:
-    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
+@pytest.mark.parametrize(("name", "num_ranks"), [("gemm", 1), ("gemm", 2), ("gemv", 2)])
+def test_tokens_are_those_of_transformers(name: str, num_ranks: int, make_quantised: MakeQuantised) -> None:
+    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens(num_ranks)
 
 
 def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> None:
@@ -92,6 +92,7 @@ def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> No
     assert len(made.linears) == 2 * (4 + 3 * 3)
     made.check_values()
     made.check_tokens()
+    made.check_tokens(2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)

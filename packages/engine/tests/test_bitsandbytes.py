@@ -141,9 +141,18 @@ def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuan
     made.check_values()
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("name", ["nf4, double quantisation, stored as bf16", "int8"])
-def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantised) -> None:
-    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
+def test_tokens_are_those_of_transformers(name: str, num_ranks: int, make_quantised: MakeQuantised) -> None:
+    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens(num_ranks)
+
+
+@pytest.mark.parametrize("name", ["nf4, double quantisation, stored as bf16", "int8"])
+def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuantised) -> None:
+    made = make_quantised(PACKERS[name], PACKERS[name].settings, num_experts=2)
+    assert len(made.linears) == 2 * (4 + 2 * 3)
+    made.check_values()
+    made.check_tokens(2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)

@@ -158,9 +158,20 @@ def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuan
     made.check_values()
 
 
-@pytest.mark.parametrize("name", ["W4A16, asymmetric", "FP8 by block", "NVFP4"])
-def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantised) -> None:
-    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("W4A16, asymmetric", 1),
+        ("W4A16, asymmetric", 2),
+        ("W8A8 by channel", 4),
+        ("FP8 by block", 1),
+        ("FP8 by block", 2),
+        ("NVFP4", 1),
+        ("MXFP4", 2),
+    ],
+)
+def test_tokens_are_those_of_transformers(name: str, num_ranks: int, make_quantised: MakeQuantised) -> None:
+    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens(num_ranks)
 
 
 def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> None:
@@ -180,6 +191,7 @@ def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> No
     assert len(made.linears) == 2 * (4 + 3 * 3)
     made.check_values()
     made.check_tokens()
+    made.check_tokens(2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)

@@ -47,7 +47,7 @@ CONFIG = replace(
     head_dim=64,
 )
 MIXTURE = replace(
-    CONFIG, architecture="MixtralForCausalLM", intermediate_size=160, num_experts=5, num_experts_per_token=2
+    CONFIG, architecture="MixtralForCausalLM", intermediate_size=96, num_experts=3, num_experts_per_token=2
 )
 on_a_cpu = pytest.mark.skipif(os.environ.get("OCTAVO_BACKEND", "cpu") != "cpu", reason="only `cpu` promises it")
 
@@ -71,9 +71,10 @@ PATHS: dict[str, Callable[[], Llama]] = {
     "bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True),
     "float16": lambda: model_of(torch.float16, torch.float16, alone=True),
     "mixture": lambda: model_of(torch.float32, torch.float32, alone=False, config=MIXTURE),
-    "mixture in bfloat16": lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True, config=MIXTURE),
     "int8 KV cache": lambda: model_of(torch.float32, torch.float32, alone=False),
 }
+if os.environ.get("OCTAVO_CPU_ISA") != "none":  # torch alone takes its time for all these small products
+    PATHS["mixture in bfloat16"] = lambda: model_of(torch.bfloat16, torch.bfloat16, alone=True, config=MIXTURE)
 
 
 def engine_of(model: Llama, kv_dtype: torch.dtype, **shape: Any) -> Engine:

@@ -103,7 +103,7 @@ def test_step_that_does_not_fit_is_refused_with_the_ways_out() -> None:
 
 def test_kv_cache_takes_what_a_step_leaves(make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     meter = FakeMeter(400_000, 100_000)
-    monkeypatch.setattr(sizing, "_meter", lambda device: meter)
+    monkeypatch.setattr(sizing, "meter_of", lambda device: meter)
     options: dict[str, Any] = {"model": str(make_gguf()), "max_num_seqs": 64, "max_num_batched_tokens": 64}
     info = build_engine(EngineConfig(**options)).info
     assert info.num_blocks == int(300_000 * 0.9) // (info.kv_cache_bytes // info.num_blocks)
@@ -115,6 +115,6 @@ def test_kv_cache_that_is_sized_by_hand_needs_no_try(
     make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meter = FakeMeter(400_000, 100_000)
-    monkeypatch.setattr(sizing, "_meter", lambda device: meter)
+    monkeypatch.setattr(sizing, "meter_of", lambda device: meter)
     info = build_engine(EngineConfig(model=str(make_gguf()), num_blocks=17, max_num_seqs=2)).info
     assert (info.num_blocks, info.kv_cache_reason.split(";")[0], meter.num_tries) == (17, "num_blocks was given", 0)

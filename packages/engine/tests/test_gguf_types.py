@@ -35,6 +35,7 @@ class Requantised:
     def __init__(self, source: GGUFSource, tensor_type: TensorType, gguf: Any, num_layers: int) -> None:
         self.name = f"demo in {tensor_type.name}"
         self.config = replace(source.config, num_layers=num_layers)
+        self.is_quantized = False
         self._weights = []
         oracle = gguf.GGMLQuantizationType(int(tensor_type))
         for name, tensor in source.weights():

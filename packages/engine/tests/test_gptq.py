@@ -14,7 +14,8 @@ from torch import Tensor
 
 from octavo_engine.build import build_engine
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import CorruptModelFile, UnsupportedModel
+from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedModel
+from octavo_engine.weights.cut import Cut
 from octavo_engine.weights.source import FolderSource
 
 MakeQuantised = Callable[..., Any]
@@ -96,9 +97,19 @@ def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuan
     made.check_values()
 
 
-@pytest.mark.parametrize("name", ["4 bits", "4 bits, asymmetric, desc_act", "3 bits, desc_act"])
-def test_tokens_are_those_of_transformers(name: str, make_quantised: MakeQuantised) -> None:
-    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens()
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("4 bits", 1),
+        ("4 bits", 2),
+        ("4 bits, asymmetric, desc_act", 1),
+        ("4 bits, asymmetric, desc_act", 2),
+        ("4 bits, one group", 4),
+        ("3 bits, desc_act", 1),
+    ],
+)
+def test_tokens_are_those_of_transformers(name: str, num_ranks: int, make_quantised: MakeQuantised) -> None:
+    make_quantised(PACKERS[name], PACKERS[name].settings).check_tokens(num_ranks)
 
 
 @pytest.mark.parametrize("name", ["4 bits", "4 bits, asymmetric, desc_act"])
@@ -106,7 +117,8 @@ def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuant
     made = make_quantised(PACKERS[name], PACKERS[name].settings, num_experts=3)
     assert len(made.linears) == 2 * (4 + 3 * 3)
     made.check_values()
-    made.check_tokens()
+    for options in ({}, {"num_ranks": 2}, {"num_ranks": 2, "expert_parallel": True}):
+        made.check_tokens(**options)
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
@@ -150,11 +162,26 @@ def test_the_file_that_older_quantisers_write_is_read(make_quantised: MakeQuanti
     assert FolderSource(made.folder).digest != digest
 
 
-def test_several_processes_are_refused_before_anything_starts(make_quantised: MakeQuantised) -> None:
-    packer = PACKERS["4 bits"]
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["whole layers", "parts of layers"])
+def test_stages_of_layers_draw_the_same_tokens(num_ranks: int, make_quantised: MakeQuantised) -> None:
+    packer = PACKERS["4 bits, asymmetric, desc_act"]
+    make_quantised(packer, packer.settings).check_tokens(num_ranks, pipeline_parallel_size=2)
+
+
+def test_words_of_codes_are_not_torn(make_quantised: MakeQuantised) -> None:
+    """Of 3 bits 32 codes are stored as one, and two ranks would have 48 each; with whole experts none are cut."""
+    packer = PACKERS["3 bits, desc_act"]
     folder = make_quantised(packer, packer.settings).folder
-    with pytest.raises(UnsupportedModel, match="tensor_parallel_size 1, or take a GGUF file"):
+    with pytest.raises(InvalidConfig, match=r"96 feed-forward columns, .* even, in whole blocks of codes; use 1$"):
         build_engine(EngineConfig(model=str(folder), tensor_parallel_size=2, max_model_len=32))
+    make_quantised(packer, packer.settings, num_experts=2).check_tokens(2, expert_parallel=True)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"], ids=["codes", "dense"])
+def test_a_part_of_another_size_is_refused(name: str, make_quantised: MakeQuantised) -> None:
+    source = FolderSource(make_quantised(PACKERS["4 bits"], PACKERS["4 bits"].settings).folder)
+    with pytest.raises(CorruptModelFile, match=f"{name}.*expected 95 rows, found shape"):
+        list(source.weights(lambda found: Cut(0, 0, 5, 95) if found == name else None))
 
 
 def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: MakeQuantised) -> None:

@@ -27,6 +27,7 @@ class MemorySource:
     config: ModelConfig
     tensors: list[tuple[str, Tensor]]
     name: str = "memory"
+    is_quantized: bool = False
     read: list[str] = field(default_factory=list)
 
     @property

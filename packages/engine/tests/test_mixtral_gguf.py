@@ -172,9 +172,11 @@ def test_parts_of_packed_experts_are_read(tiny_mixtral: Made, tmp_path: Path) ->
     source = GGUFSource(write(tmp_path / "m.gguf", tiny_mixtral[1], tensors_of(tiny_mixtral[1]), TYPES.Q8_0))
     stem = "model.layers.1.block_sparse_moe.experts.2"
     cuts = {f"{stem}.w1.weight": Cut(0, 48, 96, 96), f"{stem}.w2.weight": Cut(1, 32, 64, 96)}
-    cuts[f"{stem}.w3.weight"] = Cut(0, 0, 0, 96)
+    cuts[f"{stem}.w3.weight"] = Cut(0, 0, 48, 96)
     assert source.column_block(f"{stem}.w2.weight") == 32
     whole, parts = dict(source.weights()), dict(source.weights(cuts.get))
+    rest = dict(source.weights(keep=lambda name: stem not in name))
+    assert rest.keys() == {name for name in whole if stem not in name}
     for name, cut in cuts.items():
         expected = whole[name].values()
         expected = expected[cut.span] if cut.axis == 0 else expected[:, cut.span]

@@ -68,8 +68,6 @@ def test_inputs_in_broken_blocks_are_refused() -> None:
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(InvalidConfig, match="quantization 'int3' is not one of int8, int4"):
         EngineConfig(quantization="int3")
-    with pytest.raises(InvalidConfig, match="quantization 'int8' needs tensor_parallel_size 1, got 2"):
-        EngineConfig(quantization="int8", tensor_parallel_size=2)
 
 
 @needs_native

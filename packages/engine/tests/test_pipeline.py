@@ -4,8 +4,6 @@ import gc
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,7 @@ from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.thread_rank import ThreadRank
+from octavo_engine.quant.choose import has_native_products
 from octavo_engine.types import Request, TokenSpan
 
 TIE = 5e-4
@@ -104,13 +103,6 @@ def test_stages_of_several_ranks_each(make: Make) -> None:
     check_ties(make(), found)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_stages_on_the_reference_backend(make: Make, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Its last bits depend on company, and so do those of stages, whose steps are others."""
-    monkeypatch.setenv("OCTAVO_BACKEND", "reference")
-    check_ties(make(), answers(make(2, size, max_num_batched_tokens=32)))
-
-
 @pytest.mark.parametrize(
     ("size", "expert_parallel"), [(1, False), (2, False), (2, True)], ids=["alone", "parts of experts", "whole experts"]
 )
@@ -125,6 +117,26 @@ def test_stages_of_a_mixture(mixtral: Path, monkeypatch: pytest.MonkeyPatch, siz
     assert found[0] == found[1]
     assert len(loads[0]) == 2
     assert loads[0][1:] == loads[1]
+
+
+@pytest.mark.skipif(not has_native_products(torch.device("cpu")), reason="needs the native kernels")
+def test_each_rank_rounds_its_linears_to_the_codes_of_the_whole(
+    save_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
+    folder = save_llama(2, hidden_size=64, intermediate_size=128)
+    found = []
+    for sizes in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        with make_llm(folder, *sizes, quantization="int4") as llm:
+            found.append(answers(llm))
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    for (tokens, logprobs), (split_tokens, split_logprobs) in zip(found[0], found[2], strict=True):
+        assert tokens == split_tokens
+        likely = [entry.logprob for entry in logprobs]
+        assert likely == pytest.approx([entry.logprob for entry in split_logprobs], abs=1e-4)
+    with pytest.raises(InvalidConfig, match=r"tensor_parallel_size 4 does not fit .*use 1 or 2$"):
+        make_llm(folder, 1, 4, quantization="int4")
 
 
 def test_stages_compute_different_steps_at_the_same_time(make: Make) -> None:
@@ -210,8 +222,6 @@ def test_sizes_and_what_cannot_be_done_are_refused(make: Make) -> None:
         llm.sleep()
     with pytest.raises(InvalidConfig, match="enable_lora needs pipeline_parallel_size 1, got 2"):
         EngineConfig(enable_lora=True, pipeline_parallel_size=2)
-    with pytest.raises(InvalidConfig, match="quantization 'int4' needs pipeline_parallel_size 1, got 2"):
-        EngineConfig(quantization="int4", pipeline_parallel_size=2)
     with pytest.raises(InvalidConfig, match="pipeline_parallel_size must be at least 1, got 0"):
         EngineConfig(pipeline_parallel_size=0)
 
@@ -418,32 +428,3 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(
         llm._engine._executor._team._lost = None
     rank.join(10)
     assert not rank.is_alive()
-
-
-INTERPRETED = """
-import sys
-from octavo_engine import LLM, SamplingParams
-sampling = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=1)
-prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9] * 5}]
-found = []
-for tp_size, num_stages in ((1, 1), (1, 2), (2, 1), (2, 2)):
-    sizes = {"tensor_parallel_size": tp_size, "pipeline_parallel_size": num_stages}
-    with LLM(sys.argv[1], num_blocks=9, max_model_len=32, num_threads=1, show_progress=False, **sizes) as llm:
-        assert llm.info.kernel_backend == "triton", llm.info.kernel_backend
-        found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(prompts, sampling)])
-assert found[0] == found[1] and found[2] == found[3], found
-assert [tokens for tokens, _ in found[0]] == [tokens for tokens, _ in found[2]], found
-"""
-
-
-@pytest.mark.slow
-def test_stages_in_the_triton_interpreter(save_llama: Callable[..., Path]) -> None:
-    """The very numbers of one process, and of ranks that split whole layers."""
-    pytest.importorskip("triton", reason="needs Triton, as an interpreter")
-    environ = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OCTAVO_BACKEND": "triton",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", INTERPRETED, str(save_llama(2))], env=environ, check=True, timeout=280)

@@ -16,12 +16,15 @@ from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedMod
 from octavo_engine.parallel.plan import ShardPlan, check_size, vocabulary_part
 from octavo_engine.testing import tiny_config
 from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.dequantize import dequantize
 from octavo_engine.weights.files import SafetensorsFiles
+from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.source import GGUFSource, Source
 from octavo_engine.weights.stored import StoredTensor
 
 MakeGGUF = Callable[..., Path]
 LAYER = "model.layers.0"
+BLOCK_TYPES = [kind for kind in TensorType if kind.block_elements > 1]
 
 
 def spans(name: str, size: int, **config: int) -> list[tuple[int, int]]:
@@ -115,6 +118,28 @@ def test_a_gguf_file_is_read_in_parts(make_gguf: MakeGGUF) -> None:
                 expected = expected[cut.span] if cut.axis == 0 else expected[:, cut.span]
             assert tuple(weight.shape) == tuple(expected.shape), name
             assert torch.equal(values(weight), expected), name
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["alone", "in a stack of experts"])
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+def test_every_type_of_a_gguf_file_is_read_in_parts(make_gguf: MakeGGUF, kind: TensorType, stacked: bool) -> None:
+    """Rows, and columns of whole blocks; what these mean is what the same bytes mean in the whole."""
+    block = kind.block_elements
+    stack = np.random.default_rng(int(kind)).integers(0, 256, (2, 64, 3 * kind.block_bytes), np.uint8)
+    metadata = {"llama.feed_forward_length": 3 * block}
+    names = [f"{LAYER}.mlp.down_proj.weight"]
+    tensors = {"blk.0.ffn_down.weight": (int(kind), stack[0])}
+    if stacked:
+        metadata |= {"llama.expert_count": 2, "llama.expert_used_count": 1}
+        names = [f"{LAYER}.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(2)]
+        tensors = {"blk.0.ffn_down.weight": None, "blk.0.ffn_down_exps.weight": (int(kind), stack)}
+    source = GGUFSource(make_gguf(metadata, tensors))
+    for name, rows in zip(names, stack, strict=False):
+        assert source.column_block(name) == block
+        whole = torch.from_numpy(dequantize(rows, kind, (64, 3 * block)))
+        for cut in (Cut(0, 5, 9, 64), Cut(1, 0, block, 3 * block), Cut(1, block, 3 * block, 3 * block)):
+            ((_, part),) = source.weights(lambda _, cut=cut: cut, name.__eq__)
+            assert torch.equal(values(part).nan_to_num(), cut.part(whole).nan_to_num())
 
 
 def test_a_safetensors_file_is_read_in_parts(tmp_path: Path) -> None:

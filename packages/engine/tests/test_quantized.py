@@ -1,6 +1,6 @@
 """Matrices of quantised checkpoints: fused shards of any formats, their biases, tables, and the memory they take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +19,13 @@ from octavo_engine.quant.blocks import BlockProduct, as_blocks
 from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.products import IntegerProduct
 from octavo_engine.quant.quantized import Quantized
+from octavo_engine.quant.schemes.bitsandbytes import Table4
 from octavo_engine.quant.schemes.gptq import GPTQTensor
 from octavo_engine.quant.unquantized import Unquantized
+from octavo_engine.weights.cut import Cut
 from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.quantized import QuantizedTensor
+from octavo_engine.weights.scaled_floats import Float4, ScaledFloats
 
 METHODS = {"packed": Quantized(Packed()), "torch": Quantized(Unquantized())}
 
@@ -43,6 +46,46 @@ def integers(
         groups=groups[torch.randperm(num_columns)] if shuffled else None,
         words=torch.randint(-(2**31), 2**31, (num_columns * bits // 32, num_rows)).int(),
     )
+
+
+def floats(block: tuple[int, int]) -> ScaledFloats:
+    """Return a random matrix [512, 512] in FP8."""
+    codes = torch.randn(512, 512).to(torch.float8_e4m3fn)
+    return ScaledFloats((512, 512), codes, torch.rand(512 // block[0], 512 // block[1]), block)
+
+
+def nf4(*, nested: bool) -> Table4:
+    """Return a random matrix [512, 512] of bitsandbytes' 4 bits."""
+    codes, num_blocks = torch.randint(256, (512 * 256,), dtype=torch.uint8), 512 * 512 // 64
+    if not nested:
+        return Table4((512, 512), 64, codes, torch.randn(16), torch.rand(num_blocks))
+    absmax, outer = torch.randint(256, (num_blocks,), dtype=torch.uint8), torch.rand(num_blocks // 256)
+    return Table4((512, 512), 64, codes, torch.randn(16), absmax, 256, torch.randn(256), outer, 0.5)
+
+
+SHARED: dict[str, tuple[Callable[[], QuantizedTensor], tuple[float, float]]] = {
+    "GPTQ": (lambda: integers(512, 512, group_size=128), (1, 1)),
+    "GPTQ by channel": (lambda: integers(512, 512, group_size=512), (1, 1.05)),
+    "GPTQ, desc_act": (lambda: integers(512, 512, group_size=128, shuffled=True), (1.1, 1.2)),
+    "FP8 by block": (lambda: floats((128, 128)), (1, 1)),
+    "FP8 by channel": (lambda: floats((1, 512)), (1, 1.03)),
+    "4-bit floats": (
+        lambda: Float4((512, 512), 16, torch.randint(256, (512, 256), dtype=torch.uint8), torch.rand(512, 32).half()),
+        (1, 1),
+    ),
+    "nf4": (lambda: nf4(nested=False), (1.01, 1.01)),
+    "nf4, double quantisation": (lambda: nf4(nested=True), (1.05, 1.1)),
+}
+
+
+@pytest.mark.parametrize(("make", "most"), SHARED.values(), ids=SHARED)
+def test_four_ranks_keep_their_share(make: Callable[[], QuantizedTensor], most: tuple[float, float]) -> None:
+    """Together they take as much as the whole, or as many times that as `most` says, by rows and by columns."""
+    whole = make()
+    for axis, times in enumerate(most):
+        parts = [whole.part(Cut(axis, start, start + 128, 512)) for start in range(0, 512, 128)]
+        assert torch.equal(torch.cat([part.values() for part in parts], dim=axis), whole.values())
+        assert sum(part.num_bytes for part in parts) <= times * whole.num_bytes
 
 
 def values(tensor: Tensor | QuantizedTensor) -> Tensor:

@@ -20,7 +20,16 @@ pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]
 
 import torch
 
-from octavo_engine import LLM, InvalidConfig, ModelNotFound, RankMismatch, RequestFailed, SamplingParams, WorkerLost
+from octavo_engine import (
+    LLM,
+    InvalidConfig,
+    ModelNotFound,
+    RankMismatch,
+    RequestFailed,
+    SamplingParams,
+    UnsupportedModel,
+    WorkerLost,
+)
 from octavo_engine.parallel import split
 from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.job import Job
@@ -30,6 +39,7 @@ from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.team import Team
 from octavo_engine.parallel.thread_rank import ThreadRank
 from octavo_engine.parallel.torchrun import TorchrunRank
+from octavo_engine.quant.choose import native_isa
 from octavo_engine.weights.source import GGUFSource
 
 MakeGGUF = Callable[..., Path]
@@ -119,6 +129,13 @@ def test_other_files_are_refused(job: Job, path: Path) -> None:
         start(job)
 
 
+@pytest.mark.skipif(native_isa() is None, reason="blocks are multiplied by the native kernels")
+def test_linears_that_are_quantised_already_are_not_rounded_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "WorkerProcess", ThreadRank)
+    with pytest.raises(UnsupportedModel, match=r"quantization 'int8' takes weights that are not quantised"):
+        tiny_llm(path, quantization="int8")
+
+
 def test_files_that_a_rank_does_not_have_are_named(job: Job, path: Path) -> None:
     path.unlink()
     with pytest.raises(ModelNotFound, match=r"rank 1: .*tiny\.gguf: no such file"):
@@ -157,8 +174,9 @@ def split_llm(path: Path) -> Iterator[LLM]:
         yield llm
 
 
-def tiny_llm(path: Path, size: int = 2) -> LLM:
-    return LLM(str(path), tensor_parallel_size=size, num_blocks=33, max_num_seqs=2, num_threads=1, show_progress=False)
+def tiny_llm(path: Path, size: int = 2, **options: Any) -> LLM:
+    defaults = {"num_blocks": 33, "max_num_seqs": 2, "num_threads": 1, "show_progress": False}
+    return LLM(str(path), tensor_parallel_size=size, **{**defaults, **options})
 
 
 def tokens_of(llm: LLM) -> list[list[int]]:

@@ -64,9 +64,19 @@ def test_values_are_those_of_the_layout(packer: Packer, make_quantised: MakeQuan
     made.check_values()
 
 
-def test_tokens_are_those_of_transformers(make_quantised: MakeQuantised) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_tokens_are_those_of_transformers(num_ranks: int, make_quantised: MakeQuantised) -> None:
     packer = PACKERS["IntxUnpackedToInt8Tensor"]
-    make_quantised(packer, packer.settings, metadata=packer.metadata).check_tokens()
+    make_quantised(packer, packer.settings, metadata=packer.metadata).check_tokens(num_ranks)
+
+
+@pytest.mark.parametrize("name", ["IntxUnpackedToInt8Tensor, zeros in int8", "Float8Tensor"])
+def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuantised) -> None:
+    packer = PACKERS[name]
+    made = make_quantised(packer, packer.settings, metadata=packer.metadata, num_experts=2)
+    assert len(made.linears) == 2 * (4 + 2 * 3)
+    made.check_values()
+    made.check_tokens(2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)

@@ -41,9 +41,11 @@ def test_an_unknown_op_is_refused():
         ok.choose("softmax", "cpu")
 
 
-def test_forced_cuda_is_unavailable_in_this_version(monkeypatch):
+def test_forced_cuda_without_a_library_says_how_to_build_one(monkeypatch):
     monkeypatch.setenv("OCTAVO_BACKEND", "cuda")
-    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: this version has no compiled CUDA kernels"):
+    monkeypatch.setattr(_dispatch, "library_path", lambda: None)
+    monkeypatch.setattr("octavo_kernels.cuda.load.library_path", lambda: None)
+    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: no compiled CUDA kernels are installed"):
         ok.choose("rms_norm", "cpu")
     assert Backend.CUDA not in ok.available_backends()
 
@@ -64,6 +66,19 @@ def test_forced_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ok.choose("paged_attention", "cpu") is Backend.TRITON
     assert Backend.TRITON in ok.available_backends()
+
+
+def test_forced_triton_packs_on_the_host_where_there_is_a_gpu(monkeypatch):
+    """A weight is packed before it goes to the GPU."""
+    monkeypatch.setenv("OCTAVO_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    with pytest.raises(ok.BackendUnavailable, match="no GPU is visible"):
+        ok.choose("pack_weight", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ok.choose("pack_weight", "cpu") is Backend.CPU
+    with pytest.raises(ok.BackendUnavailable, match="the tensors are on the CPU"):
+        ok.choose("packed_linear", "cpu")
 
 
 def test_an_op_that_triton_lacks_falls_back_with_one_warning_and_a_record(monkeypatch):

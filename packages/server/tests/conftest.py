@@ -16,7 +16,7 @@ from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.errors import EngineAsleep, EngineInUse, PinLimitReached, RequestFailed, UnknownAdapter, UnknownPin
 from octavo_engine.expert_stats import ExpertStats
-from octavo_engine.overlap import OverlapStats
+from octavo_engine.overlap import GraphStats, OverlapStats
 from octavo_engine.pins import Pin
 from octavo_engine.preemption import PreemptionStats
 from octavo_engine.standby import MemoryReport, SleepMode
@@ -339,7 +339,7 @@ class FakeEngine:
             cache=CACHE,
             preemption=PreemptionStats(num_recomputed=3, num_swapped=4),
             num_held_up={"blocks": 6},
-            overlap=OverlapStats(5, {"rules": 2}),
+            overlap=OverlapStats(5, {"rules": 2}, GraphStats(3, 4, {"prompt": 1})),
             experts=ExpertStats(((6, 2), (4, 4))),
             fallbacks={"paged_attention": 2},
         )

@@ -94,6 +94,7 @@ def test_the_mode_reaches_the_configuration(octavo, command):
         (["run", "hi", "--max-tokens", "1000"], "maximum context length is 200 tokens"),
         (["serve", "--block-size", "7"], "block_size 7 is not one of"),
         (["serve", "--expert-parallel"], "expert_parallel needs tensor_parallel_size 2 or more, got 1"),
+        (["serve", "--enable-dbo"], "enable_dbo needs tensor_parallel_size 2 or more, got 1"),
         (["serve", "--tensor-parallel-size", "0"], "tensor_parallel_size must be at least 1, got 0"),
         (["serve", "--pipeline-parallel-size", "0"], "pipeline_parallel_size must be at least 1, got 0"),
         (
@@ -284,6 +285,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
     operations = "--watchdog-timeout", "7", "--admin-api-key", "root", "--request-timeout", "30", "--no-access-log"
+    operations += ("--enforce-eager",)
     adapters = "--lora-modules", "pirate=/p", "--max-loras", "4", "--max-lora-rank", "32"
     sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap", "--max-pinned-share", "0.5"
     result = octavo(
@@ -296,6 +298,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     assert octavo.configs[0].host_kv_bytes == 2**28
     assert octavo.configs[0].preemption_mode == "swap"
     assert octavo.configs[0].max_pinned_share == 0.5
+    assert octavo.configs[0].enforce_eager
     assert (octavo.configs[0].enable_lora, octavo.configs[0].max_loras) == (True, 4)
     assert (octavo.configs[0].max_lora_rank, octavo.configs[0].max_cpu_loras) == (32, None)
     assert engine.asked == [("load", "pirate", "/p", False)]

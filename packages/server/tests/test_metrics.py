@@ -93,6 +93,8 @@ def test_engine_figures_are_read_at_each_scrape(client):
     assert got["octavo_overlapped_steps_total"] == 5
     assert got["octavo_expert_imbalance"] == 1.25
     assert samples(client, reason="rules")["octavo_steps_waited_total"] == 2
+    assert (got["octavo_replayed_steps_total"], got["octavo_captured_graphs_total"]) == (4, 3)
+    assert samples(client, reason="prompt")["octavo_eager_steps_total"] == 1
     assert samples(client, kernel="paged_attention")["octavo_kernel_fallbacks_total"] == 2
     assert (
         samples(client, model="org/fake-model", dtype="float32", kv_dtype="float32", mode="exact")["octavo_engine_info"]

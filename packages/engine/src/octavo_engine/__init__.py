@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
     from octavo_engine.expert_stats import ExpertStats
     from octavo_engine.llm import LLM
-    from octavo_engine.overlap import OverlapStats
+    from octavo_engine.overlap import GraphStats, OverlapStats
     from octavo_engine.pins import Pin
     from octavo_engine.standby import MemoryReport
     from octavo_engine.structured.params import StructuredOutputsParams
@@ -94,7 +94,7 @@ _EXPORTS = {
     ),
     "expert_stats": ("ExpertStats",),
     "llm": ("LLM",),
-    "overlap": ("OverlapStats",),
+    "overlap": ("GraphStats", "OverlapStats"),
     "pins": ("Pin",),
     "standby": ("MemoryReport",),
     "structured.params": ("StructuredOutputsParams",),
@@ -139,6 +139,7 @@ __all__ = [
     "EngineStuck",
     "ExpertStats",
     "FinishReason",
+    "GraphStats",
     "IncompatibleWeights",
     "InvalidAdapter",
     "InvalidConfig",

@@ -30,12 +30,13 @@ from octavo_engine.runner.adapter_plan import AdapterPlan
 from octavo_engine.runner.cuda_device import CudaDevice
 from octavo_engine.runner.device import Device
 from octavo_engine.runner.expert_loads import clear_expert_loads, expert_stats, expert_stats_of
+from octavo_engine.runner.graph_plan import GraphPlan
 from octavo_engine.runner.memory import HostPlan, MemoryPlan
 from octavo_engine.runner.model_host import LocalModel, ModelParts
 from octavo_engine.runner.model_runner import ModelRunner
 from octavo_engine.runner.overlapped_runner import OverlappedRunner
 from octavo_engine.scheduler import Scheduler
-from octavo_engine.sizing import free_memory_beside
+from octavo_engine.sizing import free_memory_beside, meter_of
 from octavo_engine.structured.compiler import GrammarCompiler
 from octavo_engine.text.processor import TextProcessor
 from octavo_engine.text_side import make_text_processor
@@ -99,14 +100,18 @@ def assemble(
     bytes_here = sum(s.bytes_per_block(config.block_size) for s in specs)  # of a rank's part of its own layers
     bytes_per_block = bytes_here * config.tensor_parallel_size * source.config.num_layers // len(specs)
     adapters = AdapterPlan.of(config, model, numerics.dtype)
-    free = free_memory_beside(model, config, device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=adapters.num_bytes)
+    graphs = GraphPlan.of(config, model, kv_dtype=numerics.kv_dtype, device=device, meter=meter_of(device))
+    num_reserved_bytes = adapters.num_bytes + (0 if graphs is None else graphs.num_bytes or 0)
+    free = free_memory_beside(model, config, device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=num_reserved_bytes)
     plan = plan_cache(config, source.config, bytes_per_block=bytes_per_block, free=free)
+    if graphs is not None:
+        _log.info("%s", graphs)
     _log.info("KV cache: %d blocks, %.2f GiB: %s", plan.num_blocks, plan.num_bytes / 2**30, plan.reason)
     grammars = GrammarCompiler(
         tokenizer.result(), vocab_size=source.config.vocab_size, eos_token_ids=sorted(source.eos_token_ids)
     )
     host_plan = plan_host(config, plan, device)
-    parts = _parts(config, numerics, place, specs, plan, host_plan, grammars, adapters)
+    parts = _parts(config, numerics, place, specs, plan, host_plan, grammars, adapters, graphs)
     digest.result()
     weights, storage = parts.weights(source, model), parts.make_storage()
     host: LocalModel | None = None
@@ -137,10 +142,13 @@ def _parts(
     host_plan: HostPlan,
     grammars: GrammarCompiler,
     adapters: AdapterPlan,
+    graphs: GraphPlan | None,
 ) -> ModelParts:
     device = numerics.device
     gpu = _overlapping(device) if place.team is None else None  # other ranks take one step after the other
-    make_runner = place.make_staged or (ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu))
+    make_runner = place.make_staged or (
+        ModelRunner if gpu is None else partial(OverlappedRunner, gpu=gpu, graphs=graphs)
+    )
     return ModelParts(
         place.make_model,
         partial(

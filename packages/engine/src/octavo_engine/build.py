@@ -83,6 +83,8 @@ def _build_split(
         num_threads=config.num_threads,
         block_size=config.block_size,
         expert_parallel=config.expert_parallel,
+        quantization=config.quantization,
+        dbo_token_threshold=config.dbo_token_threshold if config.enable_dbo else None,
         stage_seconds=config.watchdog_timeout,
     )
     ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None

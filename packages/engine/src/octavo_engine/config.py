@@ -83,6 +83,12 @@ class EngineConfig:
             threads.
         rank_timeout: seconds that the machine of a rank may be out of reach before the rank counts as lost; the
             operating systems of both machines find out, so that a busy one is not mistaken for a lost one.
+        enable_dbo: whether steps of many tokens are computed as two halves (dual batch overlap), each while the ranks
+            add up their parts of the other. It pays where sums take long.
+        dbo_token_threshold: tokens from which on a step is halved then.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
+            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -124,6 +130,10 @@ class EngineConfig:
     ray_address: str | None = None
     ray_placement: str = "pack"
     rank_timeout: float = 6.0
+    enable_dbo: bool = False
+    dbo_token_threshold: int = 32
+    enforce_eager: bool = False
+    max_num_graphs: int = 40
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -143,7 +153,11 @@ class EngineConfig:
                 "lower max_loras"
             )
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            self._check_in_one_piece(name, getattr(self, name))
+            if self.enable_lora and getattr(self, name) > 1:
+                raise InvalidConfig(
+                    f"enable_lora needs {name} 1, got {getattr(self, name)}; a model that is split over several "
+                    "processes takes no adapters"
+                )
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -152,6 +166,11 @@ class EngineConfig:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
                 "split over processes"
+            )
+        if self.enable_dbo and self.tensor_parallel_size == 1:
+            raise InvalidConfig(
+                "enable_dbo needs tensor_parallel_size 2 or more, got 1; it computes one half of a step while the "
+                "processes add up the other"
             )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:
@@ -195,11 +214,13 @@ class EngineConfig:
             "max_num_batched_tokens": 1,
             "max_num_kept": 0,
             "max_num_timelines": 0,
+            "max_num_graphs": 1,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
+            "dbo_token_threshold": 2,
         }
         for name, low in limits.items():
             value = getattr(self, name)
@@ -210,16 +231,3 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """Processes that run the model together."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
-
-    def _check_in_one_piece(self, name: str, size: int) -> None:
-        """Refuse what a model that is split over several processes cannot do."""
-        if size > 1 and self.enable_lora:
-            raise InvalidConfig(
-                f"enable_lora needs {name} 1, got {size}; a model that is split over several processes takes no "
-                "adapters"
-            )
-        if size > 1 and self.quantization in QUANTIZATIONS:
-            raise InvalidConfig(
-                f"quantization {self.quantization!r} needs {name} 1, got {size}; use a checkpoint that is quantised "
-                "already"
-            )

@@ -11,7 +11,7 @@ from octavo_engine.determinism import resolve_deterministic
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.kv_dtype import dtype_name, resolve_kv_dtype
 from octavo_engine.models.config import ModelConfig
-from octavo_engine.quant.choose import has_native_products
+from octavo_engine.quant.choose import has_native_products, holds_blocks
 
 
 class Numerics(NamedTuple):
@@ -41,10 +41,11 @@ def resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> Numeric
     dtype = _resolve_dtype(config.dtype, device, model_config)
     deterministic = resolve_deterministic(config.deterministic, device)
     rounded = config.quantization
-    if rounded is not None and (dtype != torch.float32 or not has_native_products(device)):
+    if rounded is not None and not holds_blocks(device, dtype):
         raise InvalidConfig(
-            f"quantization {rounded!r} needs the native CPU kernels and float32, device is {device} and dtype "
-            f"{dtype_name(dtype)}; leave both auto on a CPU, or use a checkpoint that is quantised already"
+            f"quantization {rounded!r} needs the native CPU kernels and float32, or Triton on a GPU; device is "
+            f"{device} and dtype {dtype_name(dtype)}; leave both auto on a CPU, or use a checkpoint that is quantised "
+            "already"
         )
     if config.mode == "exact":
         kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, device, dtype)

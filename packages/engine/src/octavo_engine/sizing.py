@@ -34,7 +34,7 @@ def free_memory_beside(
         kv_dtype: of the KV cache.
         num_reserved_bytes: that adapters will take.
     """
-    meter = _meter(device)
+    meter = meter_of(device)
     if meter is None:
         return FreeMemory(max(0, available_bytes() - num_reserved_bytes), CPU_SHARE, None)
     try_step = partial(
@@ -53,6 +53,6 @@ def free_memory_beside(
     )
 
 
-def _meter(device: torch.device) -> MemoryMeter | None:
+def meter_of(device: torch.device) -> MemoryMeter | None:
     """Return what measures a device's memory; None where it is the host's."""
     return CudaMeter(device) if device.type == "cuda" else None

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 
+from octavo_kernels.cuda.load import library_path, why_not
 from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, OptionError
 
 
@@ -21,8 +22,8 @@ class Backend(Enum):
 
     REFERENCE: plain torch, the specification, any device; it also serves the ops that are written for GPUs where no
     kernel runs. CPU: native code on CPU tensors, and batched torch where that does not serve, which includes any other
-    device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1. CUDA: compiled C++;
-    this version has none yet.
+    device where no kernel exists. TRITON: CUDA and ROCm, or CPU tensors under TRITON_INTERPRET=1. CUDA: compiled C++,
+    for a few ops, where a build of it is installed; Triton serves the others.
     """
 
     REFERENCE = "reference"
@@ -160,7 +161,7 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "lora_linear",
             }
         ),
-        Backend.CUDA: frozenset(),
+        Backend.CUDA: frozenset({"copy_blocks"}),
     }
 )
 
@@ -203,8 +204,9 @@ def available_backends() -> tuple[Backend, ...]:
 def choose(op: str, device: torch.device | str) -> Backend:
     """Return the backend that a call of `op` on `device` would use now, reading OCTAVO_BACKEND.
 
-    Without the variable: `cpu` on CPU tensors; elsewhere `triton` when it has the op and can run, else `cpu`. With it:
-    the named backend when it has the op, else `cpu`. In place of `cpu`, `reference` for ops that are written for GPUs.
+    Without the variable: `cpu` on CPU tensors; elsewhere `cuda` when it has the op, is installed and can run, then
+    `triton` when it has the op and can run, else `cpu`. With it: the named backend when it has the op, else `cpu`; for
+    `cuda` what would serve without it. In place of `cpu`, `reference` for ops that are written for GPUs.
 
     Raises: OptionError (unknown op or unknown OCTAVO_BACKEND), BackendUnavailable (the forced backend cannot run).
     """
@@ -242,9 +244,11 @@ def count_fallback(op: str, reason: str) -> bool:
 def implementation(op: str, device: torch.device) -> Callable[..., None]:
     """Return the function that serves `op` on `device`; warn once per op when it is not the backend asked for."""
     wanted, used = _resolve(op, device.type)
-    if wanted is not used and _log.add(op, wanted, used):
+    reason = "" if wanted is used or wanted is not Backend.CUDA else _unavailable(wanted, device.type) or ""
+    if wanted is not used and _log.add(op, wanted, used, reason):
+        because = f" ({reason})" if reason else ""
         warnings.warn(
-            f"{op}: the {wanted.value} backend does not serve it here, {used.value} does; "
+            f"{op}: the {wanted.value} backend does not serve it here, {used.value} does{because}; "
             "see octavo_kernels.fallbacks()",
             BackendFallbackWarning,
             stacklevel=3,
@@ -259,14 +263,28 @@ def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
     without_kernel = Backend.CPU if op in _OPS[Backend.CPU] else Backend.REFERENCE
     forced = _forced()
     if forced is not None:
-        reason = _unavailable(forced, device_type)
+        wanted = without_kernel if forced is Backend.CPU else forced
+        serves = op in _OPS[wanted]
+        # What a GPU's backend lacks, packing a weight say, may have its tensors on the host.
+        reason = _unavailable(forced, device_type if serves or device_type != "cpu" else None)
         if reason is not None:
             raise BackendUnavailable(f"OCTAVO_BACKEND={forced.value}: {reason}")
-        wanted = without_kernel if forced is Backend.CPU else forced
-        return wanted, wanted if op in _OPS[wanted] else without_kernel
-    if device_type == "cuda" and op in _OPS[Backend.TRITON]:
-        return Backend.TRITON, Backend.TRITON if _unavailable(Backend.TRITON) is None else without_kernel
-    return without_kernel, without_kernel
+        if serves:
+            return wanted, wanted
+        return wanted, _by_triton(op, without_kernel)[1] if wanted is Backend.CUDA else without_kernel
+    if device_type != "cuda":
+        return without_kernel, without_kernel
+    wanted, used = _by_triton(op, without_kernel)
+    if op in _OPS[Backend.CUDA] and library_path() is not None:
+        return Backend.CUDA, Backend.CUDA if _unavailable(Backend.CUDA, device_type) is None else used
+    return wanted, used
+
+
+def _by_triton(op: str, without_kernel: Backend) -> tuple[Backend, Backend]:
+    """Return who is asked for and who serves on a GPU where no compiled kernel does."""
+    if op not in _OPS[Backend.TRITON]:
+        return without_kernel, without_kernel
+    return Backend.TRITON, Backend.TRITON if _unavailable(Backend.TRITON) is None else without_kernel
 
 
 def _forced() -> Backend | None:
@@ -285,7 +303,7 @@ def _forced() -> Backend | None:
 def _unavailable(backend: Backend, device_type: str | None = None) -> str | None:
     """Say why a backend cannot run (on a device), or None when it can."""
     if backend is Backend.CUDA:
-        return "this version has no compiled CUDA kernels; use triton, or unset the variable"
+        return why_not(device_type)
     if backend is not Backend.TRITON:
         return None
     if not _has_triton():

@@ -7,7 +7,7 @@ HTTP statuses - is counted as it happens. Names end like vLLM's, so that dashboa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -264,7 +264,10 @@ class _EngineCollector(Collector):
         yield fallbacks
         yield _preemptions(stats)
         yield _held_up(stats)
-        yield _waited(stats)
+        waited = "Steps that waited for the results of earlier ones, by what needed them."
+        yield _by_reason("octavo_steps_waited", waited, stats.overlap.num_waited)
+        eager = "Steps whose model ran op by op though there are graphs, by what stood in the way of one."
+        yield _by_reason("octavo_eager_steps", eager, stats.overlap.graphs.num_eager)
         yield _sleep_state(self._engine.sleep_level)
 
 
@@ -328,13 +331,9 @@ def _held_up(stats: EngineStats) -> Metric:
     return family
 
 
-def _waited(stats: EngineStats) -> Metric:
-    family = CounterMetricFamily(
-        "octavo_steps_waited",
-        "Steps that waited for the results of earlier ones, by what needed them.",
-        labels=("reason",),
-    )
-    for reason, count in stats.overlap.num_waited.items():
+def _by_reason(name: str, text: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=("reason",))
+    for reason, count in counts.items():
         family.add_metric((reason,), count)
     return family
 
@@ -369,6 +368,8 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
         "Steps launched before the results of earlier ones were read.",
         stats.overlap.num_overlapped,
     )
+    yield "replayed_steps", "Steps whose model was a graph that was replayed.", stats.overlap.graphs.num_replayed
+    yield "captured_graphs", "Graphs of steps that were captured.", stats.overlap.graphs.num_captured
     yield "num_preemptions", "Sequences that had to give up their blocks and wait.", stats.num_preemptions
     yield "prompt_tokens", "Prompt tokens of requests.", stats.num_prompt_tokens
     yield "prompt_tokens_cached", "Prompt tokens that were not computed but hit.", stats.num_cached_prompt_tokens

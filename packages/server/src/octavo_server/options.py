@@ -68,10 +68,17 @@ ExpertParallel = Annotated[
 PipelineParallelSize = Annotated[
     int, typer.Option(help="Stages that the layers are shared out among, each of as many processes.")
 ]
+EnableDBO = Annotated[
+    bool, typer.Option("--enable-dbo", help="Compute one half of a step while processes add up the other.")
+]
+DBOTokenThreshold = Annotated[int, typer.Option(help="Tokens from which on --enable-dbo halves a step.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of the KV cache.")]
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks in the KV cache.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one step.")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of one step.")]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="On a GPU, run every step op by op instead of replaying graphs.")
+]
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")]
 MaxPinnedShare = Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")]
 MaxNumTimelines = Annotated[int, typer.Option(help="Ended requests whose timelines are remembered; 0 notes nothing.")]

@@ -66,12 +66,7 @@ class OverlappedExecutor(InlineExecutor):
         """Which steps did not wait for the one before, since the start."""
         if self._launcher is None:
             return self._past
-        now, past = self._launcher.overlap, self._past
-        reasons = now.num_waited.keys() | past.num_waited.keys()
-        return OverlapStats(
-            past.num_overlapped + now.num_overlapped,
-            {reason: past.num_waited.get(reason, 0) + now.num_waited.get(reason, 0) for reason in sorted(reasons)},
-        )
+        return self._past + self._launcher.overlap
 
     def submit(self, batch: ScheduledBatch) -> Pending:
         """Start the step."""

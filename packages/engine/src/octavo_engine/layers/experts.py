@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo_engine.layers.mlp import GatedMLP
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.quant.base import WeightSlot
+from octavo_engine.quant.packed_on_device import PackedOnDevice
 from octavo_engine.quant.unquantized import Unquantized
 from octavo_kernels import Backend, choose, fused_moe
 
@@ -40,9 +41,13 @@ class Experts(Protocol):
 def make_experts(hidden_size: int, intermediate_size: int, own: range, *, options: LayerOptions) -> Experts:
     """Return the experts `own` of a mixture: as one where a kernel for mixtures runs on weights of that form.
 
-    On a CPU that has no kernel for them each expert multiplies by itself, as `options` says matrices are multiplied.
+    The kernel takes dense weights: GGUF's blocks are expanded for it. On a CPU that has no kernel for mixtures each
+    expert multiplies by itself, as `options` says matrices are multiplied.
     """
-    if isinstance(options.quant, Unquantized) and choose("fused_moe", options.device) is Backend.TRITON:
+    if (
+        isinstance(options.quant, Unquantized | PackedOnDevice)
+        and choose("fused_moe", options.device) is Backend.TRITON
+    ):
         return StackedExperts(hidden_size, intermediate_size, own, options=options)
     return SeparateExperts(hidden_size, intermediate_size, own, options=options)
 

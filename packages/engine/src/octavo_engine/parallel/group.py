@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Group:
         self._backend: Any = None
         self._patience: timedelta | None = None
         self._on_their_way: deque[_Sending] = deque()
+        self._while_summing: Callable[[], None] | None = None
 
     def connect(
         self, store: Store, device: torch.device, *, seconds: float, message_seconds: float, host: str | None
@@ -148,15 +150,24 @@ class Group:
         """
         if x.device.type == "cuda":
             total = x.clone()
-            self._wait(lambda: self._backend.allreduce([total]))
+            self._wait_for_sum(lambda: self._backend.allreduce([total]))
             return total
         parts = list(x.new_empty((self.size, *x.shape)).unbind())
         own = x.contiguous()
-        self._wait(lambda: self._backend.allgather([parts], [own]))
+        self._wait_for_sum(lambda: self._backend.allgather([parts], [own]))
         added = parts[0].float()
         for part in parts[1:]:
             added += part
         return added.to(x.dtype)
+
+    @contextmanager
+    def while_summing(self, act: Callable[[], None]) -> Iterator[None]:
+        """Call `act` in every `sum` when the sum is on its way, before it is waited for."""
+        self._while_summing = act
+        try:
+            yield
+        finally:
+            self._while_summing = None
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Return all ranks' x, which has one shape everywhere, at rank 0, and nothing elsewhere.
@@ -194,6 +205,17 @@ class Group:
         would not learn that this one has let go of them.
         """
         self._do(lambda: start().wait() if patience is None else start().wait(patience))
+
+    def _wait_for_sum(self, start: Callable[[], Any]) -> None:
+        if self._while_summing is None:
+            self._wait(start)
+            return
+        works = [self._do(start)]  # in a list that is empty in the end: see `_wait`
+        try:
+            self._while_summing()
+            self._do(lambda: works.pop().wait())
+        finally:
+            works.clear()
 
     def _do(self, operation: Callable[[], Any]) -> Any:
         if self._backend is None:

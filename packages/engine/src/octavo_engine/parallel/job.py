@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from octavo_engine.errors import RankMismatch
+from octavo_engine.parallel.dual_batch import DualBatch
 from octavo_engine.parallel.links import Links
 from octavo_engine.parallel.pipe import Pipe
 from octavo_engine.parallel.shard import LoadModel, Shard
@@ -29,7 +30,8 @@ class Job:
     `tp_size` ranks split each layer, and `stages` says which layers, from one to before another, each group of them
     has. `device` is cpu, or cuda, where each rank takes one of its machine's GPUs. `instruction_set` is that of rank
     0's native kernels, None if it has none. Ranks wait for each other `step_seconds` within a layer, and stages
-    `stage_seconds` for what the stage before makes. The rest is how it computes.
+    `stage_seconds` for what the stage before makes. Steps of `dbo_token_threshold` tokens and more are computed as two
+    halves (`DualBatch`), none if it is None. The rest is how it computes.
     """
 
     model: str
@@ -47,6 +49,8 @@ class Job:
     step_seconds: float
     stage_seconds: float
     expert_parallel: bool
+    quantization: str | None
+    dbo_token_threshold: int | None
     instruction_set: str | None
 
     def encode(self) -> str:
@@ -112,8 +116,17 @@ class Job:
         stage = Stage(*self.stages[links.stages.rank], config.num_layers)
         dtype = getattr(torch, self.dtype)
         pipe = Pipe(links.stages, config.hidden_size, dtype, device) if self.is_pipelined else None
-        load = self._loader(device)
-        return Shard(source, links.tensors, stage, pipe, load, progress, expert_parallel=self.expert_parallel)
+        halved = DualBatch(links.tensors, self.dbo_token_threshold) if self.dbo_token_threshold else None
+        return Shard(
+            source,
+            links.tensors,
+            stage,
+            pipe,
+            self._loader(device),
+            progress,
+            expert_parallel=self.expert_parallel,
+            dual_batch=halved,
+        )
 
     def _loader(self, device: torch.device) -> LoadModel:
         """Return what loads a rank's part onto a device."""
@@ -121,7 +134,14 @@ class Job:
         quant = choose_method(
             device, dtype, int8_activations=self.int8_activations, batch_invariant=self.batch_invariant
         )
-        return partial(load_model, device=device, dtype=dtype, quant=quant, batch_invariant=self.batch_invariant)
+        return partial(
+            load_model,
+            device=device,
+            dtype=dtype,
+            quant=quant,
+            batch_invariant=self.batch_invariant,
+            quantization=self.quantization,
+        )
 
 
 def installed_versions() -> dict[str, str]:

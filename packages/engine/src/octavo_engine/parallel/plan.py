@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 
 from octavo_engine.errors import InvalidConfig, UnsupportedModel
 from octavo_engine.models.config import ModelConfig
@@ -130,12 +131,13 @@ def check_size(
         )
     if expert_parallel and not config.num_experts:
         raise InvalidConfig(f"expert_parallel needs a mixture of experts, {where} has none; leave it out")
+    column_block = cache(column_block)  # some sources read scales for it
     if fits(config, size, column_block, expert_parallel=expert_parallel):
         return
     most = min(config.num_heads, _MAX_SIZE)
     sizes = (n for n in range(1, most + 1) if fits(config, n, column_block, expert_parallel=expert_parallel))
     working = [str(n) for n in sizes][:_NUM_EXAMPLES]
-    blocks = f"{config.intermediate_size} feed-forward columns, which must come out even"
+    blocks = f"{config.intermediate_size} feed-forward columns, which must come out even, in whole blocks of codes"
     if expert_parallel:
         blocks = f"{config.num_experts} experts; heads must come out even, and every rank must have an expert"
     raise InvalidConfig(

@@ -14,6 +14,7 @@ from octavo_engine.models.config import ModelConfig
 from octavo_engine.models.llama import Llama
 from octavo_engine.models.llama_stage import LlamaStage
 from octavo_engine.models.registry import Model, ModelClass, model_class
+from octavo_engine.parallel.dual_batch import DualBatch, at_once
 from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.layers import join_layers
 from octavo_engine.parallel.pipe import Pipe
@@ -21,6 +22,7 @@ from octavo_engine.parallel.plan import ShardPlan, vocabulary_part
 from octavo_engine.parallel.stages import Stage
 from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.weights.cut import read_whole
+from octavo_engine.weights.load import Weight
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.source import Source
 from octavo_engine.weights.stored import StoredTensor
@@ -41,18 +43,18 @@ class PartOfSource:
     def __init__(self, source: Source, plan: ShardPlan, stage: Stage | None = None) -> None:
         self.name = source.name
         self.config = plan.config
+        self.is_quantized = source.is_quantized
         self.num_bytes = 0
         self._source = source
         self._plan = plan
         self._stage = stage
         self.num_weights = sum(map(self._keeps, source.num_bytes()))
 
-    def weights(self) -> Iterator[tuple[str, Tensor | StoredTensor]]:
+    def weights(self) -> Iterator[tuple[str, Weight]]:
         """Yield each weight's part once; biases that another rank adds are zeros."""
         cut = self._plan if self._plan.size > 1 else read_whole
         for name, weight in self._source.weights(cut, self._keeps):
-            assert not isinstance(weight, QuantizedTensor), "these are not cut, and refused before"
-            self.num_bytes += weight.rows.nbytes if isinstance(weight, StoredTensor) else weight.nbytes
+            self.num_bytes += _num_bytes(weight)
             if self._plan.rank and self._plan.is_added_once(name):
                 assert isinstance(weight, Tensor), "biases are not quantised"
                 yield name, torch.zeros_like(weight)
@@ -63,6 +65,15 @@ class PartOfSource:
         if self._stage is not None and not self._stage.keeps(name, tied=self.config.tie_word_embeddings):
             return False
         return not self._plan.leaves_out(name)
+
+
+def _num_bytes(weight: Weight) -> int:
+    match weight:
+        case StoredTensor():
+            return int(weight.rows.nbytes)
+        case QuantizedTensor():
+            return weight.num_bytes
+    return weight.nbytes
 
 
 class Shard:
@@ -76,6 +87,7 @@ class Shard:
         load: makes a model of a source.
         progress: called with the number of weights read and their total.
         expert_parallel: whether a rank has whole experts instead of a part of each.
+        dual_batch: computes steps of many tokens as two halves; None computes all of them at once.
 
     Attributes:
         model: the part.
@@ -93,6 +105,7 @@ class Shard:
         progress: Any = None,
         *,
         expert_parallel: bool = False,
+        dual_batch: DualBatch | None = None,
     ) -> None:
         plan = ShardPlan(source.config, group.rank, group.size, expert_parallel=expert_parallel)
         part = PartOfSource(source, plan, None if pipe is None else stage)
@@ -105,15 +118,21 @@ class Shard:
             join_layers(self.model, plan.first_token_id, group)
         self._group = group
         self._pipe = pipe
+        self._run = at_once if dual_batch is None else dual_batch.run
         self._first_token_id = plan.first_token_id
         self._parts = [vocabulary_part(source.config.vocab_size, rank, group.size) for rank in range(group.size)]
 
     def hidden(self, model_input: ModelInput) -> Tensor | None:
         """Return the last hidden states of a step, [num_tokens, hidden_size]; None if another stage makes them."""
+        model = self.model
         if self._pipe is None:
-            return self.model(model_input)
-        assert isinstance(self.model, LlamaStage)
-        x = self.model.advance(model_input, self._pipe.take(len(model_input.token_ids)))
+            return self._run(lambda part, _: model(part), model_input)
+        assert isinstance(model, LlamaStage)
+        residual = self._pipe.take(len(model_input.token_ids))
+        if residual is None:
+            x = self._run(lambda part, _: model.advance(part, None), model_input)
+        else:
+            x = self._run(lambda part, tokens: model.advance(part, residual[tokens]), model_input)
         if self._pipe.is_last:
             return x
         self._pipe.pass_on(x)

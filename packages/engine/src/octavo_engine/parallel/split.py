@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
+from math import lcm
 from typing import NamedTuple
 
 import torch
 
-from octavo_engine.errors import InvalidConfig, UnsupportedModel
+from octavo_engine.errors import InvalidConfig
 from octavo_engine.parallel.guard import RANK_TIMEOUT
 from octavo_engine.parallel.job import Job, installed_versions
 from octavo_engine.parallel.launch import WorkerProcess
@@ -20,6 +22,7 @@ from octavo_engine.parallel.stages import plan_stages
 from octavo_engine.parallel.team import STAGE_SECONDS, STEP_SECONDS, Team
 from octavo_engine.parallel.torchrun import TorchrunRank, describe_sizes
 from octavo_engine.quant.choose import native_isa
+from octavo_engine.quant.online import BLOCK
 from octavo_engine.weights.source import Source
 
 _log = logging.getLogger(__name__)
@@ -48,7 +51,9 @@ def make_job(
     num_threads: int | None,
     block_size: int,
     expert_parallel: bool = False,
+    quantization: str | None = None,
     stage_seconds: float | None = None,
+    dbo_token_threshold: int | None = None,
 ) -> Job:
     """Describe a model to the ranks that are to run it; nothing has been started or loaded when this returns.
 
@@ -64,19 +69,17 @@ def make_job(
         num_threads: of each rank; None shares torch's among them.
         block_size: of the KV cache.
         expert_parallel: whether a rank has whole experts instead of a part of each.
+        quantization: see `load_model`.
         stage_seconds: that a stage may take over a step before it is taken for lost; None is a day.
+        dbo_token_threshold: tokens from which on steps are computed as two halves; None computes all at once.
 
     Raises:
         InvalidConfig: the model cannot be split so, or there are too few GPUs; says which sizes work.
-        UnsupportedModel: the architecture cannot be split, or the checkpoint's form of quantisation.
+        UnsupportedModel: the architecture cannot be split.
+        CorruptModelFile: a quantised weight of which columns are to be cut is damaged; names it.
     """
-    if not source.is_divisible:
-        raise UnsupportedModel(
-            f"{source.name}: expected a checkpoint whose tensors can be read in parts, got one that is quantised in "
-            f"Hugging Face's form; serve it with pipeline_parallel_size 1 and tensor_parallel_size 1, or take a GGUF "
-            "file"
-        )
-    check_size(source.config, size, source.column_block, source.name, expert_parallel=expert_parallel)
+    column_block = source.column_block if quantization is None else partial(_rounded_block, source)
+    check_size(source.config, size, column_block, source.name, expert_parallel=expert_parallel)
     stages = plan_stages(source.config, source.num_bytes(), num_stages, source.name)
     num_ranks = size * num_stages
     num_here = int(os.environ["LOCAL_WORLD_SIZE"]) if TorchrunRank.of(os.environ) else num_ranks
@@ -101,8 +104,15 @@ def make_job(
         step_seconds=STEP_SECONDS,
         stage_seconds=STAGE_SECONDS if stage_seconds is None else stage_seconds,
         expert_parallel=expert_parallel,
+        quantization=quantization,
+        dbo_token_threshold=dbo_token_threshold,
         instruction_set=native_isa() if device.type == "cpu" else None,
     )
+
+
+def _rounded_block(source: Source, name: str) -> int:
+    """Return how many columns are stored, and rounded, together: so parts have the codes of the whole."""
+    return lcm(BLOCK, source.column_block(name))
 
 
 def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT, ray: RayPlace | None = None) -> Team:

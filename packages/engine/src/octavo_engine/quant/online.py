@@ -13,7 +13,7 @@ from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
 
-_BLOCK = 32
+BLOCK = 32
 _CHUNK_VALUES = 1 << 22
 _MOST = 65504.0
 _Weight = Tensor | StoredTensor | QuantizedTensor
@@ -47,13 +47,13 @@ def _blocks(name: str, weight: _Weight, kind: str, where: str) -> StoredTensor:
             "leave quantization out to run the model as it is stored"
         )
     out_features, in_features = weight.shape
-    if in_features % _BLOCK:
+    if in_features % BLOCK:
         raise UnsupportedModel(
-            f"{where}: quantization {kind!r} takes inputs in blocks of {_BLOCK}, tensor {name!r} has {in_features}; "
+            f"{where}: quantization {kind!r} takes inputs in blocks of {BLOCK}, tensor {name!r} has {in_features}; "
             "leave quantization out"
         )
     tensor_type, make = _MAKERS[kind]
-    row_bytes = in_features // _BLOCK * tensor_type.block_bytes
+    row_bytes = in_features // BLOCK * tensor_type.block_bytes
     rows = torch.empty((out_features, row_bytes), dtype=torch.uint8)
     step = max(1, _CHUNK_VALUES // in_features)
     for start in range(0, out_features, step):
@@ -62,7 +62,7 @@ def _blocks(name: str, weight: _Weight, kind: str, where: str) -> StoredTensor:
             raise CorruptModelFile(
                 f"{where}: tensor {name!r}: expected numbers up to {_MOST:g} (fp16), found NaN or larger ones"
             )
-        rows[start : start + step] = make(values.reshape(-1, _BLOCK)).reshape(len(values), row_bytes)
+        rows[start : start + step] = make(values.reshape(-1, BLOCK)).reshape(len(values), row_bytes)
     return StoredTensor(rows.numpy(), tensor_type, (out_features, in_features))
 
 

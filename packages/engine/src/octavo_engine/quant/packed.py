@@ -25,7 +25,7 @@ from octavo_kernels import (
     packed_linear,
 )
 
-_BLOCK_FORMATS = MappingProxyType(
+BLOCK_FORMATS = MappingProxyType(
     {
         TensorType.Q4_0: WeightFormat.Q4_0,
         TensorType.Q4_1: WeightFormat.Q4_1,
@@ -41,6 +41,8 @@ _BLOCK_FORMATS = MappingProxyType(
         TensorType.IQ4_XS: WeightFormat.IQ4_XS,
     }
 )
+"""GGUF's types that products read as they are stored."""
+
 _DENSE_FORMATS = MappingProxyType({torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16})
 
 
@@ -142,8 +144,8 @@ class Packed(QuantMethod[PackedParameters]):
 def _as_stored(tensor: Tensor | StoredTensor) -> tuple[WeightFormat, Tensor]:
     """Return a tensor's format and its rows; a type that products do not read becomes fp32."""
     if isinstance(tensor, StoredTensor):
-        if tensor.type in _BLOCK_FORMATS:
-            return _BLOCK_FORMATS[tensor.type], tensor.as_tensor()
+        if tensor.type in BLOCK_FORMATS:
+            return BLOCK_FORMATS[tensor.type], tensor.as_tensor()
         tensor = tensor.values()
     weight_format = _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
     return weight_format, tensor.to(weight_format.dtype)

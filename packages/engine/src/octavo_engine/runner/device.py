@@ -21,6 +21,25 @@ class Event(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Work that a device has captured.
+
+    Attributes:
+        output: what the work returned; each replay fills it anew.
+        num_bytes: of the device's memory that capturing took.
+    """
+
+    output: Tensor
+    num_bytes: int
+
+    def replay(self) -> None:
+        """Do all that the work did on the device, on the same memory; nothing of it is decided again.
+
+        Part of work that is launched, as capturing is.
+        """
+        ...
+
+
 class Device(Protocol):
     """Does the work that it is given in the order of the calls, some time after they return.
 
@@ -42,6 +61,17 @@ class Device(Protocol):
 
     def download(self, source: Tensor, destination: Tensor) -> None:
         """Copy a tensor as the work launched so far leaves it to host memory that `host_bytes` gave."""
+        ...
+
+    def capture(self, work: Callable[[], Tensor]) -> Graph:
+        """Note what work does on the device without doing it; called by work that is launched.
+
+        What it reads and writes must stay where it is, and the kernels that it launches must have run before. Nothing
+        in it may wait for the device or take memory otherwise than as a tensor.
+
+        Raises:
+            Exception: what the work raised, or what the device says why it cannot be captured.
+        """
         ...
 
     def record(self) -> Event:

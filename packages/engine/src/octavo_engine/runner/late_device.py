@@ -24,6 +24,21 @@ class _Work:
     run: Callable[[], None]
 
 
+@dataclass(slots=True)
+class LateGraph:
+    """A `Graph` of a LateDevice: the work is called anew, so that what it decides in Python is decided again."""
+
+    work: Callable[[], Tensor]
+    output: Tensor
+    num_bytes: int
+    num_replays: int = 0
+
+    def replay(self) -> None:
+        """Do the work."""
+        self.num_replays += 1
+        self.output.copy_(self.work())
+
+
 class LateEvent:
     """An `Event` of a LateDevice."""
 
@@ -54,12 +69,18 @@ class LateDevice:
         seed: of the order of downloads.
         num_unfinished_launches: launches made while the work of an event before was not over.
         num_reordered: downloads that were done after another one that was asked for later.
+        graph_bytes: what a captured graph says that it took.
+        capture_error: what capturing raises; None lets it succeed.
+        graphs: those that were captured, in order.
     """
 
     num_late: int = 0
     seed: int = 0
     num_unfinished_launches: int = 0
     num_reordered: int = 0
+    graph_bytes: int = 0
+    capture_error: Exception | None = None
+    graphs: list[LateGraph] = field(default_factory=list)
     _random: random.Random = field(init=False)
     _stream: deque[_Work] = field(default_factory=deque)  # work and uploads, in order
     _downloads: list[_Work] = field(default_factory=list)
@@ -101,6 +122,13 @@ class LateDevice:
             destination.copy_(source)
 
         self._downloads.append(self._work(copy))
+
+    def capture(self, work: Callable[[], Tensor]) -> LateGraph:
+        """Keep work for later; its output is poison until it is replayed."""
+        if self.capture_error is not None:
+            raise self.capture_error
+        self.graphs.append(LateGraph(work, torch.full_like(work(), float("nan")), self.graph_bytes))
+        return self.graphs[-1]
 
     def record(self) -> LateEvent:
         """Return the present point, and do what was to wait for it."""

@@ -18,12 +18,14 @@ from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.executor.base import Pending
 from octavo_engine.executor.inline import Done
 from octavo_engine.models.registry import Model
-from octavo_engine.overlap import OverlapStats
+from octavo_engine.overlap import GraphStats, OverlapStats
 from octavo_engine.runner.answer import Answer
 from octavo_engine.runner.broken_rows import BrokenRows, Kept
 from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.device import Device, Event
 from octavo_engine.runner.device_draw import DeviceDraw, arrays_of, draw_of
+from octavo_engine.runner.graph_plan import GraphPlan
+from octavo_engine.runner.graphs import GraphInputs, Graphs
 from octavo_engine.runner.input_builder import InputBuilder
 from octavo_engine.runner.model_input import GroupInput, ModelInput
 from octavo_engine.runner.model_runner import ModelRunner, caches_of
@@ -76,10 +78,18 @@ class OverlappedRunner(ModelRunner):
     Args:
         gpu: what computes; its memory is that of `device`.
         max_in_flight: steps that may be launched before the oldest one's result is read; at least 1.
+        graphs: which decode steps are captured and replayed; None runs all of them op by op.
     """
 
     def __init__(
-        self, model: Model, storage: KVStorage, *, gpu: Device, max_in_flight: int = 2, **options: Any
+        self,
+        model: Model,
+        storage: KVStorage,
+        *,
+        gpu: Device,
+        max_in_flight: int = 2,
+        graphs: GraphPlan | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(model, storage, jumps_ahead=False, **options)
         self.max_in_flight = max_in_flight
@@ -102,6 +112,16 @@ class OverlappedRunner(ModelRunner):
         self._parcels = Parcels(gpu, self.device, num_bytes=num_bytes, num_slots=max_in_flight)
         self._results = Results(gpu, self.device, max_num_draws=max_num_seqs, num_slots=max_in_flight)
         self._state = RowState(max_num_seqs, self.device)
+        self._graphs: Graphs | None = None
+        if graphs is not None:
+            inputs = GraphInputs(
+                max_num_rows=graphs.sizes[-1],
+                max_num_blocks=max_num_blocks,
+                num_groups=num_groups,
+                kv_layers=kv_layers,
+                device=self.device,
+            )
+            self._graphs = Graphs(gpu, graphs, inputs)
         self._broken = BrokenRows()
         self._in_flight: deque[_Launched] = deque()
         self._next_slot = 0
@@ -111,7 +131,8 @@ class OverlappedRunner(ModelRunner):
     @property
     def overlap(self) -> OverlapStats:
         """Which steps did not wait for the ones before."""
-        return OverlapStats(self._num_overlapped, dict(self._num_waited))
+        graphs = GraphStats() if self._graphs is None else self._graphs.stats
+        return OverlapStats(self._num_overlapped, dict(self._num_waited), graphs)
 
     def execute(self, batch: ScheduledBatch) -> ModelOutput:
         """Run one step to its end."""
@@ -240,7 +261,7 @@ class OverlappedRunner(ModelRunner):
         with self.forward.threads():
             last_tokens = self._state.last_tokens[sources.clamp(min=0)]
             model_input.token_ids.copy_(torch.where(sources >= 0, last_tokens, model_input.token_ids))
-            hidden = self.model(model_input)
+            hidden = self.model(model_input) if self._graphs is None else self._graphs(self.model, model_input)
             if not len(drawing_rows):
                 return
             drawn = draw(hidden[model_input.logits_indices], self.model.greedy, self._make_logits)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from octavo_engine.errors import CorruptModelFile
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, ...]
 
@@ -31,6 +34,10 @@ class Cut(NamedTuple):
     def of(self, shape: Shape) -> Shape:
         """Return the shape of the part."""
         return (*shape[: self.axis], self.stop - self.start, *shape[self.axis + 1 :])
+
+    def part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a tensor, contiguous."""
+        return (tensor[self.span] if self.axis == 0 else tensor[:, self.span]).contiguous()
 
     @property
     def span(self) -> slice:

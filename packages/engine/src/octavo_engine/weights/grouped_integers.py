@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from octavo_engine.weights.quantized import ALL, QuantizedTensor
+from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.quantized import ALL, QuantizedTensor, regrouped
 
 _WORD_BITS = 32
 
@@ -35,6 +39,23 @@ class GroupedIntegers(QuantizedTensor):
     def codes(self, rows: slice = ALL) -> Tensor:
         """Return the codes of some rows of the matrix: [in_features, num_rows] uint8."""
 
+    @abstractmethod
+    def cut_codes(self, cut: Cut) -> Mapping[str, Any]:
+        """Return the fields that hold the codes, for some rows or columns."""
+
+    def part(self, cut: Cut) -> Self:
+        """Return some rows or columns; columns keep the scales of their groups, which may be made smaller."""
+        changed: dict[str, Any] = {"shape": self.shape_of(cut), **self.cut_codes(cut)}
+        kept: Any
+        if cut.axis == 0:
+            kept = ALL, cut.span
+        elif self.groups is None:
+            changed["group_size"], kept = regrouped(min(self.group_size, self.shape[1]), cut.start, cut.stop)
+        else:
+            kept, changed["groups"] = torch.unique(self.groups[cut.span], return_inverse=True)
+        scales, zeros = self.scales[kept].contiguous(), None if self.zeros is None else self.zeros[kept].contiguous()
+        return replace(self, scales=scales, zeros=zeros, **changed)
+
     def has_even_groups(self) -> bool:
         """Return whether all groups have group_size inputs, but for the last one in the order of inputs."""
         if self.groups is None:
@@ -50,6 +71,16 @@ class GroupedIntegers(QuantizedTensor):
             groups = torch.arange(len(codes), device=codes.device) // self.group_size
         zeros = self.zero_point if self.zeros is None else self.zeros[:, rows][groups]
         return ((codes.to(torch.int16) - zeros).float() * self.scales[:, rows].float()[groups]).T.contiguous()
+
+
+def fields_per_word(bits: int) -> int:
+    """Return how many fields of a stream end where a word ends, the least number of them."""
+    return _WORD_BITS // math.gcd(_WORD_BITS, bits)
+
+
+def words_of_fields(fields: slice, bits: int) -> slice:
+    """Return the words of a stream that hold some fields, the first of which begins with a word."""
+    return slice(fields.start * bits // _WORD_BITS, -(-fields.stop * bits // _WORD_BITS))
 
 
 def fields_of_words(words: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,6 @@ from octavo_engine.quant.choose import choose_method
 from octavo_engine.quant.online import quantize_online
 from octavo_engine.quant.quantized import Quantized
 from octavo_engine.weights.quantized import QuantizedTensor
-from octavo_engine.weights.source import FolderSource
 from octavo_engine.weights.stored import StoredTensor
 
 Progress = Callable[[int, int], None]
@@ -34,6 +33,11 @@ class WeightSource(Protocol):
     name: str
     config: ModelConfig
     num_weights: int
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linears come in the codes of a quantised checkpoint."""
+        ...
 
     def weights(self) -> Iterable[tuple[str, Weight]]:
         """Yield each weight once, under its Hugging Face name."""
@@ -70,7 +74,7 @@ def load_model(
     """
     device = torch.device(device)
     quant = quant or choose_method(device, dtype, batch_invariant=batch_invariant)
-    if isinstance(source, FolderSource) and source.scheme is not None:
+    if source.is_quantized:
         quant = Quantized(quant, batch_invariant=batch_invariant)
     options = LayerOptions(dtype, device, quant, batch_invariant)
     model = (make_model or model_class(source.config.architecture))(source.config, options)

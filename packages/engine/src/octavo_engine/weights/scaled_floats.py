@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from octavo_engine.weights.quantized import ALL, QuantizedTensor
+from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.quantized import ALL, QuantizedTensor, regrouped
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -39,6 +40,14 @@ class ScaledFloats(QuantizedTensor):
             scales = scales[:, torch.arange(self.shape[1], device=codes.device) // self.block[1]]
         return codes.mul_(scales)
 
+    def part(self, cut: Cut) -> ScaledFloats:
+        """Return some rows or columns; blocks that are cut are made smaller."""
+        whole = min(self.block[cut.axis], self.shape[cut.axis])
+        size, kept = regrouped(whole, cut.start, cut.stop)
+        block = (size, self.block[1]) if cut.axis == 0 else (self.block[0], size)
+        scales = self.scales[kept] if cut.axis == 0 else self.scales[:, kept]
+        return ScaledFloats(self.shape_of(cut), cut.part(self.codes), scales, block)
+
 
 @dataclass(frozen=True, slots=True)
 class Float4(QuantizedTensor):
@@ -69,6 +78,20 @@ class Float4(QuantizedTensor):
             scales = scales * self.factor
         groups = torch.arange(self.shape[1], device=codes.device) // self.group_size
         return table[codes.int()] * scales[:, groups]
+
+    @property
+    def column_block(self) -> int:
+        """Inputs in a byte."""
+        return 2
+
+    def part(self, cut: Cut) -> Float4:
+        """Return some rows or columns; groups that are cut are made smaller."""
+        shape = self.shape_of(cut)
+        if cut.axis == 0:
+            return replace(self, shape=shape, codes=cut.part(self.codes), scales=cut.part(self.scales))
+        codes = self.codes[:, cut.start // 2 : cut.stop // 2].contiguous()
+        size, kept = regrouped(self.group_size, cut.start, cut.stop)
+        return replace(self, shape=shape, group_size=size, codes=codes, scales=self.scales[:, kept])
 
 
 def _as_numbers(scales: Tensor) -> Tensor:

@@ -80,14 +80,14 @@ class Source(ABC):
     def num_bytes(self) -> Mapping[str, int]:
         """Return how many bytes each weight takes in the file, by the name that `weights` yields; none is read."""
 
-    @property
-    def is_divisible(self) -> bool:
-        """Whether `weights` can read parts of tensors, and some tensors without the others."""
-        return True
-
     def column_block(self, name: str) -> int:  # noqa: ARG002
         """Return how many columns of a weight are stored as one, by its Hugging Face name; 1 if it is not quantised."""
         return 1
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linears come in the codes of a quantised checkpoint."""
+        return False
 
     def tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer; built on first use, then the same object.
@@ -314,8 +314,9 @@ class FolderSource(Source):
         self.config = replace(config, eos_token_ids=tuple(dict.fromkeys((*advised, *config.eos_token_ids))))
         self.files = SafetensorsFiles(path)
         self.scheme = self._read_scheme(config_path)
-        if self.scheme is not None:
-            self.num_weights = self._quantized(self.scheme).num_weights
+        self._linears = None if self.scheme is None else self._quantized(self.scheme)
+        if self._linears is not None:
+            self.num_weights = self._linears.num_weights
         else:
             self.num_weights = sum(len(hf_stack(name, self.config.num_experts)) or 1 for name in self.files.names)
 
@@ -343,13 +344,17 @@ class FolderSource(Source):
     def weights(
         self, cut: CutRule = read_whole, keep: Keep = keep_all
     ) -> Iterator[tuple[str, torch.Tensor | StoredTensor | QuantizedTensor]]:
-        if self.scheme is None:
-            read = self.files.read(cut, keep, self.config.num_experts)
-            return ((hf_router(name), weight) for name, weight in read)
-        assert (cut, keep) == (read_whole, keep_all), "quantised tensors of this form are not cut or left out"
-        return iter(self._quantized(self.scheme))
+        if self._linears is not None:
+            return self._linears.read(cut, keep)
+        read = self.files.read(cut, keep, self.config.num_experts)
+        return ((hf_router(name), weight) for name, weight in read)
+
+    def column_block(self, name: str) -> int:
+        return 1 if self._linears is None else self._linears.column_block(name)
 
     def num_bytes(self) -> Mapping[str, int]:
+        if self._linears is not None:
+            return self._linears.num_bytes()
         num_bytes: dict[str, int] = {}
         for name, count in self.files.num_bytes.items():
             matrices = hf_stack(name, self.config.num_experts)
@@ -357,8 +362,8 @@ class FolderSource(Source):
         return num_bytes
 
     @property
-    def is_divisible(self) -> bool:
-        return self.scheme is None
+    def is_quantized(self) -> bool:
+        return self._linears is not None
 
     def _make_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.path)

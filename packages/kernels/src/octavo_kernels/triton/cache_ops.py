@@ -4,13 +4,14 @@
 # ruff: noqa: N803
 # Triton has no types, and its compile-time parameters are written in capitals.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo_kernels._blocks import flat_blocks
 from octavo_kernels.triton._launch import check_dtypes, next_power_of_2
 
 
@@ -27,7 +28,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 def copy_blocks(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> None:
     """Copy the source blocks of each cache aside, then to their places, so that chains and swaps are defined."""
-    parts = [part for cache in caches for part in _flat_blocks(cache)]
+    parts = [part for cache in caches for part in flat_blocks(cache)]
     aside = torch.empty(
         len(src) * max(part.shape[1] * part.element_size() for part in parts), dtype=torch.uint8, device=src.device
     )
@@ -50,24 +51,6 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: T
             *result.stride()[:2], HEAD_DIM=head_dim, BLOCK_SIZE=block_size, BLOCK_O=next_power_of_2(block_size),
             BLOCK_D=next_power_of_2(head_dim), num_warps=4,
         )  # fmt: skip
-
-
-def _flat_blocks(cache: Tensor) -> Iterator[Tensor]:
-    """Yield views [num_blocks, n] of whole numbers that cover a cache, whose blocks lie in memory in one piece each."""
-    dims = sorted(range(1, cache.dim()), key=cache.stride, reverse=True)
-    dense, expected = cache.permute(0, *dims), 1
-    for size, stride in zip(reversed(dense.shape[1:]), reversed(dense.stride()[1:]), strict=True):
-        if size > 1 and stride != expected:
-            for index in range(dense.shape[1]):
-                yield from _flat_blocks(dense[:, index])
-            return
-        expected *= size
-    flat = cache.as_strided((len(cache), expected), (cache.stride(0), 1))
-    yield flat.view(_WHOLE[cache.element_size()])
-
-
-# Values are moved as whole numbers of their size, so that every dtype is one kernel.
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit

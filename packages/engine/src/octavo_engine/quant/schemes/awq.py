@@ -15,13 +15,15 @@ and means `scale * (code - zero)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo_engine.quant.schemes.base import Scheme, StoredLinear, divided
 from octavo_engine.quant.schemes.settings import Settings
-from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words
+from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words, words_of_fields
 from octavo_engine.weights.quantized import ALL, QuantizedTensor
 
 _BITS = 4
@@ -39,16 +41,26 @@ _TELLS_NOTHING = (
 
 @dataclass(frozen=True, slots=True)
 class GemmTensor(GroupedIntegers):
-    """A linear in the layout `gemm`: `words` is its qweight."""
+    """A linear in the layout `gemm`: `words` is its qweight; `skipped` outputs of the first word are of other rows."""
 
     words: Tensor
+    skipped: int = 0
 
     def codes(self, rows: slice = ALL) -> Tensor:
         """Return the codes of some rows of the matrix; whole words are read for them."""
         start, stop, _ = rows.indices(self.shape[0])
+        start, stop = start + self.skipped, stop + self.skipped
         first = start // _PER_WORD
         fields = _outputs(self.words[:, first : -(-stop // _PER_WORD)])
         return fields[:, start - first * _PER_WORD : stop - first * _PER_WORD]
+
+    def cut_codes(self, cut: Cut) -> dict[str, Any]:
+        """Return the words of some rows or columns of the matrix."""
+        if cut.axis == 1:
+            return {"words": self.words[cut.span].contiguous()}
+        start, stop = cut.start + self.skipped, cut.stop + self.skipped
+        words = self.words[:, start // _PER_WORD : -(-stop // _PER_WORD)]
+        return {"words": words.contiguous(), "skipped": start % _PER_WORD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,16 @@ class GemvTensor(GroupedIntegers):
     def codes(self, rows: slice = ALL) -> Tensor:
         """Return the codes of some rows of the matrix."""
         return fields_of_words(self.words[rows].T, _BITS)
+
+    @property
+    def column_block(self) -> int:
+        """Inputs in a word."""
+        return _PER_WORD
+
+    def cut_codes(self, cut: Cut) -> dict[str, Tensor]:
+        """Return the words of some rows or columns of the matrix."""
+        words = self.words[cut.span] if cut.axis == 0 else self.words[:, words_of_fields(cut.span, _BITS)]
+        return {"words": words.contiguous()}
 
 
 class AWQ(Scheme):

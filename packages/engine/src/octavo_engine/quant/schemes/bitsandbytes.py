@@ -19,14 +19,17 @@ and means `(code * SCB) * (1 / 127)`. All of it in fp32. Inputs are not rounded,
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from octavo_engine.quant.schemes.base import Scheme, StoredLinear
 from octavo_engine.quant.schemes.settings import Settings
+from octavo_engine.weights.cut import Cut
 from octavo_engine.weights.quantized import ALL, QuantizedTensor
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
@@ -57,19 +60,59 @@ class Table4(QuantizedTensor):
     def values(self, rows: slice = ALL) -> Tensor:
         """Return `table[code] * absmax`."""
         start, stop, _ = rows.indices(self.shape[0])
+        codes = self._codes(start, stop)
         first, last = start * self.shape[1], stop * self.shape[1]
-        bytes_ = self.codes[first // 2 : -(-last // 2)]
-        codes = torch.stack([bytes_ >> 4, bytes_ & 15], dim=-1).flatten()[first % 2 :][: last - first]
         blocks = torch.arange(first, last, device=codes.device) // self.block_size
         first_block = first // self.block_size
-        factors = self._factors(slice(first_block, -(-last // self.block_size)))[blocks - first_block]
+        inner = torch.arange(first_block, -(-last // self.block_size), device=codes.device)
+        factors = self._factors(inner)[blocks - first_block]
         return (self.table[codes.int()] * factors).view(stop - start, self.shape[1])
 
-    def _factors(self, blocks: slice) -> Tensor:
+    def part(self, cut: Cut) -> Table4:
+        """Return some rows or columns.
+
+        Blocks that are cut are made smaller; unless rows are cut between blocks of factors, those come unquantised.
+        """
+        out_features, in_features = self.shape
+        nested_size = self.nested_block_size if self.nested_table is not None else 1
+        if cut.axis == 0 and cut.start * in_features % math.lcm(2, self.block_size * nested_size) == 0:
+            return self._rows(cut)
+        rows = range(out_features)[cut.span] if cut.axis == 0 else range(out_features)
+        columns = range(in_features)[cut.span] if cut.axis == 1 else range(in_features)
+        codes = self._codes(rows.start, rows.stop).view(len(rows), in_features)[:, columns.start : columns.stop]
+        codes = F.pad(codes.flatten(), (0, codes.numel() % 2))
+        size = math.gcd(self.block_size, in_features, columns.start, columns.stop)
+        firsts = torch.tensor(rows)[:, None] * in_features + torch.arange(columns.start, columns.stop, size)
+        return Table4(
+            shape=(len(rows), len(columns)),
+            block_size=size,
+            codes=codes[::2] << 4 | codes[1::2],
+            table=self.table,
+            absmax=self._factors(firsts.flatten() // self.block_size),
+        )
+
+    def _rows(self, cut: Cut) -> Table4:
+        """Return rows of which the first begins blocks of values and of factors."""
+        first, last = cut.start * self.shape[1], cut.stop * self.shape[1]
+        blocks = slice(first // self.block_size, -(-last // self.block_size))
+        nested = self.nested_absmax
+        if nested is not None:
+            nested = nested[blocks.start // self.nested_block_size : -(-blocks.stop // self.nested_block_size)]
+        codes = self.codes[first // 2 : -(-last // 2)]
+        return replace(self, shape=self.shape_of(cut), codes=codes, absmax=self.absmax[blocks], nested_absmax=nested)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        """Return the codes of some rows, one after the other, a byte each."""
+        first, last = start * self.shape[1], stop * self.shape[1]
+        bytes_ = self.codes[first // 2 : -(-last // 2)]
+        return torch.stack([bytes_ >> 4, bytes_ & 15], dim=-1).flatten()[first % 2 :][: last - first]
+
+    def _factors(self, blocks: Tensor) -> Tensor:
+        """Return the factors of some blocks, by their numbers."""
         absmax = self.absmax[blocks]
         if self.nested_table is None or self.nested_absmax is None:
             return absmax
-        outer = torch.arange(blocks.start, blocks.stop, device=absmax.device) // self.nested_block_size
+        outer = blocks // self.nested_block_size
         return self.nested_table[absmax.int()] * self.nested_absmax[outer] + self.nested_offset
 
 
@@ -83,6 +126,11 @@ class RowBytes(QuantizedTensor):
     def values(self, rows: slice = ALL) -> Tensor:
         """Return `(code * largest) * (1 / 127)`."""
         return self.codes[rows].float().mul_(self.largest[rows, None]).mul_(_INT8_STEP)
+
+    def part(self, cut: Cut) -> RowBytes:
+        """Return some rows or columns."""
+        largest = self.largest[cut.span] if cut.axis == 0 else self.largest
+        return RowBytes(self.shape_of(cut), cut.part(self.codes), largest)
 
 
 class BitsAndBytes(Scheme):

@@ -32,7 +32,8 @@ from octavo_engine.errors import UnsupportedModel
 from octavo_engine.quant.schemes.base import Scheme, StoredLinear, divided, groups_of_inputs
 from octavo_engine.quant.schemes.rules import compiled
 from octavo_engine.quant.schemes.settings import Settings
-from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words
+from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words, fields_per_word, words_of_fields
 from octavo_engine.weights.quantized import ALL, QuantizedTensor
 from octavo_engine.weights.scaled_floats import Float4, ScaledFloats
 
@@ -81,6 +82,16 @@ class PackedRows(GroupedIntegers):
         """Return the codes of some rows of the matrix."""
         return fields_of_words(self.words[rows].T, self.bits)[: self.shape[1]]
 
+    @property
+    def column_block(self) -> int:
+        """Inputs whose codes fill words."""
+        return fields_per_word(self.bits)
+
+    def cut_codes(self, cut: Cut) -> dict[str, Tensor]:
+        """Return the words of some rows or columns of the matrix."""
+        words = self.words[cut.span] if cut.axis == 0 else self.words[:, words_of_fields(cut.span, self.bits)]
+        return {"words": words.contiguous()}
+
 
 @dataclass(frozen=True, slots=True)
 class SignedBytes(GroupedIntegers):
@@ -91,6 +102,10 @@ class SignedBytes(GroupedIntegers):
     def codes(self, rows: slice = ALL) -> Tensor:
         """Return the numbers of some rows of the matrix, plus 128."""
         return self.numbers[rows].T.view(torch.uint8) ^ _INT8_ZERO
+
+    def cut_codes(self, cut: Cut) -> dict[str, Tensor]:
+        """Return the numbers of some rows or columns of the matrix."""
+        return {"numbers": cut.part(self.numbers)}
 
 
 class CompressedTensors(Scheme):

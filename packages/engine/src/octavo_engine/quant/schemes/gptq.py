@@ -22,7 +22,8 @@ from octavo_engine.errors import UnsupportedModel
 from octavo_engine.quant.schemes.base import Scheme, StoredLinear, divided, groups_of_inputs
 from octavo_engine.quant.schemes.rules import compiled
 from octavo_engine.quant.schemes.settings import Settings
-from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words
+from octavo_engine.weights.cut import Cut
+from octavo_engine.weights.grouped_integers import GroupedIntegers, fields_of_words, fields_per_word, words_of_fields
 from octavo_engine.weights.quantized import ALL, QuantizedTensor
 
 _BITS = (2, 3, 4, 8)
@@ -80,6 +81,16 @@ class GPTQTensor(GroupedIntegers):
     def codes(self, rows: slice = ALL) -> Tensor:
         """Return the codes of some rows of the matrix."""
         return fields_of_words(self.words[:, rows], self.bits)
+
+    @property
+    def column_block(self) -> int:
+        """Inputs whose codes fill words."""
+        return fields_per_word(self.bits)
+
+    def cut_codes(self, cut: Cut) -> dict[str, Tensor]:
+        """Return the words of some rows or columns of the matrix."""
+        words = self.words[:, cut.span] if cut.axis == 0 else self.words[words_of_fields(cut.span, self.bits)]
+        return {"words": words.contiguous()}
 
 
 class GPTQ(Scheme):
