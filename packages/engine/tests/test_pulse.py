@@ -146,7 +146,7 @@ def test_all_ranks_meet_each_other_and_no_strangers(rendezvous: Rendezvous) -> N
     spy = Rendezvous(*rendezvous.address, serves=False, seconds=5)
     at = tuple(json.loads(spy.take("pulse/0")))
     strangers = [socket.create_connection(at) for _ in range(2)]
-    strangers[0].sendall(b"x" * 64)
+    strangers[0].sendall(f"{'0' * 32} 2".ljust(64).encode())  # another key
     strangers[1].sendall(b"GET / HTTP/1.1\r\n\r\n".ljust(63) + b"\xff")
     assert strangers[0].recv(1) == strangers[1].recv(1) == b""
     for stranger in strangers:
