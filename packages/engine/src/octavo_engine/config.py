@@ -172,6 +172,10 @@ class EngineConfig:
                 "enable_dbo needs tensor_parallel_size 2 or more, got 1; it computes one half of a step while the "
                 "processes add up the other"
             )
+        if self.enable_dbo and self.enable_lora:
+            raise InvalidConfig(
+                "enable_dbo and enable_lora both came; adapters are held for the tokens of whole steps, leave one out"
+            )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:
                 raise InvalidConfig(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
