@@ -4,6 +4,7 @@ nox -s demo                          the main job on a real model; `-- --serve` 
 nox -s tests                         every package on every backend this machine has
 nox -s "tests(kvcache, cpu)"         one package on one backend; `-- -k name` goes to pytest
 nox -s soak                          the large checks at full size
+nox -s network                       a model on two machines, whose link is cut and restored
 nox -s clients                       real clients of others, each in an environment of its own, against a server
 nox -s "isolation(kernels)"          one wheel with what it declares and nothing else
 nox -l                               what else there is; `nox -l --json` gives the default ones, for a CI matrix
@@ -238,6 +239,13 @@ def soak(session: nox.Session) -> None:
         if case.find("skipped") is None
     ]
     (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(ran, indent=1) + "\n")
+
+
+@nox.session(default=False, venv_backend="none", requires=["env"])
+def network(session: nox.Session) -> None:
+    """Run a model on two machines, which are network namespaces, by torchrun and by Ray; cut and restore their link."""
+    session.run(shared_python(session), "-m", "pip", "install", "--quiet", *requirements("network"), external=True)
+    pytest(session, "tests/test_network.py", "-m", "slow or not slow", "-rA", *session.posargs)
 
 
 @nox.session(default=False, requires=["env"])

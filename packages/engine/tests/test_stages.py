@@ -172,7 +172,7 @@ def test_a_layer_too_many_is_found_by_the_last_stage(folder: Path) -> None:
 
 
 def test_torchrun_starts_as_many_as_both_sizes_make() -> None:
-    rank = TorchrunRank(rank=1, size=4, local_rank=0, host="first", port=1, attempt=0)
+    rank = TorchrunRank(rank=1, size=4, local_rank=0, host="first", port=1)
     rank.check_size(2, 2)
     rank.check_size(4)
     message = (

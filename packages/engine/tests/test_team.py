@@ -34,6 +34,7 @@ from octavo_engine.parallel import split
 from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import WorkerProcess
+from octavo_engine.parallel.lobby import PREFIX
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.team import Team
 from octavo_engine.parallel.thread_rank import ThreadRank
@@ -242,13 +243,14 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(path: Path, monkeypat
         expected = tokens_of(whole)
     store = Rendezvous("127.0.0.1", 0, serves=True, seconds=10)  # torchrun's own
     host, port = store.address
-    store.leave("octavo/0/failed/1", '{"kind": "MemoryError", "message": "no room"}')  # by an attempt before
-    environ = {**TORCHRUN, "MASTER_ADDR": host, "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "1"}
+    store.leave(f"{PREFIX}/here/1", "earlier")  # a rank that has ended since
+    environ = {**TORCHRUN, "MASTER_ADDR": host, "MASTER_PORT": str(port)}
     other = TorchrunRank.of({**environ, "RANK": "1"})
     assert other is not None
-    arguments = {"join_seconds": 10, "local_rank": other.local_rank, "prefix": other.prefix}
+    arguments = {"join_seconds": 10, "local_rank": other.local_rank, "in_lobby": True}
     rank = threading.Thread(target=follow, args=(other.host, other.port, other.rank), kwargs=arguments)
-    rank.start()
+    timer = threading.Timer(2, rank.start)  # later than rank 0
+    timer.start()
     for name, value in {**environ, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with tiny_llm(path) as llm:
@@ -257,6 +259,7 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(path: Path, monkeypat
         with pytest.raises(WorkerLost, match="rank 1 is gone; torchrun starts all ranks again"):
             tokens_of(llm)
         llm._engine._executor._team._lost = None
+    assert store.has(f"{PREFIX}/round/earlier")
     rank.join(10)
     assert not rank.is_alive()
     monkeypatch.setenv("WORLD_SIZE", "3")

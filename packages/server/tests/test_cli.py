@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(octavo, arguments, message):
 def test_a_rank_that_torchrun_has_started_follows_the_first(octavo, monkeypatch):
     follower = pytest.importorskip("octavo_engine.parallel.follower", reason="ranks need octavo-server[local]")
     followed, ignored = [], []
-    monkeypatch.setattr(follower, "follow", lambda *rank, **options: followed.append((rank, options["prefix"])))
+    monkeypatch.setattr(follower, "follow", lambda *rank, **options: followed.append((rank, options["in_lobby"])))
     monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
     environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     for name, value in {**environ, "TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
@@ -149,7 +149,7 @@ def test_a_rank_that_torchrun_has_started_follows_the_first(octavo, monkeypatch)
     assert "torchrun has started 2 processes, tensor_parallel_size is 3; give both the same number" in result.stderr
     assert octavo("serve", "--tensor-parallel-size", "2", "--port", "0").exit_code == 0
     assert octavo("serve", "--pipeline-parallel-size", "2", "--port", "0").exit_code == 0
-    assert followed == [(("first", 29500, 1), "octavo/3")] * 2
+    assert followed == [(("first", 29500, 1), True)] * 2
     assert ignored == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)] * 2
     assert octavo.configs == []
 

@@ -204,7 +204,7 @@ def _follows(config: EngineConfig) -> bool:
         started.rank,
         join_seconds=JOIN_SECONDS,
         local_rank=started.local_rank,
-        prefix=started.prefix,
+        in_lobby=True,
         ends_process=True,
     )
     return True

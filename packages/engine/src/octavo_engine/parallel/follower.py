@@ -9,6 +9,7 @@ from octavo_engine.parallel.channel import Channel, Command, Message, copies_of,
 from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.links import Links
+from octavo_engine.parallel.lobby import find_round
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.runner.model_input import KVLayer
@@ -84,7 +85,7 @@ def follow(
     *,
     join_seconds: float,
     local_rank: int | None = None,
-    prefix: str = "",
+    in_lobby: bool = False,
     ends_process: bool = False,
 ) -> None:
     """Be a rank of the model that rank 0 runs, until it says stop.
@@ -95,7 +96,7 @@ def follow(
         rank: to be.
         join_seconds: how long to wait for rank 0.
         local_rank: the number of this machine's GPU to take; None is that of the rank.
-        prefix: see `Rendezvous`.
+        in_lobby: whether the store outlives rank 0, so that the one that lives is to be found first; see `Lobby`.
         ends_process: see `Guard`.
 
     Raises:
@@ -103,6 +104,7 @@ def follow(
         RankUnreachable: a rank cannot be reached any more; rank 0 is told, if it is another one.
         EngineError: as in loading a model; rank 0 is told.
     """
+    prefix = find_round(host, port, rank, seconds=join_seconds) if in_lobby else ""
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
     connected: list[Links] = []
     guard = Guard(rank, lambda: [links.cut() for links in connected], ends_process=ends_process)

@@ -139,7 +139,7 @@ def make_team(job: Job, rank_timeout: float = RANK_TIMEOUT, ray: RayPlace | None
         raise InvalidConfig(
             f"this process is rank {started.rank} of torchrun's, and rank 0 runs the engine; use follow"
         )
-    return Team(job, None, host=started.host, port=started.port, prefix=started.prefix, rank_timeout=rank_timeout)
+    return Team(job, None, host=started.host, port=started.port, rank_timeout=rank_timeout)
 
 
 def _ray_team(job: Job, rank_timeout: float, place: RayPlace) -> Team:

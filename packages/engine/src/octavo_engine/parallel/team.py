@@ -12,6 +12,7 @@ from octavo_engine.parallel.channel import Command, Message
 from octavo_engine.parallel.guard import RANK_TIMEOUT, Guard
 from octavo_engine.parallel.job import Job
 from octavo_engine.parallel.launch import Launch, StartedRank, Worker
+from octavo_engine.parallel.lobby import Lobby
 from octavo_engine.parallel.rendezvous import Rendezvous
 
 JOIN_SECONDS = 60.0
@@ -41,7 +42,6 @@ class Team:
         launch: starts one; None if torchrun starts them all, rank 0 too.
         host: of the store where they meet, which rank 0 serves if it starts them.
         port: of it; 0 takes a free one.
-        prefix: see `Rendezvous`.
         join_seconds: within which a rank must have joined.
         rank_timeout: seconds that a rank's machine may be out of reach.
 
@@ -57,14 +57,13 @@ class Team:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        prefix: str = "",
         join_seconds: float = JOIN_SECONDS,
         rank_timeout: float = RANK_TIMEOUT,
     ) -> None:
         self._job = job
         self._launch = launch
         self._address = host, port
-        self._prefix = prefix
+        self._lobby: Lobby | None = None
         self._join_seconds = join_seconds
         self.links = job.links(0)
         self._channel = self.links.channel()
@@ -86,8 +85,12 @@ class Team:
         """
         job = self._job
         host, port = self._address
+        prefix = ""
+        if self._launch is None:
+            self._lobby = Lobby(host, port, job.size, seconds=self._join_seconds)
+            prefix = self._lobby.prefix
         serves = self._launch is not None
-        self._rendezvous = Rendezvous(host, port, serves=serves, seconds=self._join_seconds, prefix=self._prefix)
+        self._rendezvous = Rendezvous(host, port, serves=serves, seconds=self._join_seconds, prefix=prefix)
         self._rendezvous.leave("job", job.encode())
         launch = self._launch or StartedRank
         for rank in range(1, job.size):
@@ -224,6 +227,8 @@ class Team:
         until = time.monotonic() + seconds
         missing = list(self._workers)
         while missing:
+            if self._lobby is not None:
+                self._lobby.admit()
             missing = [rank for rank in missing if not self._rendezvous.has(f"{what}/{rank}")]
             self._look(missing)
             if missing and time.monotonic() > until:

@@ -12,8 +12,7 @@ from octavo_engine.errors import InvalidConfig
 class TorchrunRank:
     """What torchrun says of a process, in its environment.
 
-    `host` and `port` are those of torchrun's own store, where the ranks meet; `attempt` counts how often torchrun has
-    started all of them, since the store outlives them.
+    `host` and `port` are those of torchrun's own store, where the ranks meet, and which outlives them.
     """
 
     rank: int
@@ -21,7 +20,6 @@ class TorchrunRank:
     local_rank: int
     host: str
     port: int
-    attempt: int
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> TorchrunRank | None:
@@ -34,13 +32,7 @@ class TorchrunRank:
             local_rank=int(environ["LOCAL_RANK"]),
             host=environ["MASTER_ADDR"],
             port=int(environ["MASTER_PORT"]),
-            attempt=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
-
-    @property
-    def prefix(self) -> str:
-        """What the ranks of this attempt leave in the store begins with."""
-        return f"octavo/{self.attempt}"
 
     def check_size(self, tensor_parallel_size: int, pipeline_parallel_size: int = 1) -> None:
         """Refuse another number of ranks than torchrun has started.
