@@ -67,6 +67,14 @@ def tokens_of(llm: LLM) -> list[int]:
 def test_ranks_are_replaced_as_soon_as_there_is_room(llm: LLM, cluster: Cluster) -> None:
     expected = tokens_of(llm)
     team = llm._engine._executor._team
+    loading, await_loaded = [], team.await_loaded
+
+    def await_slowly() -> None:
+        time.sleep(0.2)
+        loading.append(team.is_lost)  # no step may begin yet
+        await_loaded()
+
+    team.await_loaded = await_slowly
     team._lost, cluster.has_room = WorkerLost("rank 1 is gone"), False
     timer = threading.Timer(0.5, lambda: setattr(cluster, "has_room", True))
     timer.start()
@@ -74,6 +82,7 @@ def test_ranks_are_replaced_as_soon_as_there_is_room(llm: LLM, cluster: Cluster)
     timer.join()
     assert cluster.num_refusals > 1
     assert team.num_restarts == 1
+    assert loading == [True]
 
 
 def test_the_engine_goes_on_while_there_is_no_room(llm: LLM, cluster: Cluster) -> None:

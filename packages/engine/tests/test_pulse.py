@@ -9,15 +9,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 import pytest
 
 pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]")
 
+import torch
+from torch._C._distributed_c10d import TCPStore
+
 from octavo_engine import WorkerLost
 from octavo_engine.errors import RankUnreachable
 from octavo_engine.parallel import pulse as module
+from octavo_engine.parallel.group import Group
 from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.meeting import meet
 from octavo_engine.parallel.pulse import Loss, Pulse
@@ -141,7 +146,7 @@ def test_all_ranks_meet_each_other_and_no_strangers(rendezvous: Rendezvous) -> N
     spy = Rendezvous(*rendezvous.address, serves=False, seconds=5)
     at = tuple(json.loads(spy.take("pulse/0")))
     strangers = [socket.create_connection(at) for _ in range(2)]
-    strangers[0].sendall(b"x" * 64)
+    strangers[0].sendall(f"{'0' * 32} 2".ljust(64).encode())  # another key
     strangers[1].sendall(b"GET / HTTP/1.1\r\n\r\n".ljust(63) + b"\xff")
     assert strangers[0].recv(1) == strangers[1].recv(1) == b""
     for stranger in strangers:
@@ -182,3 +187,29 @@ def test_beats_are_fewer_than_the_timeout_allows(ends: tuple[socket.socket, sock
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         assert ends[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2000
     pulse.close(says_farewell=False)
+
+
+def test_what_waits_for_other_ranks_fails_when_it_is_cut() -> None:
+    """In whatever thread, however patient, and without a word from the others."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    groups = [Group(rank, 2) for rank in range(2)]
+
+    def connect(rank: int) -> None:
+        own = TCPStore("127.0.0.1", store.port, None, False, wait_for_workers=False)
+        groups[rank].connect(own, torch.device("cpu"), seconds=30, message_seconds=30, host="127.0.0.1")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(connect, range(2)))
+        waiting = pool.submit(groups[1].broadcast, torch.zeros(1), patient=True)
+        receiving = pool.submit(groups[0].receive, torch.zeros(1), 1)
+        time.sleep(0.2)
+        assert not waiting.done()
+        for group in groups:
+            group.cut()
+        for future in (waiting, receiving):
+            with pytest.raises(WorkerLost, match="a rank has ended or does not answer"):
+                future.result(5)
+    with pytest.raises(WorkerLost):
+        groups[0].sum(torch.zeros(1))
+    for group in groups:
+        group.disconnect()
