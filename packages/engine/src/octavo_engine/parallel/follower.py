@@ -107,7 +107,12 @@ def follow(
     prefix = find_round(host, port, rank, seconds=join_seconds) if in_lobby else ""
     rendezvous = Rendezvous(host, port, serves=False, seconds=join_seconds, prefix=prefix)
     connected: list[Links] = []
-    guard = Guard(rank, lambda: [links.cut() for links in connected], ends_process=ends_process)
+
+    def cut() -> None:
+        for links in connected:
+            links.cut()
+
+    guard = Guard(rank, cut, ends_process=ends_process)
     try:
         job = Job.decode(rendezvous.take("job"))
         device = job.device_of(rank if local_rank is None else local_rank)
