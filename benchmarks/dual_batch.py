@@ -82,7 +82,7 @@ def be_a_rank(model: str, *, enable_dbo: bool) -> None:
     rank = TorchrunRank.of(os.environ)
     assert rank is not None, "torchrun starts this"
     if rank.rank:
-        follow(rank.host, rank.port, rank.rank, join_seconds=60, local_rank=rank.local_rank, prefix=rank.prefix)
+        follow(rank.host, rank.port, rank.rank, join_seconds=60, local_rank=rank.local_rank, in_lobby=True)
         return
     options = {"max_num_seqs": 32, "max_num_batched_tokens": 512, "num_blocks": 400, "num_threads": 1}
     with LLM(

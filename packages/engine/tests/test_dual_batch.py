@@ -202,8 +202,10 @@ def check_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: Any) -
     assert found[0] == found[1]
 
 
-def test_one_process_has_nothing_to_overlap(tmp_path: Path) -> None:
+def test_what_has_nothing_to_overlap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="enable_dbo needs tensor_parallel_size 2 or more, got 1"):
         EngineConfig(model=str(tmp_path), enable_dbo=True)
+    with pytest.raises(InvalidConfig, match="enable_dbo and enable_lora both came"):
+        EngineConfig(model=str(tmp_path), enable_dbo=True, tensor_parallel_size=2, enable_lora=True)
     with pytest.raises(InvalidConfig, match="dbo_token_threshold must be at least 2, got 1"):
         EngineConfig(model=str(tmp_path), dbo_token_threshold=1)

@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from octavo_engine import LLM, BeamSearchParams, EngineConfig, InvalidConfig, InvalidRequest, SamplingParams
+from octavo_engine import LLM, BeamSearchParams, InvalidConfig, InvalidRequest, SamplingParams
 from octavo_engine.parallel import split
 from octavo_engine.parallel.leader import LeadingModel
 from octavo_engine.parallel.plan import ShardPlan
@@ -221,8 +221,3 @@ def test_the_model_is_described_as_a_whole(make: Make) -> None:
     assert llm.info.num_parameters == whole.info.num_parameters
     assert llm.info.kv_cache_bytes == whole.info.kv_cache_bytes
     assert isinstance(llm._engine._executor._runner.model, LeadingModel)
-
-
-def test_adapters_are_refused_where_a_model_is_split() -> None:
-    with pytest.raises(InvalidConfig, match="enable_lora needs tensor_parallel_size 1, got 2"):
-        EngineConfig(enable_lora=True, tensor_parallel_size=2)

@@ -201,6 +201,10 @@ SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"use_dora": True},
         "expected lora_magnitude_vector of 'model.layers.0.mlp.up_proj', .* found none",
     ),
+    "dora with biases of B": (
+        {"use_dora": True, "lora_bias": True},
+        "lora_bias: expected it unset beside use_dora.*True",
+    ),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: expected it unset.*\['lm_head'\]"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: .*path_initial_model_for_weight_conversion"),
     "no rank": ({"r": None}, "r: expected one above 0, found None"),

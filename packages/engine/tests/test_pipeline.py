@@ -24,6 +24,7 @@ from octavo_engine.models.llama_stage import LlamaStage
 from octavo_engine.parallel import split
 from octavo_engine.parallel.follower import follow
 from octavo_engine.parallel.group import Group
+from octavo_engine.parallel.pulse import Loss
 from octavo_engine.parallel.rendezvous import Rendezvous
 from octavo_engine.parallel.thread_rank import ThreadRank
 from octavo_engine.quant.choose import has_native_products
@@ -317,6 +318,46 @@ def test_ranks_end_at_once_with_an_engine_that_is_lost(
     finally:
         gc.enable()
     assert held.value
+
+
+def test_what_waits_for_a_stage_out_of_reach_fails_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 waits for what the stage before makes; that its machine is gone, it hears of beside it."""
+    llm = make(2)
+    expected = answers(llm)
+    team = llm._engine._executor._team
+    hanging, waiting, released = threading.Event(), threading.Event(), threading.Event()
+    advance, receive = LlamaStage.advance, Group.receive
+
+    def hang_once(self: LlamaStage, *arguments: Any) -> torch.Tensor:
+        if self.is_first and not hanging.is_set():
+            hanging.set()
+            released.wait(20)
+        return advance(self, *arguments)
+
+    def watched(self: Group, *arguments: Any, **options: Any) -> None:
+        if self is team.links.stages:
+            waiting.set()
+        receive(self, *arguments, **options)
+        if self is team.links.stages:
+            waiting.clear()
+
+    def lose() -> None:
+        hanging.wait(20)
+        waiting.wait(20)
+        team._guard._take(Loss(1, "cannot be reached", is_unreachable=True))
+
+    monkeypatch.setattr(LlamaStage, "advance", hang_once)
+    monkeypatch.setattr(Group, "receive", watched)
+    losing = threading.Thread(target=lose)
+    losing.start()
+    started = time.monotonic()
+    with pytest.raises(RequestFailed, match="RankUnreachable: rank 1 cannot be reached"):
+        answers(llm)
+    assert time.monotonic() - started < 10
+    released.set()
+    losing.join()
+    assert answers(llm) == expected
+    assert team.num_restarts == 1
 
 
 def test_a_group_that_is_let_go_ends_what_others_wait_for() -> None:

@@ -27,6 +27,7 @@ from octavo_engine.models.registry import Model
 from octavo_engine.numerics import Numerics
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.adapter_plan import AdapterPlan
+from octavo_engine.runner.adapter_pool import AdapterPool
 from octavo_engine.runner.cuda_device import CudaDevice
 from octavo_engine.runner.device import Device
 from octavo_engine.runner.expert_loads import clear_expert_loads, expert_stats, expert_stats_of
@@ -58,15 +59,17 @@ class BuiltEngine(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What makes a source's model and its KV cache where they are to be; `team` has the other parts of both.
+    """What makes a source's model, its KV cache and room for adapters where they are to be.
 
-    `make_staged` makes the runner of a model whose layers are shared out among stages; None if they are not.
+    `team` has the other parts of all of them. `make_staged` makes the runner of a model whose layers are shared out
+    among stages; None if they are not.
     """
 
     make_model: Callable[..., Model]
     make_storage: Callable[..., KVStorage]
     team: Team | None = None
     make_staged: Callable[..., ModelRunner] | None = None
+    make_adapter_pool: Callable[..., AdapterPool] = AdapterPool
 
 
 def assemble(
@@ -99,7 +102,7 @@ def assemble(
     specs = model.kv_cache_specs(numerics.kv_dtype)
     bytes_here = sum(s.bytes_per_block(config.block_size) for s in specs)  # of a rank's part of its own layers
     bytes_per_block = bytes_here * config.tensor_parallel_size * source.config.num_layers // len(specs)
-    adapters = AdapterPlan.of(config, model, numerics.dtype)
+    adapters = AdapterPlan.of(config, model, numerics.dtype, place.make_adapter_pool)
     graphs = GraphPlan.of(config, model, kv_dtype=numerics.kv_dtype, device=device, meter=meter_of(device))
     num_reserved_bytes = adapters.num_bytes + (0 if graphs is None else graphs.num_bytes or 0)
     free = free_memory_beside(model, config, device, kv_dtype=numerics.kv_dtype, num_reserved_bytes=num_reserved_bytes)

@@ -67,6 +67,7 @@ def _build_split(
             f"{describe_sizes(config.tensor_parallel_size, config.pipeline_parallel_size)} needs torch.distributed, "
             "which this build of torch does not have; install another one, or use 1"
         )
+    from octavo_engine.parallel.adapters import LeadingAdapterPool
     from octavo_engine.parallel.leader import LeadingStorage
     from octavo_engine.parallel.pipelined_runner import PipelinedRunner
     from octavo_engine.parallel.split import RayPlace, load_split, make_job, make_team
@@ -90,7 +91,13 @@ def _build_split(
     ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None
     team = make_team(job, config.rank_timeout, ray)
     staged = partial(PipelinedRunner, max_in_flight=len(job.stages)) if job.is_pipelined else None
-    place = Place(partial(load_split, job=job, team=team), partial(LeadingStorage, team=team), team, staged)
+    place = Place(
+        partial(load_split, job=job, team=team),
+        partial(LeadingStorage, team=team),
+        team,
+        staged,
+        partial(LeadingAdapterPool, team=team),
+    )
     try:
         return assemble(config, source, numerics, place, progress, started)
     except BaseException:

@@ -152,12 +152,11 @@ class EngineConfig:
                 f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "
                 "lower max_loras"
             )
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            if self.enable_lora and getattr(self, name) > 1:
-                raise InvalidConfig(
-                    f"enable_lora needs {name} 1, got {getattr(self, name)}; a model that is split over several "
-                    "processes takes no adapters"
-                )
+        if self.enable_lora and self.pipeline_parallel_size > 1:
+            raise InvalidConfig(
+                f"enable_lora needs pipeline_parallel_size 1, got {self.pipeline_parallel_size}; a model whose layers "
+                "are shared out among stages takes no adapters; use tensor_parallel_size"
+            )
         if self.mode not in _MODES:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -171,6 +170,10 @@ class EngineConfig:
             raise InvalidConfig(
                 "enable_dbo needs tensor_parallel_size 2 or more, got 1; it computes one half of a step while the "
                 "processes add up the other"
+            )
+        if self.enable_dbo and self.enable_lora:
+            raise InvalidConfig(
+                "enable_dbo and enable_lora both came; adapters are held for the tokens of whole steps, leave one out"
             )
         for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in known:

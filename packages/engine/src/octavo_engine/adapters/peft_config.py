@@ -189,6 +189,8 @@ def _refuse(fields: _Fields) -> None:
     for name in _REFUSED:
         if settings.get(name):
             raise fields.wrong(name, "it unset, for it is not served yet")
+    if settings.get("use_dora") and settings.get("lora_bias"):
+        raise fields.wrong("lora_bias", "it unset beside use_dora, for which PEFT has no meaning either")
     if settings.get("bias", "none") not in _BIASES:
         raise fields.wrong("bias", f"one of {', '.join(_BIASES)}")
     initial = settings.get("init_lora_weights")

@@ -45,6 +45,11 @@ class Linear:
         bias: Tensor | None = self.parameters.bias if self.has_bias else None
         return bias
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._options.device
+
     def finish(self) -> None:
         """Prepare the filled weights for products."""
         self.parameters = self._quant.finish(self.parameters)
@@ -62,6 +67,10 @@ class Linear:
         units[:, first:end].fill_diagonal_(1.0)
         products = self._quant.apply(self.parameters, units).float()
         return products if self.bias is None else products - self.bias.float()
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of x, which was made of some of the weight's columns, and of what was made of the others."""
+        return x
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensors go; their names begin with `prefix`."""

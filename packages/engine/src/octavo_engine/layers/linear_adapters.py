@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo_engine.adapters.weights import AdapterWeights
 from octavo_engine.quant.base import Shard
-from octavo_kernels import LoraPart, RowGroups, group_rows, lora_linear
+from octavo_kernels import LoraPart, RowGroups, group_rows, host_empty, lora_linear
 
 
 class StepAdapters:
@@ -33,13 +33,14 @@ class StepAdapters:
         slots: [num_tokens] int64, the slot of each token and -1 for the base model, or None.
     """
 
-    __slots__ = ("_buffer", "_device", "_grouped", "_num_slots", "groups", "slots")
+    __slots__ = ("_buffer", "_device", "_grouped", "_held", "_num_slots", "groups", "slots")
 
     def __init__(self, num_slots: int, *, max_num_tokens: int, device: torch.device) -> None:
         self._num_slots = num_slots
         self._device = device
         self._buffer = torch.full((max_num_tokens,), -1)
         self._grouped = group_rows(self._buffer, num_slots)
+        self._held = np.empty(0, np.int64)  # the slots that are grouped, on a CPU
         self.groups: RowGroups | None = None
         self.slots: Tensor | None = None
 
@@ -47,10 +48,12 @@ class StepAdapters:
     def of(self, slots: NDArray[np.int64]) -> Iterator[None]:
         """Hold the slots of a step's tokens, [num_tokens], while it is computed."""
         if self._device.type == "cpu":
-            self._buffer[: len(slots)] = torch.from_numpy(slots)
-            self._buffer[len(slots) :] = -1
-            self.slots = self._buffer[: len(slots)]
-            self.groups = group_rows(self._buffer, self._num_slots, out=self._grouped)
+            if not np.array_equal(slots, self._held):  # which most steps share with the one before
+                self._buffer[: len(slots)] = torch.from_numpy(slots)
+                self._buffer[len(slots) :] = -1
+                group_rows(self._buffer, self._num_slots, out=self._grouped)
+                self._held = slots.copy()
+            self.groups, self.slots = self._grouped, self._buffer[: len(slots)]
         else:
             self.slots = torch.from_numpy(slots).to(self._device)
             self.groups = group_rows(self.slots, self._num_slots)
@@ -102,7 +105,7 @@ class LinearAdapters:
         for shard in shards:
             self._shards.append(
                 LoraPart(
-                    torch.zeros(num_slots, max_rank, in_features, dtype=dtype, device=device),
+                    _zeros((num_slots, max_rank, in_features), dtype, device),
                     _make_b(num_slots, shard.num_rows, max_rank, dtype, device),
                     torch.zeros(num_slots, dtype=torch.int32, device=device),
                     torch.zeros(num_slots, device=device),
@@ -207,5 +210,10 @@ class LinearAdapters:
 def _make_b(num_slots: int, num_rows: int, max_rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate zeros [num_slots, num_rows, max_rank], on a CPU in the order of ranks, which native products read."""
     if device.type == "cpu":
-        return torch.zeros(num_slots, max_rank, num_rows, dtype=dtype).transpose(1, 2)
-    return torch.zeros(num_slots, num_rows, max_rank, dtype=dtype, device=device)
+        return _zeros((num_slots, max_rank, num_rows), dtype, device).transpose(1, 2)
+    return _zeros((num_slots, num_rows, max_rank), dtype, device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate zeros, on a CPU in large pages."""
+    return host_empty(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)

@@ -44,6 +44,6 @@ def magnitude_factors(linear: Linear, weights: AdapterWeights, prefix: str) -> d
     factors = {}
     for name, module in adapted.items():
         assert module.magnitude is not None
-        norms = squares[name].sqrt()
+        norms = linear.total(squares[name].to(linear.device)).cpu().sqrt()
         factors[name] = torch.where(norms > 0, module.magnitude.double() / norms, 1.0).float()
     return factors

@@ -26,6 +26,8 @@ class Command(IntEnum):
     STEP = 3
     LOGITS = 4
     GREEDY = 5
+    SLOTS = 6
+    ADAPTER = 7
 
 
 class Message(NamedTuple):
@@ -68,6 +70,26 @@ class Channel:
         self._give(head, ranks)
         if payload is not None and len(payload):
             self._give(payload, ranks)
+
+    def deal(self, parts: Sequence[bytes]) -> None:
+        """Give each other rank its own bytes, in the order of ranks; all have one length.
+
+        Raises:
+            WorkerLost: one does not listen any more.
+        """
+        own = torch.zeros(len(parts[0]), dtype=torch.uint8)
+        others = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]
+        self._group.scatter([own, *others], own)
+
+    def take(self, num_bytes: int) -> bytes:
+        """Return what rank 0 deals to this rank.
+
+        Raises:
+            WorkerLost: rank 0 has ended.
+        """
+        own = torch.empty(num_bytes, dtype=torch.uint8)
+        self._group.scatter([], own)
+        return own.numpy().tobytes()
 
     def receive(self) -> Message:
         """Wait for the next message.

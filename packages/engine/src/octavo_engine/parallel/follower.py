@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from octavo_engine.parallel.adapters import FollowingAdapters
 from octavo_engine.parallel.channel import Channel, Command, Message, copies_of, step_input
 from octavo_engine.parallel.guard import Guard
 from octavo_engine.parallel.job import Job
@@ -34,6 +35,7 @@ class Follower:
         self._hidden_size = shard.model.config.hidden_size
         self._storage: KVStorage | None = None
         self._kv_layers: tuple[KVLayer, ...] = ()
+        self._adapters = FollowingAdapters(shard.model, channel, device)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -53,7 +55,12 @@ class Follower:
                 assert self._storage is not None, "rank 0 allocates first"
                 self._storage.apply(copies_of(message))
             case Command.STEP:
-                self._shard.hidden(step_input(message, self._kv_layers, self._device))
+                with self._adapters.step():
+                    self._shard.hidden(step_input(message, self._kv_layers, self._device))
+            case Command.SLOTS:
+                self._adapters.hold(message)
+            case Command.ADAPTER:
+                self._adapters.fill(message)
             case Command.LOGITS:
                 self._shard.logits(self._empty_hidden(message))
             case Command.GREEDY:

@@ -198,6 +198,16 @@ class Group:
             options.timeout = _FOR_EVER
         self._wait(lambda: self._backend.broadcast([x], options))
 
+    def scatter(self, parts: list[Tensor], own: Tensor) -> None:
+        """Overwrite own, contiguous, with this rank's one of rank 0's parts; the others give none.
+
+        Raises:
+            WorkerLost: as for `sum`.
+        """
+        options = dist.ScatterOptions()
+        options.rootRank = 0
+        self._wait(lambda: self._backend.scatter([own], [parts] if parts else [], options))
+
     def _wait(self, start: Callable[[], Any], patience: timedelta | None = None) -> None:
         """Start an operation and wait for its end; None is as long as all ranks wait for each other.
 

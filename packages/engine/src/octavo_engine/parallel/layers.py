@@ -22,18 +22,25 @@ class SummedLinear(Linear):
         group: the ranks.
     """
 
-    __slots__ = ("_group", "_part")
+    __slots__ = ("_group",)
 
     def __init__(self, part: Linear, group: Group) -> None:
+        self.in_features = part.in_features
+        self.has_bias = part.has_bias
         self.shards = part.shards
+        self.adapters = part.adapters
         self.parameters = part.parameters
+        self._options = part._options
         self._quant = part._quant
-        self._part = part
         self._group = group
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the product of all columns, from this rank's part of x, [num_tokens, rows of all shards]."""
-        return self._group.sum(self._part(x))
+        return self._group.sum(super().__call__(x))
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of what all ranks give; each calls this at the same time."""
+        return self._group.sum(x)
 
 
 class PartialEmbedding(Embedding):

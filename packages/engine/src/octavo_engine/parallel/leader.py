@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from octavo_engine.layers.linear import Linear
+from octavo_engine.layers.linear_adapters import StepAdapters
 from octavo_engine.layers.mixture import MixtureOfExperts
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.config import ModelConfig
-from octavo_engine.models.registry import model_class
+from octavo_engine.models.registry import Model, model_class
 from octavo_engine.parallel.channel import Command, Message, copies_message, step_input, step_message
 from octavo_engine.parallel.shard import Shard
 from octavo_engine.parallel.team import Team
@@ -34,14 +35,24 @@ class LeadingModel:
         config: of the whole model.
         shard: rank 0's part.
         team: the other ranks.
+
+    Attributes:
+        adapters: the slots of a step's tokens; None where no adapters are served.
     """
 
     def __init__(self, config: ModelConfig, shard: Shard, team: Team) -> None:
         self.config = config
         options = LayerOptions(device=torch.device("meta"), quant=Unquantized())
-        self.num_parameters = model_class(config.architecture)(config, options).num_parameters
+        self._whole: Model = model_class(config.architecture)(config, options)
+        self.num_parameters = self._whole.num_parameters
         self._shard = shard
+        self.adapters: StepAdapters | None = None
         self._team = team
+
+    @property
+    def shard(self) -> Shard:
+        """Rank 0's part."""
+        return self._shard
 
     def __call__(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states: [num_tokens, hidden_size].
@@ -51,6 +62,9 @@ class LeadingModel:
             NotRecordable: a recording is open, which the ranks' sums would not be in.
         """
         self._check_not_recorded()
+        if self.adapters is not None and self.adapters.slots is not None:
+            with self._together(Message(Command.SLOTS, (), self.adapters.slots.cpu())):
+                pass
         return self._hidden(model_input)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -84,8 +98,8 @@ class LeadingModel:
             raise NotRecordable("the model is split over several processes, which wait for each other in every step")
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Yield none: adapters change nothing of a model that is split."""
-        return iter(())
+        """Yield the linears of the whole model, without weights."""
+        return self._whole.linears()
 
     def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
         """Yield rank 0's mixtures of experts, whose routers see every token."""

@@ -93,6 +93,7 @@ class Shard:
         model: the part.
         num_bytes: of the weights that were read, as the files store them.
         is_alone: whether no other rank has a part of the same layers.
+        plans: what each rank keeps.
     """
 
     def __init__(
@@ -107,7 +108,10 @@ class Shard:
         expert_parallel: bool = False,
         dual_batch: DualBatch | None = None,
     ) -> None:
-        plan = ShardPlan(source.config, group.rank, group.size, expert_parallel=expert_parallel)
+        self.plans = [
+            ShardPlan(source.config, rank, group.size, expert_parallel=expert_parallel) for rank in range(group.size)
+        ]
+        plan = self.plans[group.rank]
         part = PartOfSource(source, plan, None if pipe is None else stage)
         self.model = load(
             part, progress=progress, make_model=None if pipe is None else _stage_maker(part.config, stage)

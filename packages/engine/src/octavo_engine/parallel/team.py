@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 from octavo_engine.errors import EngineError, RankUnreachable, WorkerLost
@@ -139,6 +139,10 @@ class Team:
         except BaseException:
             self._lost = WorkerLost("rank 0 was interrupted in the middle of a step")
             raise
+
+    def deal(self, parts: Sequence[bytes]) -> None:
+        """Give each other rank its own bytes, in the order of ranks, all of one length; part of a command."""
+        self._channel.deal(parts)
 
     @property
     def is_lost(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,17 @@ class AdapterPlan:
     adapters: Adapters | None = None
     options: PoolOptions | None = None
     num_bytes: int = 0
+    pool_class: Callable[..., AdapterPool] = AdapterPool
 
     @classmethod
-    def of(cls, config: EngineConfig, model: Model, dtype: torch.dtype) -> AdapterPlan:
-        """Plan for a configuration, the model that it came to, and the dtype of activations."""
+    def of(
+        cls,
+        config: EngineConfig,
+        model: Model,
+        dtype: torch.dtype,
+        pool_class: Callable[..., AdapterPool] = AdapterPool,
+    ) -> AdapterPlan:
+        """Plan for a configuration, the model that it came to, the dtype of activations, and what makes a pool."""
         if not config.enable_lora:
             return cls(AdapterSlots())
         targets, slots = adapter_targets(model), AdapterSlots(config.max_loras)
@@ -47,10 +55,10 @@ class AdapterPlan:
             max_lora_rank=config.max_lora_rank,
             element_bytes=dtype.itemsize,
         )
-        return cls(slots, adapters, PoolOptions(config.max_loras, config.max_lora_rank, dtype), num_bytes)
+        return cls(slots, adapters, PoolOptions(config.max_loras, config.max_lora_rank, dtype), num_bytes, pool_class)
 
     def make_pool(self, model: Model, *, max_num_tokens: int, device: torch.device) -> AdapterPool | None:
-        """Give a model room for adapters; None if none are served."""
+        """Give a model room for adapters, in a pool as its place makes it; None if none are served."""
         if self.adapters is None or self.options is None:
             return None
-        return AdapterPool(model, self.adapters.weights, self.options, max_num_tokens=max_num_tokens, device=device)
+        return self.pool_class(model, self.adapters.weights, self.options, max_num_tokens=max_num_tokens, device=device)

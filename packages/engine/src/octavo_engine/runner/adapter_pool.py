@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -48,11 +48,16 @@ class AdapterPool:
     """Gives every linear of a model room for adapters, and fills it as sequences need them.
 
     Args:
-        model: whose linears are given the room; a pool that it had is replaced.
+        model: what runs a step.
         weights_of: returns the weights of a version.
         options: how much room.
         max_num_tokens: tokens that a step can compute.
         device: where the model is.
+        linears: those that are given the room, and what their names begin with; a pool that they had is replaced. None
+            stands for the model's.
+
+    Attributes:
+        step: which tokens of a step have which adapter.
     """
 
     def __init__(
@@ -63,20 +68,21 @@ class AdapterPool:
         *,
         max_num_tokens: int,
         device: torch.device,
+        linears: Iterable[tuple[str, Linear]] | None = None,
     ) -> None:
         self._model = model
         self._weights_of = weights_of
         self._device = device
         self._versions: list[bytes | None] = [None] * options.num_slots
-        self._step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
+        self.step = StepAdapters(options.num_slots, max_num_tokens=max_num_tokens, device=device)
         self._inputs: InputBuilder | None = None
         self._factors: dict[bytes, list[Mapping[str, Tensor]]] = {}  # by version, the least recently used first
         self._linears: list[tuple[str, Linear, LinearAdapters]] = []
-        for prefix, linear in model.linears():
+        for prefix, linear in model.linears() if linears is None else linears:
             adapters = LinearAdapters(
                 linear.in_features,
                 linear.shards,
-                step=self._step,
+                step=self.step,
                 num_slots=options.num_slots,
                 max_rank=options.max_rank,
                 dtype=options.dtype,
@@ -84,21 +90,25 @@ class AdapterPool:
             )
             linear.adapters = adapters
             self._linears.append((prefix, linear, adapters))
-        self._op_by_op = AdaptedForward(OpByOp(model, model.greedy), self._step)
+        self._op_by_op = AdaptedForward(OpByOp(model, model.greedy), self.step)
         self._forward = self._op_by_op
 
     def record(self, inputs: InputBuilder) -> None:
         """Run steps in the fastest way from now on, on what an InputBuilder makes."""
         self._inputs = inputs
-        with self._step.largest():
+        with self.step.largest():
             forward = make_forward(self._model, inputs, self._device)
-        self._forward = AdaptedForward(forward, self._step)
+        self._forward = AdaptedForward(forward, self.step)
+
+    def holds(self, wanted: AdapterSlot) -> bool:
+        """Return whether a version lies in a slot."""
+        return self._versions[wanted.slot] == wanted.version
 
     def ensure(self, wanted: AdapterSlot) -> None:
         """Have a version in a slot; nothing is done if it lies there."""
-        slot, version = wanted
-        if self._versions[slot] == version:
+        if self.holds(wanted):
             return
+        slot, version = wanted
         weights = self._weights_of(version)
         self._versions[slot] = None  # until all of it is there
         factors = self._factors_of(version, weights)
@@ -108,6 +118,11 @@ class AdapterPool:
         if self._inputs is not None and had_factors != [adapters.has_factors for _, _, adapters in self._linears]:
             self.record(self._inputs)
         self._versions[slot] = version
+
+    def forget(self) -> None:
+        """Take it that no slot holds anything."""
+        self._versions = [None] * len(self._versions)
+        self._factors.clear()
 
     def _factors_of(self, version: bytes, weights: AdapterWeights) -> Sequence[Mapping[str, Tensor]]:
         """Return each linear's factors by shard, made when an adapter with magnitudes first gets a slot."""
