@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models
 from octavo_engine.text.byte_alphabet import CHAR_OF_BYTE
 
 NOTICE_SECONDS = 10.0
-BACK_SECONDS = 60.0
+BACK_SECONDS = 180.0  # most of it starts processes, on a machine that may be busy
 MAX_LEN = 8192
 NOTICED = "cannot be reached at"
 OCTAVO = [sys.executable, "-c", "from octavo_server.cli import main; main()"]
