@@ -456,7 +456,7 @@ def test_ranks_that_torchrun_has_started_meet_in_its_store(
     host, port = store.address
     environ = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": "0"}
-    options = {"join_seconds": 10, "local_rank": 0, "prefix": "octavo/0"}
+    options = {"join_seconds": 10, "local_rank": 0, "in_lobby": True}
     rank = threading.Thread(target=follow, args=(host, port, 1), kwargs=options)
     rank.start()
     for name, value in environ.items():
