@@ -80,7 +80,8 @@ MATRIX = [
     if b == "cpu" or (p in ON_EVERY_BACKEND and p in ONLY_FOR.get(b, ON_EVERY_BACKEND))
 ]
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
-NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference")  # kernels' tests that have nothing for sanitizers
+# The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
+NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
 
