@@ -138,21 +138,20 @@ class AdapterPool:
 
     def _put_ends(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter's own embedding and head in a slot, held without loss whatever form the model's are in."""
-        embedding, head = None, None
-        if weights.embedding is not None or weights.head is not None:
-            ends = self._model.ends()
-            assert ends is not None, "no reader lets them through"
-            own = ends[0].options
-            method = choose_method(own.device, own.dtype, batch_invariant=own.batch_invariant)
-            options = replace(own, quant=method)
-            if weights.embedding is not None:
-                embedding = _filled(
-                    Embedding(ends[0].vocab_size, ends[0].hidden_size, options=options), weights.embedding
-                )
-            if weights.head is not None:
-                head = _filled(LMHead(ends[0], tied=False, options=options), weights.head)
-        self._embeddings.put(slot, embedding)
-        self.heads.put(slot, head)
+        self._embeddings.put(slot, None)  # whose memory may be what the next one needs
+        self.heads.put(slot, None)
+        if weights.embedding is None and weights.head is None:
+            return
+        ends = self._model.ends()
+        assert ends is not None, "no reader lets them through"
+        own, _ = ends
+        method = choose_method(own.options.device, own.options.dtype, batch_invariant=own.options.batch_invariant)
+        options = replace(own.options, quant=method)
+        if weights.embedding is not None:
+            embedding = Embedding(own.vocab_size, own.hidden_size, options=options)
+            self._embeddings.put(slot, _filled(embedding, weights.embedding))
+        if weights.head is not None:
+            self.heads.put(slot, _filled(LMHead(own, tied=False, options=options), weights.head))
 
     def _factors_of(self, version: bytes, weights: AdapterWeights) -> Sequence[Mapping[str, Tensor]]:
         """Return each linear's factors by shard, made when an adapter with magnitudes first gets a slot."""
