@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="engines need the extra octavo-engine[local]
 
 import torch
 
-from octavo_engine import LLM, SamplingParams
+from octavo_engine import LLM, InvalidAdapter, SamplingParams
 from octavo_engine.adapters.weights import AdapterWeights, LowRank
 from octavo_engine.parallel import split
 from octavo_engine.parallel.adapters import decode, encode, part_of
@@ -140,6 +140,16 @@ def test_content_that_is_loaded_in_place_reaches_all_ranks(
         for llm in (split_up, whole):
             llm.load_adapter("a", str(tmp_path / name), in_place=True)
         check(whole, asked, answers_of(split_up, asked, ["a"] * 4), ["a"] * 4)
+
+
+def test_an_adapter_with_a_head_is_refused_by_a_model_that_is_split(
+    make: Make, tiny_llama: Checkpoint, write_adapter: Write, tmp_path: Path
+) -> None:
+    folder, model = tiny_llama
+    head = {"base_model.model.lm_head.weight": torch.zeros(131, 64)}
+    write_adapter(tmp_path, model, seed=1, extra=head, modules_to_save=["lm_head"])
+    with pytest.raises(InvalidAdapter, match=r"modules_to_save: .* the head: .* leave out tensor_parallel_size"):
+        make(folder, 2).load_adapter("a", str(tmp_path))
 
 
 @pytest.mark.model

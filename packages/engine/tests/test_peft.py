@@ -40,7 +40,7 @@ def write(folder: Path, *, rank: int = 2, **settings: Any) -> Path:
 
 
 def read(folder: Path, dtype: torch.dtype = torch.float32) -> AdapterWeights:
-    return AdapterReader(TARGETS, max_rank=4, dtype=dtype)(str(folder))
+    return AdapterReader(TARGETS, max_rank=4, dtype=dtype, ends_shape=(12, 8))(str(folder))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -91,6 +91,20 @@ def test_magnitudes_are_read_by_either_name_that_peft_gave_them(tmp_path: Path) 
     with pytest.raises(
         InvalidAdapter, match=r"expected lora_magnitude_vector of 'model.layers.1.mlp.up_proj', found none"
     ):
+        read(folder)
+
+
+def test_embeddings_and_heads_stay_as_they_are_stored(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    table = torch.randn(12, 8).bfloat16()
+    names = {"embedding": "base_model.model.model.embed_tokens.weight", "head": "base_model.model.lm_head.weight"}
+    change_tensors(folder, lambda tensors: tensors.update({name: table + len(name) for name in names.values()}))
+    weights = read(folder)
+    assert torch.equal(weights.embedding, table + len(names["embedding"]))
+    assert torch.equal(weights.head, table + len(names["head"]))
+    assert weights.num_bytes - read(write(tmp_path / "b")).num_bytes == 2 * 2 * 12 * 8
+    change_tensors(folder, lambda tensors: tensors.update({names["head"]: torch.zeros(11, 8)}))
+    with pytest.raises(InvalidAdapter, match=r"head: expected shape \[12, 8\].*found \[11, 8\]; .* merge"):
         read(folder)
 
 
@@ -146,7 +160,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         _put("base_model.model.model.layers.2.mlp.up_proj.lora_A.weight", torch.zeros(2, 8)),
         "'model.layers.2.mlp.up_proj', which the model does not have; it has 'model.layers.0.self_attn.q_proj'.* and 3",
     ),
-    "a saved head": (_put("base_model.model.lm_head.weight", torch.zeros(2, 8)), "'base_model.model.lm_head.weight'"),
+    "a head that nothing names": (
+        _put("base_model.model.lm_head.weight", torch.zeros(12, 8)),
+        "expected no head, which modules_to_save of adapter_config.json does not name; .* merge",
+    ),
     "a magnitude without DoRA": (
         _put(f"{LAST}.lora_magnitude_vector", torch.zeros(6)),
         "expected no lora_magnitude_vector of 'model.layers.1.mlp.up_proj': there is one only with use_dora",
@@ -205,7 +222,12 @@ SETTINGS_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"use_dora": True, "lora_bias": True},
         "lora_bias: expected it unset beside use_dora.*True",
     ),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save: expected it unset.*\['lm_head'\]"),
+    "modules_to_save": (
+        {"modules_to_save": ["lm_head", "score"]},
+        r"modules_to_save: expected embed_tokens and lm_head alone.*\['lm_head', 'score'\]",
+    ),
+    "no head": ({"modules_to_save": ["lm_head"]}, "expected the head that modules_to_save .* names, found none"),
+    "no embedding": ({"modules_to_save": ["model.embed_tokens"]}, "expected the embedding that .* names, found none"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: .*path_initial_model_for_weight_conversion"),
     "no rank": ({"r": None}, "r: expected one above 0, found None"),
     "rank 0": ({"r": 0}, "r: expected one above 0, found 0"),

@@ -25,6 +25,8 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:(?P<matrix>lora_[AB])\.(?P<part>weight|bias)|(?:base_layer\.)?bias"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
 )
+_SAVED = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+_PREFIX = "base_model.model."
 _DIGEST_BYTES = 32
 _SHOWN = 3
 
@@ -38,9 +40,17 @@ class _Parts:
     biases: dict[str, Tensor] = field(default_factory=dict)
     extra_biases: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dtype) -> AdapterWeights:
+def read_peft(
+    folder: Path,
+    targets: Targets,
+    *,
+    max_rank: int,
+    dtype: torch.dtype,
+    ends_shape: tuple[int, int] | None = None,
+) -> AdapterWeights:
     """Read adapter_config.json and adapter_model.safetensors.
 
     The digest is of the bytes that the weights were made of, so that files which change meanwhile cannot make it lie.
@@ -49,7 +59,8 @@ def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dty
         folder: where they are.
         targets: the model's linears.
         max_rank: the highest rank that is served.
-        dtype: of the matrices that are returned.
+        dtype: of the matrices that are returned, but for an embedding and a head, which stay as they are stored.
+        ends_shape: of the model's embedding and head; None where no others can take their places.
 
     Raises:
         InvalidAdapter: a file is missing or damaged; a tensor is missing, unknown, of another shape, or not finite; a
@@ -60,6 +71,7 @@ def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dty
     where = str(folder / _WEIGHTS)
     parts = _sort(_load(weight_bytes, where), targets, where)
     _check_missing(config, parts, targets, where)
+    _check_saved(config, parts.saved, ends_shape, where)
     for name in parts.a:
         _check_shapes(config, name, parts, targets, max_rank, where)
     magnitudes = _vectors("magnitude", parts.magnitudes, targets, where)
@@ -77,6 +89,8 @@ def read_peft(folder: Path, targets: Targets, *, max_rank: int, dtype: torch.dty
             name: bias * config.scale_of(name)
             for name, bias in _vectors("bias", parts.extra_biases, targets, where).items()
         },
+        embedding=parts.saved.get("embedding"),
+        head=parts.saved.get("head"),
     )
 
 
@@ -122,6 +136,9 @@ def _sort(tensors: Mapping[str, Tensor], targets: Targets, where: str) -> _Parts
     """Sort tensors by what they are; refuse those that are nothing of the model's."""
     parts = _Parts()
     for name, tensor in tensors.items():
+        if (kind := _SAVED.get(name.removeprefix(_PREFIX))) is not None:
+            parts.saved[kind] = tensor
+            continue
         match = _NAME.fullmatch(name)
         if match is None:
             raise InvalidAdapter(
@@ -163,6 +180,34 @@ def _check_missing(config: PeftConfig, parts: _Parts, targets: Targets, where: s
             f"{where}: expected no lora_magnitude_vector of {_shown(others)}: there is one only with use_dora in "
             f"{_CONFIG}, beside lora_A and lora_B"
         )
+
+
+def _check_saved(config: PeftConfig, saved: Mapping[str, Tensor], expected: tuple[int, int] | None, where: str) -> None:
+    """Check that there are the embedding and the head that are named, and no others, in the model's shape."""
+    named = {
+        kind for kind, is_named in (("embedding", config.saves_embedding), ("head", config.saves_head)) if is_named
+    }
+    if named and expected is None:
+        raise InvalidAdapter(
+            f"{config.where}: modules_to_save: expected it unset, found the {' and the '.join(sorted(named))}: a model "
+            "that is split over several processes serves none; leave out tensor_parallel_size"
+        )
+    if missing := sorted(named - saved.keys()):
+        raise InvalidAdapter(f"{where}: expected the {missing[0]} that modules_to_save of {_CONFIG} names, found none")
+    if config.saves_embedding and config.ties_head:
+        named.add("head")
+    if others := sorted(saved.keys() - named):
+        raise InvalidAdapter(
+            f"{where}: expected no {others[0]}, which modules_to_save of {_CONFIG} does not name; if the vocabulary "
+            "was resized, merge the adapter into its base and serve the result"
+        )
+    for kind, tensor in saved.items():
+        if tuple(tensor.shape) != expected:
+            raise InvalidAdapter(
+                f"{where}: {kind}: expected shape {list(expected or ())}, that of the base model, found "
+                f"{list(tensor.shape)}; if the vocabulary was resized, merge the adapter into its base and serve the "
+                "result"
+            )
 
 
 def _check_shapes(config: PeftConfig, name: str, parts: _Parts, targets: Targets, max_rank: int, where: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 from octavo_engine.errors import InvalidAdapter
 
 _REFUSED = (
-    "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
@@ -29,6 +28,9 @@ _REFUSED = (
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base model's weights, so that the adapter fits the changed ones."""
+
+_EMBEDDING_NAMES = frozenset(("embed_tokens", "model.embed_tokens"))
+_HEAD_NAMES = frozenset(("lm_head",))
 
 _BIASES = ("none", "all", "lora_only")
 _MAX_PATTERN_LENGTH = 1024
@@ -50,6 +52,9 @@ class PeftConfig:
         exclude_modules: what is not: names or a regular expression.
         layers: the only layers that are adapted; None for all.
         layers_pattern: names of the list of layers.
+        saves_embedding: whether the adapter has an embedding of its own.
+        saves_head: likewise a head.
+        ties_head: whether PEFT wrote the embedding as the head too, if the base's are one matrix.
     """
 
     where: str
@@ -63,6 +68,9 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...]
     layers: frozenset[int] | None
     layers_pattern: tuple[str, ...]
+    saves_embedding: bool
+    saves_head: bool
+    ties_head: bool
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any], where: str) -> PeftConfig:
@@ -73,7 +81,7 @@ class PeftConfig:
         """
         fields = _Fields(settings, where)
         _refuse(fields)
-        names = fields.names("target_modules")
+        names, saved = fields.names("target_modules"), fields.saved()
         config = cls(
             where=where,
             rank=fields.number("r", int),
@@ -86,6 +94,9 @@ class PeftConfig:
             exclude_modules=fields.names("exclude_modules") or (),
             layers=fields.layers(),
             layers_pattern=_as_tuple(fields.names("layers_pattern")),
+            saves_embedding=not saved.isdisjoint(_EMBEDDING_NAMES),
+            saves_head=not saved.isdisjoint(_HEAD_NAMES),
+            ties_head=bool(settings.get("ensure_weight_tying", False)),
         )
         config._check_expressions()
         return config
@@ -174,6 +185,12 @@ class _Fields:
         if not isinstance(indices, list) or not all(isinstance(index, int) for index in indices):
             raise self.wrong("layers_to_transform", "a layer or a list of layers")
         return frozenset(indices)
+
+    def saved(self) -> frozenset[str]:
+        names = frozenset(_as_tuple(self.names("modules_to_save")))
+        if not names <= _EMBEDDING_NAMES | _HEAD_NAMES:
+            raise self.wrong("modules_to_save", "embed_tokens and lm_head alone, for others are not served")
+        return names
 
     def _positive(self, name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
         is_number = isinstance(value, int) or (kind is float and isinstance(value, float))

@@ -25,15 +25,24 @@ class AdapterReader:
         config: the model's; None where GGUF files are not read.
         max_rank: the highest rank that is served.
         dtype: of the matrices in memory.
+        ends_shape: [vocab_size, hidden_size] of embeddings and heads that adapters may bring along; None where they
+            may bring none.
     """
 
     def __init__(
-        self, targets: Targets, *, max_rank: int, dtype: torch.dtype, config: ModelConfig | None = None
+        self,
+        targets: Targets,
+        *,
+        max_rank: int,
+        dtype: torch.dtype,
+        config: ModelConfig | None = None,
+        ends_shape: tuple[int, int] | None = None,
     ) -> None:
         self._targets = targets
         self._config = config
         self._max_rank = max_rank
         self._dtype = dtype
+        self._ends_shape = ends_shape
 
     def __call__(self, path: str) -> AdapterWeights:
         """Read the adapter at a path: a folder in the layout of PEFT, or a GGUF file.
@@ -48,4 +57,4 @@ class AdapterReader:
             raise InvalidAdapter(
                 f"{path}: expected the folder of an adapter, with adapter_config.json, or a GGUF file, found none"
             )
-        return read_peft(place, self._targets, max_rank=self._max_rank, dtype=self._dtype)
+        return read_peft(place, self._targets, max_rank=self._max_rank, dtype=self._dtype, ends_shape=self._ends_shape)

@@ -37,12 +37,16 @@ class AdapterWeights:
         modules: what is added to the products.
         biases: [out_features] fp32, which take the places of the base's own.
         extra_biases: [out_features] fp32, which are added beside them.
+        embedding: [vocab_size, hidden_size] as it is stored, which takes the place of the base's; None to keep that.
+        head: likewise.
     """
 
     digest: bytes
     modules: Mapping[str, LowRank]
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     extra_biases: Mapping[str, Tensor] = field(default_factory=dict)
+    embedding: Tensor | None = None
+    head: Tensor | None = None
 
     @cached_property
     def rank(self) -> int:
@@ -57,10 +61,6 @@ class AdapterWeights:
     @cached_property
     def num_bytes(self) -> int:
         """Of all tensors."""
-        matrices = [
-            tensor
-            for module in self.modules.values()
-            for tensor in (module.a, module.b, module.magnitude)
-            if tensor is not None
-        ]
-        return sum(tensor.nbytes for tensor in (*matrices, *self.biases.values(), *self.extra_biases.values()))
+        matrices = [tensor for module in self.modules.values() for tensor in (module.a, module.b, module.magnitude)]
+        every = (*matrices, *self.biases.values(), *self.extra_biases.values(), self.embedding, self.head)
+        return sum(tensor.nbytes for tensor in every if tensor is not None)

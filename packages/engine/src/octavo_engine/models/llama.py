@@ -123,6 +123,10 @@ class Llama:
         for index, layer in enumerate(self.layers, self._first_layer):
             yield from layer.linears(f"model.layers.{index}.")
 
+    def ends(self) -> tuple[Embedding, LMHead]:
+        """Return the first and the last matrix; see `Model.ends`."""
+        return self.embedding, self.head
+
     def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
         """Yield the mixtures of experts; see `Model.mixtures`."""
         for index, layer in enumerate(self.layers, self._first_layer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.errors import UnsupportedModel
+from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.mixture import MixtureOfExperts
 from octavo_engine.layers.options import LayerOptions
@@ -57,6 +58,10 @@ class Model(Protocol):
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the linears that adapters may change, each with what the names of its shards begin with."""
+        ...
+
+    def ends(self) -> tuple[Embedding, LMHead] | None:
+        """Return the first and the last matrix; None where adapters cannot bring others along."""
         ...
 
     def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:

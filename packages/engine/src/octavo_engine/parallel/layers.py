@@ -57,6 +57,8 @@ class PartialEmbedding(Embedding):
     def __init__(self, part: Embedding, first_token_id: int, group: Group) -> None:
         self.vocab_size = part.vocab_size
         self.hidden_size = part.hidden_size
+        self.options = part.options
+        self.saved = part.saved
         self.parameters = part.parameters
         self._quant = part._quant
         self._part = part

@@ -101,6 +101,9 @@ class LeadingModel:
         """Yield the linears of the whole model, without weights."""
         return self._whole.linears()
 
+    def ends(self) -> None:
+        """Return none: each rank has some rows of these matrices."""
+
     def mixtures(self) -> Iterator[tuple[str, MixtureOfExperts]]:
         """Yield rank 0's mixtures of experts, whose routers see every token."""
         return self._shard.model.mixtures()

@@ -43,8 +43,11 @@ class AdapterPlan:
         targets, slots = adapter_targets(model), AdapterSlots(config.max_loras)
         if config.lora_dtype != "auto":
             dtype = getattr(torch, config.lora_dtype)
+        ends_shape = None if model.ends() is None else (model.config.vocab_size, model.config.hidden_size)
         adapters = Adapters(
-            AdapterReader(targets, config=model.config, max_rank=config.max_lora_rank, dtype=dtype),
+            AdapterReader(
+                targets, config=model.config, max_rank=config.max_lora_rank, dtype=dtype, ends_shape=ends_shape
+            ),
             max_num_loaded=config.max_cpu_loras or config.max_loras,
             is_held=slots.is_held,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ class ModelRunner:
         self._sampling = SamplingRows(self._rows.token_ids, model.config.vocab_size, self.device, grammars)
         self._logits = LogitsBuffer(max_num_seqs, model.config.vocab_size, self.device)
         self._pooler = Pooler()
-        self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_logits, max_num_seqs)
+        self._prompt_logprobs = PromptLogprobs(self._rows.token_ids, self._make_prompt_logits, max_num_seqs)
         self._adapters = adapters
         if adapters is not None:
             adapters.record(self._inputs)
@@ -207,7 +208,8 @@ class ModelRunner:
             self._add_drawn(answer, places, rows, positions, self._draw(hidden, rows, positions, shared))
             return
         sources = searching if shared is None else shared[searching]
-        logits = self._make_logits(_rows_of(hidden, sources))
+        with self._heads_of(rows[searching]):
+            logits = self._make_logits(_rows_of(hidden, sources))
         changes = self._sampling.changes(rows[searching], positions[searching])
         answer.add_candidates(places[searching], likeliest(logits, int(num_candidates.max()), changes))
         drawing = np.flatnonzero(num_candidates == 0)
@@ -264,9 +266,11 @@ class ModelRunner:
         self, hidden: Tensor, rows: NDArray[np.int64], positions: NDArray[np.int64], shared: NDArray[np.int64] | None
     ) -> Drawn:
         sampling = self._sampling.batch(rows, positions)
-        if sampling is None:
-            return greedy(*self.model.greedy(hidden), shared)
-        return sample(self._make_logits(hidden), sampling, shared)
+        with self._heads_of(rows, shared):
+            if sampling is None:
+                return greedy(*self.model.greedy(hidden), shared)
+            logits = self._make_logits(hidden)
+        return sample(logits, sampling, shared)
 
     def _draw_others(
         self,
@@ -289,6 +293,25 @@ class ModelRunner:
 
     def _make_logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden, out=self._logits.rows(len(hidden)))
+
+    def _make_prompt_logits(self, hidden: Tensor, row: int) -> Tensor:
+        with self._heads_of(np.full(len(hidden), row)):
+            return self._make_logits(hidden)
+
+    def _heads_of(
+        self, rows: NDArray[np.int64], shared: NDArray[np.int64] | None = None
+    ) -> AbstractContextManager[None]:
+        """Return what to open where logits of some rows are made, by the heads of their adapters; see `_draw`.
+
+        Rows that share a source have the same adapter.
+        """
+        if not self._rows.num_adapted:
+            return nullcontext()
+        assert self._adapters is not None
+        slots = self._rows.adapters[rows]
+        if shared is not None:
+            slots = slots[np.unique(shared, return_index=True)[1]]
+        return self._adapters.heads.of(slots)
 
     def _add_drawn(
         self,

@@ -33,12 +33,12 @@ class PromptLogprobs:
 
     Args:
         token_ids: [max_num_rows, max_num_tokens + 1] int32, the known tokens of every row; not modified.
-        logits_of: from hidden states [num_tokens, hidden_size] to logits, which hold until the next call.
+        logits_of: from hidden states [num_tokens, hidden_size] of a row to logits, which hold until the next call.
         max_num_logits: tokens whose logits are made at a time.
     """
 
     def __init__(
-        self, token_ids: NDArray[np.int32], logits_of: Callable[[Tensor], Tensor], max_num_logits: int
+        self, token_ids: NDArray[np.int32], logits_of: Callable[[Tensor, int], Tensor], max_num_logits: int
     ) -> None:
         self._token_ids = token_ids
         self._logits_of = logits_of
@@ -74,17 +74,18 @@ class PromptLogprobs:
                 continue
             start, first = int(step.token_starts[place]), int(step.num_computed_tokens[place])
             last = min(first + int(step.num_scheduled_tokens[place]), prompt.num_tokens - 1)
-            self._report(prompt, hidden[start : start + last - first], self._token_ids[row, first + 1 : last + 1])
+            following = self._token_ids[row, first + 1 : last + 1]
+            self._report(prompt, row, hidden[start : start + last - first], following)
             if step.samples[place]:
                 ended[place] = tuple(prompt.entries)
                 del self._prompts[row]
         return ended
 
-    def _report(self, prompt: _Prompt, hidden: Tensor, following: NDArray[np.int32]) -> None:
-        """Report the tokens that follow some others, given these others' hidden states."""
+    def _report(self, prompt: _Prompt, row: int, hidden: Tensor, following: NDArray[np.int32]) -> None:
+        """Report the tokens that follow some others of a row, given these others' hidden states."""
         token_ids = torch.from_numpy(following.astype(np.int64)).to(hidden.device)
         for begin in range(0, len(token_ids), self._max_num_logits):
             piece = slice(begin, begin + self._max_num_logits)
-            logprobs = self._logits_of(hidden[piece]).log_softmax(dim=-1)
+            logprobs = self._logits_of(hidden[piece], row).log_softmax(dim=-1)
             count = len(logprobs)
             prompt.entries += describe(logprobs, token_ids[piece], [prompt.num_top] * count, [()] * count)
