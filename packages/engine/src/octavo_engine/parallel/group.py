@@ -85,7 +85,7 @@ class Group:
         options = gloo._Options()
         options._devices = [gloo.create_default_device() if host is None else gloo.create_device(hostname=host)]
         options._timeout = wait
-        options._threads = 1
+        options._threads = 2  # as many operations can be on their way: the sums of both halves of a step
         return gloo(store, self.rank, self.size, options)
 
     def send(self, x: Tensor, rank: int, *, max_on_their_way: int) -> None:
