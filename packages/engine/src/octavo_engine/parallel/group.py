@@ -37,13 +37,19 @@ class Group:
     Only `send` and `receive` are for two of them. It can be connected anew after a rank was lost: layers keep the
     group, not its connections.
 
+    Args:
+        rank: of this process, from 0.
+        size: how many ranks there are.
+        max_sums: that can be on their way at once on a CPU; others wait for them.
+
     Attributes:
         rank: of this process, from 0.
         size: how many ranks there are.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, *, max_sums: int = 1) -> None:
         self.rank = rank
+        self._max_sums = max_sums
         self.size = size
         self._backend: Any = None
         self._patience: timedelta | None = None
@@ -85,7 +91,7 @@ class Group:
         options = gloo._Options()
         options._devices = [gloo.create_default_device() if host is None else gloo.create_device(hostname=host)]
         options._timeout = wait
-        options._threads = 2  # as many operations can be on their way: the sums of both halves of a step
+        options._threads = self._max_sums
         return gloo(store, self.rank, self.size, options)
 
     def send(self, x: Tensor, rank: int, *, max_on_their_way: int) -> None:

@@ -75,7 +75,7 @@ class Job:
 
     def links(self, rank: int) -> Links:
         """Return a rank's connections, which are to be made."""
-        return Links(rank, self.tp_size, len(self.stages))
+        return Links(rank, self.tp_size, len(self.stages), max_sums=1 if self.dbo_token_threshold is None else 2)
 
     def open(self) -> Source:
         """Open the model, if it is the one that rank 0 has, and so is the software.

@@ -28,6 +28,7 @@ class Links:
         rank: of this process, from 0.
         tp_size: ranks that split each layer.
         num_stages: that the layers are shared out among.
+        max_sums: of the ranks of its stage; see `Group`.
 
     Attributes:
         rank: of this process.
@@ -36,9 +37,9 @@ class Links:
         orders: all ranks, for numbers on the CPU.
     """
 
-    def __init__(self, rank: int, tp_size: int, num_stages: int) -> None:
+    def __init__(self, rank: int, tp_size: int, num_stages: int, *, max_sums: int = 1) -> None:
         self.rank = rank
-        self.tensors = Group(rank % tp_size, tp_size)
+        self.tensors = Group(rank % tp_size, tp_size, max_sums=max_sums)
         self.stages = Group(num_stages - 1 - rank // tp_size, num_stages)
         self.orders = Group(rank, tp_size * num_stages)
 
