@@ -53,6 +53,18 @@ def transformers_with_gguf() -> Any:
 
 
 @pytest.fixture(scope="session")
+def transformers_demo_model(demo_path: Path, transformers_with_gguf: Any) -> Any:
+    """Transformers' model of the demo file in float32, on dequantised weights, which take it many seconds to read."""
+    pytest.importorskip("accelerate", reason="Transformers, the oracle, needs it to read GGUF weights")
+    return transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
+        demo_path.parent,
+        gguf_file=demo_path.name,
+        dtype="float32",
+        quantization_config=transformers_with_gguf.GgufConfig(dequantize=True),
+    ).float()
+
+
+@pytest.fixture(scope="session")
 def transformers_demo(demo_path: Path, transformers_with_gguf: Any) -> Any:
     """Transformers' own tokenizer of the demo model."""
     return transformers_with_gguf.AutoTokenizer.from_pretrained(demo_path.parent, gguf_file=demo_path.name)
