@@ -29,6 +29,21 @@ def num_late(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
+def device() -> str:
+    """Where the models of tests that run on every backend are: OCTAVO_TEST_DEVICE, a GPU, or the CPU."""
+    name = os.environ.get("OCTAVO_TEST_DEVICE", "cpu")
+    if name != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = f"OCTAVO_TEST_DEVICE={name}: torch sees no GPU"
+            if os.environ.get("REQUIRE_BACKEND") in ("cuda", "rocm"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+    return name
+
+
+@pytest.fixture(scope="session")
 def demo_path() -> Path:
     """The GGUF file of the demo model."""
     path = find_demo_file()

@@ -61,7 +61,7 @@ class RecordingLlama:
 
     def watch(self, model_input: ModelInput, hidden: Tensor) -> None:
         starts = model_input.query_start_loc.tolist()
-        self.steps.append((starts, model_input.positions.tolist(), self.model.logits(hidden)))
+        self.steps.append((starts, model_input.positions.tolist(), self.model.logits(hidden).cpu()))
 
     def runner(self) -> ModelRunner:
         return make_runner(self.model, watch=self.watch)
@@ -96,11 +96,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def recorder(checkpoint: tuple[Path, Any], request: pytest.FixtureRequest) -> RecordingLlama:
+def recorder(checkpoint: tuple[Path, Any], request: pytest.FixtureRequest, device: str) -> RecordingLlama:
     is_mixture = checkpoint[1].config.model_type == "mixtral"
     if INTERPRETED and is_mixture and "mixed_prefill" not in request.node.name:
         pytest.skip("an interpreter's time is spent on one test of a mixture, whose experts are many products")
-    model = load_model(FolderSource(checkpoint[0]))
+    model = load_model(FolderSource(checkpoint[0]), device=device)
     assert isinstance(model, Llama)
     return RecordingLlama(model)
 

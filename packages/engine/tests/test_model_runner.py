@@ -27,8 +27,8 @@ ONCE_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="an interpreter's time
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
-    return random_model(tiny_config(vocab_size=VOCAB_SIZE))
+def model(device: str) -> Llama:
+    return random_model(tiny_config(vocab_size=VOCAB_SIZE), device=device)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_no_logprobs_when_nobody_asks(driver: Driver) -> None:
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embedding_is_the_pooled_hidden_state_of_unit_length(model: Llama, pooling: Pooling, chunks: list[int]) -> None:
     kept: list[torch.Tensor] = []
-    whole = Driver(make_runner(model, watch=lambda _, hidden: kept.append(hidden.clone())))
+    whole = Driver(make_runner(model, watch=lambda _, hidden: kept.append(hidden.cpu().clone())))
     whole.add(0, prompt(11))
     whole.step({0: 11})
     (hidden,) = kept

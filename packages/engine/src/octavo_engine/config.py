@@ -86,9 +86,11 @@ class EngineConfig:
         enable_dbo: whether steps of many tokens are computed as two halves (dual batch overlap), each while the ranks
             add up their parts of the other. It pays where sums take long.
         dbo_token_threshold: tokens from which on a step is halved then.
-        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
-            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
-        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise steps of up to 512 tokens are captured as
+            graphs, one for each of some sizes as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs of decode steps there may be; fewer take less memory and fill steps up with
+            more rows.
+        max_num_mixed_graphs: how many of steps in which a sequence computes several tokens; 0 runs those op by op.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -134,6 +136,7 @@ class EngineConfig:
     dbo_token_threshold: int = 32
     enforce_eager: bool = False
     max_num_graphs: int = 40
+    max_num_mixed_graphs: int = 24
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -218,6 +221,7 @@ class EngineConfig:
             "max_num_kept": 0,
             "max_num_timelines": 0,
             "max_num_graphs": 1,
+            "max_num_mixed_graphs": 0,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,
