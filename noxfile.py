@@ -66,6 +66,7 @@ ON_EVERY_BACKEND = {
         for name in (
             "determinism",
             "llama",
+            "mixed_graphs",
             "mixture",
             "model_runner",
             "packed_on_device",

@@ -105,6 +105,7 @@ def make_runner(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs * max_model_len,
         max_model_len=max_model_len,
+        device=device,
     )
     if watch is not None:
         runner.forward = OpByOp(_watched(runner.forward, watch), model.greedy)

@@ -79,6 +79,10 @@ MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of one step
 EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="On a GPU, run every step op by op instead of replaying graphs.")
 ]
+MaxNumGraphs = Annotated[int, typer.Option(help="Graphs of decode steps that a GPU may capture.")]
+MaxNumMixedGraphs = Annotated[
+    int, typer.Option(help="Graphs of steps with prompts that a GPU may capture; 0 runs these op by op.")
+]
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")]
 MaxPinnedShare = Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")]
 MaxNumTimelines = Annotated[int, typer.Option(help="Ended requests whose timelines are remembered; 0 notes nothing.")]
