@@ -172,7 +172,7 @@ def test_powers_of_two_reach_from_the_least_number_to_infinity(byte):
 
 @pytest.mark.parametrize("threads", [1, 2], ids=["one thread", "two threads"])
 @pytest.mark.parametrize(
-    ("zeros", "order"), itertools.product([False, True], repeat=2), ids=["plain", "order", "zeros", "both"]
+    ("zeros", "order"), list(itertools.product([False, True], repeat=2)), ids=["plain", "order", "zeros", "both"]
 )
 @every_codes
 def test_a_row_has_the_same_bits_in_every_batch(codes, zeros, order, threads):

@@ -94,7 +94,7 @@ def unpack_parts(weight: GroupedWeight, num_values: int = _CHUNK_VALUES) -> Iter
     order = None
     if layout.order_at:
         order = weight.data[layout.order_at : layout.order_at + 4 * weight.in_features].view(torch.int32).argsort()
-    groups = torch.arange(layout.padded_inputs) // layout.group_inputs
+    groups = (torch.arange(layout.padded_inputs) // layout.group_inputs).clamp(max=layout.num_groups - 1)
     step = max(1, num_values // (PANEL * layout.padded_inputs))
     for start in range(0, weight.num_panels, step):
         part = panels[start : start + step]

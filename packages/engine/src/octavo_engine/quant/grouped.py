@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -75,10 +76,10 @@ def _integers(weight: GroupedIntegers) -> GroupedCodes | None:
         if zeros is None and zero != _MIDDLE:
             zeros = torch.full(weight.scales.T.shape, zero)
         signed = (codes.T ^ _MIDDLE).view(torch.int8)
-        return _with(made, codes=signed, zeros=zeros, middle=0 if zeros is None else _MIDDLE)
+        return replace(made, codes=signed, zeros=zeros, middle=0 if zeros is None else _MIDDLE)
     middle = zero if zeros is None else 1 << (weight.bits - 1)
     levels = torch.arange(1 << weight.bits).float() - middle
-    return _with(made, levels=levels, zeros=zeros, middle=0 if zeros is None else middle)
+    return replace(made, levels=levels, zeros=zeros, middle=0 if zeros is None else middle)
 
 
 def _zeros(weight: GroupedIntegers) -> tuple[Tensor | None, int]:
@@ -87,11 +88,6 @@ def _zeros(weight: GroupedIntegers) -> tuple[Tensor | None, int]:
         return None, weight.zero_point
     first = int(weight.zeros[0, 0])
     return (None, first) if bool((weight.zeros == first).all()) else (weight.zeros.T, 0)
-
-
-def _with(codes: GroupedCodes, **changed: Any) -> GroupedCodes:
-    kept = {name: getattr(codes, name) for name in codes.__slots__}
-    return GroupedCodes(**{**kept, **changed})
 
 
 def _scaled_floats(weight: ScaledFloats) -> GroupedCodes | None:

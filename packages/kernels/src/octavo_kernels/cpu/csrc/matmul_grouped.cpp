@@ -262,12 +262,13 @@ void many_rows(const Product& product, const Part& part, ManyRows& memory) {
     sums[r] = weight.has_zeros() ? weight.sums(part.first_row + r) : nullptr;
   }
   const int64_t num_tiles = (part.num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  const int64_t end = min(header.num_groups * header.group_inputs, header.padded_inputs);
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
     const uint8_t* codes = weight.panel(part.first_panel + panel);
     float* out = part.out + panel * kPanel;
     fill_with_zeros(out, part.out_stride, part.num_rows, kPanel);
-    for (int64_t first = 0; first < header.padded_inputs; first += kChunk) {
-      const int64_t stop = min(first + kChunk, header.padded_inputs), first_group = first / header.group_inputs;
+    for (int64_t first = 0; first < end; first += kChunk) {
+      const int64_t stop = min(first + kChunk, end), first_group = first / header.group_inputs;
       for (int64_t k = first; k < stop; k += kUnit<K>)
         look_up<K>(levels, codes + k / kUnit<K> * kUnitBytes<K>, memory.levels + (k - first) * kPanel);
       read_scales(weight, part.first_panel + panel, first_group, (stop - 1) / header.group_inputs + 1 - first_group,
@@ -276,9 +277,9 @@ void many_rows(const Product& product, const Part& part, ManyRows& memory) {
       const uint8_t* next = codes + stop / kUnit<K> * kUnitBytes<K>;
       const int64_t next_bytes = (kChunk / kUnit<K> * kUnitBytes<K> / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
-        const int64_t row = part.num_rows * t / num_tiles, end = part.num_rows * (t + 1) / num_tiles;
+        const int64_t row = part.num_rows * t / num_tiles, stop_row = part.num_rows * (t + 1) / num_tiles;
         prefetch(next + t * next_bytes, next_bytes);
-        kTiles[end - row](stretch, x + row, sums + row, header.padded_inputs, memory.partial + row * kPanel,
+        kTiles[stop_row - row](stretch, x + row, sums + row, header.padded_inputs, memory.partial + row * kPanel,
                           out + row * part.out_stride, part.out_stride);
       }
     }
