@@ -22,7 +22,7 @@ from octavo_kernels.grouped_weight import (
     ZeroKind,
 )
 from octavo_kernels.host_memory import host_empty
-from octavo_kernels.packed_weight import PANEL
+from octavo_kernels.packed_weight import PANEL, split_last
 
 LEAST_GROUP = MappingProxyType({2: 16, 3: 32, 4: 8, 8: 8})
 """Inputs of the smallest group, by bits of a code; larger ones are multiples of it."""
@@ -223,13 +223,13 @@ def _code_bytes(codes: Tensor, num_panels: int, layout: GroupedLayout) -> Tensor
     if layout.codes is not CodeKind.TABLE_3:
         return _words(bytes_, layout.codes.bits).transpose(1, 2).contiguous().view(torch.uint8).flatten(1)
     low, high = _words(bytes_ & 3, 2), _words(bytes_ >> 2, 1)  # two and one word for every 32 inputs
-    words = torch.cat([low.unflatten(-1, (-1, 2)), high[..., None]], dim=-1)  # [panel, output, block, word]
+    words = torch.cat([split_last(low, -1, 2), high[..., None]], dim=-1)  # [panel, output, block, word]
     return words.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(1)
 
 
 def _words(fields: Tensor, bits: int) -> Tensor:
     """Pack neighbouring fields into words: [..., num_inputs] uint8 -> [..., num_inputs * bits / 32] int32."""
-    in_byte = fields.unflatten(-1, (-1, 8 // bits))
+    in_byte = split_last(fields, -1, 8 // bits)
     bytes_ = in_byte[..., 0].clone()
     for index in range(1, 8 // bits):
         bytes_ |= in_byte[..., index] << (bits * index)
