@@ -138,17 +138,17 @@ def _rounded(
         return
     halts = _checked(walk(model, quant, make_batches(model, sequences)))
     if options.method == "awq":
-        for scaled in scale_layers(halts, options, divisors):
+        for scaled in scale_layers(halts, options, len(sequences[0]), divisors):
             codes = _nearest(scaled.weight, options, scaled.importance)
             yield from _shards(scaled.prefix, scaled.shards, codes)
         return
     for halt in halts:
-        codes = _gptq(halt, options)
+        codes = _gptq(halt, options, halt.statistics(len(sequences[0])))
         halt.parameters.weight.copy_(codes.values())
         yield from _shards(halt.prefix, halt.shards, codes)
 
 
-def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
+def _gptq(halt: Halt, options: QuantizeOptions, statistics: InputStatistics) -> Codes:
     weight = halt.parameters.weight
     settings = GPTQSettings(
         options.bits,
@@ -157,7 +157,7 @@ def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
         options.act_order,
         options.damping,
     )
-    return gptq(weight, InputStatistics.of(halt.inputs).hessian, settings)
+    return gptq(weight, statistics.hessian, settings)
 
 
 def _nearest(weight: Tensor, options: QuantizeOptions, importance: Tensor | None = None) -> Codes:
