@@ -137,7 +137,6 @@ def test_tuning_brings_a_model_nearer_to_what_it_was(tiny_llama: tuple[Path, Any
     known, unknown = tuner.divergence(learnt[:4]), tuner.divergence(held_out)
     for _ in range(40):
         tuner.step()
-    print("KL", known, tuner.divergence(learnt[:4]), unknown, tuner.divergence(held_out))
     assert tuner.divergence(learnt[:4]) < 0.8 * known
     assert tuner.divergence(held_out) < 0.9 * unknown
     found = tuner.codes()

@@ -136,7 +136,7 @@ class Tuner:
             hidden = self._student(token_ids)
         with torch.no_grad():
             found = divergence(hidden, target, self._head)
-        hidden.backward(found.gradient)
+        torch.autograd.backward(hidden, found.gradient)
         with torch.no_grad():
             self._follow()
         self.num_steps_done += 1
