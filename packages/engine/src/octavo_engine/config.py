@@ -11,7 +11,7 @@ from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
 _MODES = ("exact", "fast")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 QUEUE_POLICIES = ("arrival", "fair")
 EXECUTORS = ("processes", "ray")
 RAY_PLACEMENTS = ("pack", "spread", "strict_pack", "strict_spread")
@@ -30,11 +30,12 @@ class EngineConfig:
             CPUs: activations are rounded to 8 bits per group of 32 before products by weights in GGUF's block formats
             (products by dense weights stay in float32), and the KV cache is bfloat16.
         quantization: rounds the linears of a model that is not quantised as it is read: `int8` to 8 bits with a scale
-            per group of 32 inputs, `int4` to 4 bits with a scale and a least value. For CPUs with native kernels. None
-            leaves them as they are stored.
+            per group of 32 inputs, `int4` to 4 bits with a scale and a least value, for CPUs with native kernels and
+            GPUs with Triton; `fp8` to e4m3 with a scale per output, for one process. None leaves them as they are
+            stored.
         kv_cache_dtype: of keys and values in the KV cache; `auto` is what `mode` says. `int8` and `fp8` (e4m3, on GPUs
             of compute capability 8.9 or newer) take about a quarter of float32's memory: each cached vector is rounded
-            by a scale of its own, whatever else runs. A checkpoint with scales for a KV cache is then refused.
+            by a scale of its own, whatever else runs, or by the checkpoint's where it has some for a KV cache.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
@@ -164,6 +165,11 @@ class EngineConfig:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization == "fp8" and self.tensor_parallel_size > 1:
+            raise InvalidConfig(
+                f"quantization fp8 needs tensor_parallel_size 1, got {self.tensor_parallel_size}; its scales are of "
+                "whole rows, which no process reads; use int8"
+            )
         if self.expert_parallel and self.tensor_parallel_size == 1:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "

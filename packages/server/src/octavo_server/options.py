@@ -17,7 +17,8 @@ ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=
 Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
 Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
 Quantization = Annotated[
-    str | None, typer.Option(help="Round the linears of a model that is not quantised as it is read: int8 or int4.")
+    str | None,
+    typer.Option(help="Round the linears of a model that is not quantised as it is read: int8, int4 or fp8."),
 ]
 KVCacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, int8, or fp8 on a GPU.")
