@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from octavo_kernels import (
     PackedWeight,
     WeightFormat,
     grouped_linear,
+    host_empty,
     pack_grouped,
     packed_linear,
 )
@@ -150,17 +151,26 @@ def one_row(weights: list[Weight]) -> Call:
     return recorded(run, 1)
 
 
+def in_layers(layer: Sequence[Weight]) -> list[Weight]:
+    """Return a layer's weights for each layer, in memory of their own."""
+    copies: list[Weight] = []
+    for _ in range(NUM_LAYERS):
+        for weight in layer:
+            data = host_empty(weight.data.shape, torch.uint8)
+            copies.append(replace(weight, data=data.copy_(weight.data)))
+    return copies
+
+
 def measure(names: list[str], num_rounds: int) -> list[Figure]:
     """Time all formats in turn."""
-    shapes = SHAPES * NUM_LAYERS
     weights: dict[str, list[Weight]] = {}
     memory: dict[str, float] = {}
     for name in names:
-        made = [FORMATS[name].make(*shape) for shape in shapes]
-        weights[name] = [weight for weight, _ in made]
+        made = [FORMATS[name].make(*shape) for shape in SHAPES]
+        weights[name] = in_layers([weight for weight, _ in made])
         memory[name] = sum(weight.num_bytes for weight, _ in made) / sum(in_file for _, in_file in made)
     for item in (WeightFormat.F32, WeightFormat.Q4_0):
-        weights[item.value] = [random_weight(item, *shape) for shape in shapes]
+        weights[item.value] = in_layers([random_weight(item, *shape) for shape in SHAPES])
     sizes = {name: sum(weight.num_bytes for weight in many) for name, many in weights.items()}
     rates: dict[str, Callable[[], float]] = {}
     for name in ("q4_0", "f32"):

@@ -200,14 +200,16 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="GGUF file; the demo model if left out")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--out", type=Path, help="write OUT.json")
     arguments = parser.parse_args()
-    steps: dict[str, list[float]] = {name: [] for name in FORMATS}
+    steps: dict[str, list[float]] = {name: [] for name in ["float32", *arguments.formats]}
     memory: dict[str, float | None] = {}
     for _ in range(arguments.rounds):
-        for name, (_, change) in FORMATS.items():
-            taken, memory[name] = decode(change, arguments.model, arguments.steps)
+        for name in steps:
+            taken, memory[name] = decode(FORMATS[name][1], arguments.model, arguments.steps)
             steps[name] += taken
+            print(f"{name}: {1000 * statistics.median(taken):.2f} ms a step", flush=True)
     plain = statistics.median(steps["float32"])
     rows = []
     for name, taken in steps.items():

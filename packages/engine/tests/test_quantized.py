@@ -239,6 +239,35 @@ def bytes_beside_codes(weight: QuantizedTensor) -> int:
     return weight.num_bytes - weight.codes.nbytes  # type: ignore[attr-defined]
 
 
+def fp8_with_nan() -> ScaledFloats:
+    weight = floats((1, 512))
+    weight.codes[7, 9] = float("nan")
+    return weight
+
+
+EXPANDED: dict[str, Callable[[], QuantizedTensor]] = {
+    "groups of three": lambda: integers(8, 96, group_size=3),
+    "3 bits, groups of 16": lambda: integers(8, 96, bits=3, group_size=16),
+    "uneven groups": lambda: integers(8, 512, group_size=128, shuffled=True).part(Cut(1, 0, 256, 512)),
+    "FP8 with a NaN": fp8_with_nan,
+    "e5m2": lambda: replace(floats((1, 512)), codes=torch.randn(512, 512).to(torch.float8_e5m2)),
+    "blocks across rows": lambda: Table4(
+        (64, 96), 64, torch.randint(256, (64 * 48,), dtype=torch.uint8), torch.randn(16), torch.rand(96)
+    ),
+    "two factors": lambda: float4(e4m3(), divisor=torch.tensor(3.7), factor=torch.tensor(2.1)),
+}
+
+
+@pytest.mark.parametrize("make", EXPANDED.values(), ids=EXPANDED)
+def test_what_has_no_native_product_is_expanded(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    weight = make()
+    with caplog.at_level("INFO", "octavo_engine.quant.products"):
+        linear = fused([weight], None, LayerOptions(quant=METHODS["packed"]))
+    assert "torch expands it" in caplog.text
+    x = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(linear(x), x @ weight.values().T, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 def test_parts_are_recorded(with_bias: bool) -> None:
     tensors = [integers(40, 512), nf4(nested=True), integers(512, 512, bits=3), float4(powers())]

@@ -166,8 +166,10 @@ def test_powers_of_two_reach_from_the_least_number_to_infinity(byte):
     codes = torch.ones(32, 32, dtype=torch.uint8)
     stored = GroupedCodes(codes, torch.full((32, 1), byte).byte(), 32, 4, E2M1)
     expected = {0: 2.0**-128, 1: 2.0**-127, 254: 2.0**126, 255: float("inf")}[byte]
-    product = ok.grouped_linear(torch.eye(32)[:1], ok.pack_grouped(stored))
-    assert torch.equal(product, torch.full((1, 32), expected))
+    weight = ok.pack_grouped(stored)
+    assert torch.equal(ok.unpack_grouped(weight), torch.full((32, 32), expected))
+    if byte < 255:
+        assert torch.equal(ok.grouped_linear(torch.eye(32), weight), torch.full((32, 32), expected))
 
 
 @pytest.mark.parametrize("threads", [1, 2], ids=["one thread", "two threads"])
@@ -234,6 +236,7 @@ def test_memory_is_that_of_the_file(kind, file_bytes):
     assert 0.99 * file_bytes <= weight.num_bytes <= 1.05 * file_bytes
 
 
+@pytest.mark.usefixtures("native_library")
 def test_products_are_recorded():
     weight = ok.pack_grouped(random_codes(4, torch.float16, 64, 192, 33, zeros=True, order=True))
     x, out = torch.randn(6, 192), torch.empty(6, 33)

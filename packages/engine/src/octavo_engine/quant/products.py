@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
@@ -12,6 +13,8 @@ from octavo_engine.quant.onednn import linear
 from octavo_engine.weights.grouped_integers import GroupedIntegers
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_kernels import IntWeight, int_weight_from_codes, weight_only_linear
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_VALUES = 1 << 24  # weights expanded at once: 64 MiB of fp32
 _KERNEL_BITS = (4, 8)
@@ -34,8 +37,13 @@ def make_product(weight: QuantizedTensor, device: torch.device, *, batch_invaria
     On a GPU these are those of `weight_only_linear`, whose reference on a CPU would expand the weight too, to fp64; on
     a CPU those of `grouped_linear`, where products by dense matrices are `native` too.
     """
-    if native and (grouped := as_grouped(weight)) is not None:
-        return GroupedProduct(grouped)
+    if native:
+        grouped = as_grouped(weight)
+        if grouped is not None:
+            return GroupedProduct(grouped)
+        _log.info(
+            "a linear %s of %s has no native product: torch expands it at each use", weight.shape, type(weight).__name__
+        )
     if device.type != "cpu" and isinstance(weight, GroupedIntegers) and weight.bits in _KERNEL_BITS:
         size, whole = weight.group_size, weight.group_size >= weight.shape[1]
         if weight.has_even_groups() and (whole or (size >= _LEAST_GROUP and size & (size - 1) == 0)):
