@@ -12,7 +12,7 @@ namespace {
 constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
 template <int N>
 constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : (W == 4 ? 2 : 3);
-constexpr int kChunkGroups = 16;         // unpacked at once: 24 KiB
+constexpr int kChunkGroups = 16;         // unpacked at once: 28 KiB
 constexpr int64_t kBytesAhead = 8192;    // how far ahead of its use memory is asked for
 constexpr bool kTakesRegisters = W > 4;  // otherwise one row is unpacked as several are
 
@@ -57,10 +57,28 @@ OCTAVO_INLINE PlaneScales load_scales(const uint8_t* block, int group, int half,
   return scales;
 }
 
+template <Format F>
+OCTAVO_INLINE PairScales load_pair(const uint8_t* block, int group, int column) {
+  const auto* units = reinterpret_cast<const uint16_t*>(block) + column;
+  const uint8_t* numbers = block + start_of_scales(planes_of(F)) + 2 * group * kPanel + column;
+  PairScales scales;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    scales.d[i] = vload_f16(units + i * W);
+    scales.m[i] = vload_f16(units + kPanel + i * W);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      scales.number[half][i] = vload_nibbles(numbers + half * kPanel + i * W, false);
+      scales.minimum[half][i] = vload_nibbles(numbers + half * kPanel + i * W, true);
+    }
+  }
+  return scales;
+}
+
 template <Format F, int N>
 void one_row(const Product& product, const Part& part) {
   constexpr Planes kPlanes = planes_of(F);
-  constexpr bool kWide = is_wide(kPlanes), kOneSum = kIsOneSum<F, N>;
+  constexpr bool kWide = is_wide(kPlanes);
   const GroupsOfRows<N, 1> rows(product, part.first_row);
   const int64_t num_groups = product.in_features / kGroup;
   const uint8_t* block = product.weight + part.first_panel * bytes_of_panel(kPlanes, product.in_features);
@@ -74,13 +92,17 @@ void one_row(const Product& product, const Part& part) {
           if (column == 0)
             prefetch(at + kBytesAhead + start_of_codes(kPlanes) + group * bytes_of_codes(kPlanes), bytes_of_codes(kPlanes));
           const CodesOfPlanes<F> codes(at, group, column, product.grid);
+          if constexpr (kIsPair<F, N>) {
+            add_pair<N, 1>(codes, load_pair<F>(at, group, column), rows.of, first + group, sums);
+            continue;
+          }
           const PlaneScales scales = load_scales<F>(at, group, 0, column);
           if constexpr (kPlanes.scales_of_group == 2) {
             const PlaneScales second = load_scales<F>(at, group, 1, column);
-            add_part<N, 1, kWide, kOneSum, kFirstHalf>(codes, scales, rows.of, first + group, sums);
-            add_part<N, 1, kWide, kOneSum, kSecondHalf>(codes, second, rows.of, first + group, sums);
+            add_part<N, 1, kWide, kFirstHalf>(codes, scales, rows.of, first + group, sums);
+            add_part<N, 1, kWide, kSecondHalf>(codes, second, rows.of, first + group, sums);
           } else {
-            add_part<N, 1, kWide, kOneSum, kWhole>(codes, scales, rows.of, first + group, sums);
+            add_part<N, 1, kWide, kWhole>(codes, scales, rows.of, first + group, sums);
           }
         }
       }
@@ -135,7 +157,7 @@ struct UnpackedCodes {
 };
 
 // R rows times some unpacked groups; m is what the centre leaves. `next` as in matmul_codes.cpp.
-template <int N, int R, bool Wide, bool Halves, bool OneSum>
+template <int N, int R, bool Wide, bool Halves, bool Pair>
 void tile(const Product& product, const UnpackedGroup* groups, int64_t first_group, int64_t num_groups, int64_t first_row,
           float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   const GroupsOfRows<N, R> rows(product, first_row);
@@ -156,11 +178,22 @@ void tile(const Product& product, const UnpackedGroup* groups, int64_t first_gro
         const float *d = group.d[half] + column, *m = group.m[half] + column;
         return PlaneScales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}, planes.centre, planes.minimum};
       };
-      if constexpr (Halves) {
-        add_part<N, R, Wide, OneSum, kFirstHalf>(codes, scales(0), rows.of, first_group + g, sums);
-        add_part<N, R, Wide, OneSum, kSecondHalf>(codes, scales(1), rows.of, first_group + g, sums);
+      if constexpr (Pair) {
+        PairScales pair;
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int at = column + i * W;
+          pair.d[i] = vload(group.units[0] + at), pair.m[i] = vload(group.units[1] + at);
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half)
+            pair.number[half][i] = vload(group.d[half] + at), pair.minimum[half][i] = vload(group.m[half] + at);
+        }
+        add_pair<N, R>(codes, pair, rows.of, first_group + g, sums);
+      } else if constexpr (Halves) {
+        add_part<N, R, Wide, kFirstHalf>(codes, scales(0), rows.of, first_group + g, sums);
+        add_part<N, R, Wide, kSecondHalf>(codes, scales(1), rows.of, first_group + g, sums);
       } else {
-        add_part<N, R, Wide, OneSum, kWhole>(codes, scales(0), rows.of, first_group + g, sums);
+        add_part<N, R, Wide, kWhole>(codes, scales(0), rows.of, first_group + g, sums);
       }
     }
 #pragma GCC unroll 8
@@ -174,20 +207,39 @@ void tile(const Product& product, const UnpackedGroup* groups, int64_t first_gro
 
 using TileFunction = void (*)(const Product&, const UnpackedGroup*, int64_t, int64_t, int64_t, float*, int64_t,
                               const uint8_t*, int64_t);
-template <int N, int R, bool Wide, bool Halves, bool OneSum>
+template <int N, int R, bool Wide, bool Halves, bool Pair>
 constexpr TileFunction tile_of() {
-  if constexpr (R <= kMaxTileRows<N>) return &tile<N, R, Wide, Halves, OneSum>;
+  if constexpr (R <= kMaxTileRows<N>) return &tile<N, R, Wide, Halves, Pair>;
   return nullptr;
 }
 
+void store_pair(const uint8_t* block, int group, int column, UnpackedGroup& out) {
+  const PairScales scales = load_pair<Format::kQ2_K>(block, group, column);
+  for (int i = 0; i < 2; ++i) {
+    const int at = column + i * W;
+    vstore(out.units[0] + at, scales.d[i]);
+    vstore(out.units[1] + at, scales.m[i]);
+    for (int half = 0; half < 2; ++half) {
+      vstore(out.d[half] + at, scales.number[half][i]);
+      vstore(out.m[half] + at, scales.minimum[half][i]);
+    }
+  }
+}
+
+template <bool Pair>
 void unpack_for_products(const Product& product, const uint8_t* panel, int64_t first, int64_t num_groups,
                          UnpackedGroup* groups) {
   const PlaneFormat& format = *product.planes;
   const Planes& planes = format.planes;
   for (int64_t g = 0; g < num_groups; ++g) {
     const int64_t index = first + g;
-    format.unpack(panel + index / planes.groups_of_block * bytes_of_block(planes),
-                  static_cast<int>(index % planes.groups_of_block), product.grid, groups[g]);
+    const uint8_t* block = panel + index / planes.groups_of_block * bytes_of_block(planes);
+    const auto place = static_cast<int>(index % planes.groups_of_block);
+    format.unpack(block, place, product.grid, groups[g]);
+    if constexpr (Pair) {
+      for (int column = 0; column < kPanel; column += 2 * W) store_pair(block, place, column, groups[g]);
+      continue;
+    }
     for (int half = 0; half < (planes.scales_of_group == 2 ? 2 : 1); ++half)
       for (int column = 0; column < kPanel; column += W) {
         float* m = groups[g].m[half] + column;
@@ -196,15 +248,15 @@ void unpack_for_products(const Product& product, const uint8_t* panel, int64_t f
   }
 }
 
-template <int N, bool Wide, bool Halves, bool OneSum>
+template <int N, bool Wide, bool Halves, bool Pair>
 void many_rows(const Product& product, const Part& part, UnpackedGroup* groups) {
   static constexpr TileFunction kTiles[] = {nullptr,
-                                            tile_of<N, 1, Wide, Halves, OneSum>(),
-                                            tile_of<N, 2, Wide, Halves, OneSum>(),
-                                            tile_of<N, 3, Wide, Halves, OneSum>(),
-                                            tile_of<N, 4, Wide, Halves, OneSum>(),
-                                            tile_of<N, 5, Wide, Halves, OneSum>(),
-                                            tile_of<N, 6, Wide, Halves, OneSum>()};
+                                            tile_of<N, 1, Wide, Halves, Pair>(),
+                                            tile_of<N, 2, Wide, Halves, Pair>(),
+                                            tile_of<N, 3, Wide, Halves, Pair>(),
+                                            tile_of<N, 4, Wide, Halves, Pair>(),
+                                            tile_of<N, 5, Wide, Halves, Pair>(),
+                                            tile_of<N, 6, Wide, Halves, Pair>()};
   const Planes& planes = product.planes->planes;
   const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
   const int64_t num_groups = product.in_features / kGroup;
@@ -214,7 +266,7 @@ void many_rows(const Product& product, const Part& part, UnpackedGroup* groups) 
     const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
-      unpack_for_products(product, weights, first, count, groups);
+      unpack_for_products<Pair>(product, weights, first, count, groups);
       const uint8_t* next = weights + panel_bytes * (first + count) / num_groups;
       const int64_t next_bytes = (panel_bytes / num_groups / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
@@ -233,7 +285,7 @@ void rounded(const Product& product, const Part& part, void* scratch) {
   if (part.num_rows == 1 && kTakesRegisters) return one_row_of<N>(product.planes->format)(product, part);
   const Planes& planes = product.planes->planes;
   auto* groups = static_cast<UnpackedGroup*>(scratch);
-  if constexpr (kIsOneSum<Format::kQ2_K, N>)
+  if constexpr (kIsPair<Format::kQ2_K, N>)
     if (product.planes->format == Format::kQ2_K) return many_rows<N, false, true, true>(product, part, groups);
   if (planes.scales_of_group == 2) return many_rows<N, kUnsignedBytes, true, false>(product, part, groups);
   if constexpr (!kUnsignedBytes)

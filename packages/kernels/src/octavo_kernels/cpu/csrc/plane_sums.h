@@ -44,12 +44,66 @@ OCTAVO_INLINE Words correction(const PlaneGroup<N>& x, int digit, Part16 part, i
   return repeat(-centre * (part == kWhole ? sums[0] + sums[1] : sums[part]));
 }
 
-// Codes of two bits leave room for all digits in one integer.
+// Formats whose groups are summed by add_pair: codes of two bits leave room for all digits in one integer.
 template <Format F, int N>
-constexpr bool kIsOneSum = N == 3 && F == Format::kQ2_K;
+constexpr bool kIsPair = N == 3 && F == Format::kQ2_K;
+
+// What turns the codes of 2W outputs into weights in both halves: d * number * code - m * minimum.
+struct PairScales {
+  vf d[2], m[2];
+  vf number[2][2], minimum[2][2];  // of each half
+};
+
+// The sums of a half over all digits.
+template <int N, int R, Part16 Half, class Codes>
+OCTAVO_INLINE void dots(const Codes& codes, const PlaneGroup<N>* const* x, int64_t g, vf (&out)[R][2]) {
+  Words products[N][R][2];
+#pragma GCC unroll 3
+  for (int digit = 0; digit < N; ++digit)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) products[digit][r][0] = products[digit][r][1] = repeat(0);
+  codes.template each_row<Half>([&](int row, Words first, Words second) OCTAVO_INLINE_LAMBDA {
+#pragma GCC unroll 3
+    for (int digit = 0; digit < N; ++digit)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Words inputs = repeat_word(x[r][g].digits[digit] + 4 * row);
+        products[digit][r][0] = add_products(products[digit][r][0], first, inputs);
+        products[digit][r][1] = add_products(products[digit][r][1], second, inputs);
+      }
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Words all = products[0][r][i];
+#pragma GCC unroll 2
+      for (int digit = 1; digit < N; ++digit) all = add(shift_left<8>(all), products[digit][r][i]);
+      out[r][i] = to_float(all);
+    }
+}
+
+// Adds a group to the sums. Halves are put together before d, m and the scale of the inputs multiply them.
+template <int N, int R, class Codes>
+OCTAVO_INLINE void add_pair(const Codes& codes, const PairScales& weights, const PlaneGroup<N>* const* x, int64_t g,
+                            vf (&sums)[R][2]) {
+  vf first[R][2], second[R][2];
+  dots<N, R, kFirstHalf>(codes, x, g, first);
+  dots<N, R, kSecondHalf>(codes, x, g, second);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const vf offset = vfma(vset(x[r][g].offset[1]), weights.minimum[1][i],
+                             vmul(vset(x[r][g].offset[0]), weights.minimum[0][i]));
+      const vf dot = vfma(second[r][i], weights.number[1][i], vmul(first[r][i], weights.number[0][i]));
+      const vf sum = vfnma(offset, weights.m[i], sums[r][i]);
+      sums[r][i] = vfma(dot, vmul(weights.d[i], vset(x[r][g].scale)), sum);
+    }
+}
 
 // Adds a group or a half to the sums. codes.each_row<Part>(use) calls use(row, codes of the first W outputs, of the second W).
-template <int N, int R, bool Wide, bool OneSum, Part16 Part, class Codes>
+template <int N, int R, bool Wide, Part16 Part, class Codes>
 OCTAVO_INLINE void add_part(const Codes& codes, const PlaneScales& weights, const PlaneGroup<N>* const* x, int64_t g,
                             vf (&sums)[R][2]) {
   Words products[N][R][2];
@@ -76,11 +130,6 @@ OCTAVO_INLINE void add_part(const Codes& codes, const PlaneScales& weights, cons
       if (weights.has_m) sum = vfma(vset(x[r][g].offset[Part]), weights.m[i], sum);
       if constexpr (N == 3) {  // two digits in one integer, and the third apart: so all bytes are within 32 bits
         const Words high = add(shift_left<8>(products[0][r][i]), products[1][r][i]);
-        if constexpr (OneSum) {
-          const Words all = add(shift_left<8>(high), products[2][r][i]);
-          sums[r][i] = vfma(vmul(to_float(all), vset(x[r][g].scale)), weights.d[i], sum);
-          continue;
-        }
         sum = vfma(vmul(to_float(high), vset(x[r][g].scale * 256.0f)), weights.d[i], sum);
       }
       sums[r][i] = vfma(vmul(to_float(products[N - 1][r][i]), vset(x[r][g].scale)), weights.d[i], sum);

@@ -96,6 +96,7 @@ struct UnpackedGroup {
   uint8_t codes[kGroup * kPanel];  // [8 rows][32 outputs] words with a byte for each of four inputs
   float d[2][kPanel];
   float m[2][kPanel];
+  float units[2][kPanel];  // where d and m are the whole numbers of scales and minimums: what these count (PairScales)
 };
 
 // What packing, lookups and products need to know of a format at run time.
