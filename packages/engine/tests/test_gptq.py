@@ -214,6 +214,12 @@ def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: M
     made.check_tokens()
 
 
+def test_damaged_files_of_auto_round_end_in_typed_errors(make_quantised: MakeQuantised) -> None:
+    own = {"model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 32}}
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+    make_quantised(Packer(), settings | {"sym": True, "iters": 200, "extra_config": own}).check_mutations()
+
+
 def open_with(make_quantised: MakeQuantised, **settings: Any) -> None:
     """Open a checkpoint whose settings are changed after packing, and read all of it."""
     packer = Packer()

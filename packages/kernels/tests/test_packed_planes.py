@@ -9,6 +9,7 @@ import torch
 import octavo_kernels as ok
 from octavo_kernels import WeightFormat, matmul
 from octavo_kernels.cpu.fallback import matmul as fallback
+from octavo_kernels.packed_parts import native_grid
 from octavo_kernels.packed_planes import read_panels
 from octavo_kernels.packed_weight import plane_panels
 
@@ -333,6 +334,19 @@ def test_blocks_are_whole():
 def test_products_on_gpus_take_no_planes():
     with pytest.raises(ok.OptionError, match=r"weight.format is .*Q4_K.*, expected a format with blocks: q4_0"):
         ok.int_weight_from_packed(random_weight(WeightFormat.Q4_K, 4, 256))
+
+
+@pytest.mark.usefixtures("native_library")
+def test_the_first_product_of_a_grid_can_be_recorded():
+    native_grid.cache_clear()
+    weight, x = random_weight(WeightFormat.IQ3_S, 64, 256), random_rows(3, 256, "cpu")
+    out = torch.empty(3, 64)
+    with ok.Recording(3) as recording:
+        ok.packed_linear(x, weight, out=out)
+    expected = out.clone()
+    out.zero_()
+    recording.program.run(3, 3)
+    assert torch.equal(bits(out), bits(expected))
 
 
 def test_triton_says_that_it_multiplies_no_parts(backend):

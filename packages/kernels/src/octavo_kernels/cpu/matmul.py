@@ -22,6 +22,7 @@ def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
     if library_for("pack_weight") is None:
         return fallback.pack_weight(stored, weight)
+    _grid(weight)  # made now: products may be recorded, which no op of torch can be
     stored = stored.contiguous()
     args = abi.PackWeightArgs(
         stored=stored.data_ptr(),
