@@ -44,14 +44,17 @@ NOT_LOADED = {
 # A warning at import is an error, but for torch's own where numpy is not installed.
 WARNINGS = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # an engine takes the GPU where there is one
+# No backend is forced on a GPU: tensors there are Triton's or CUDA's, those that a test has on the host are the CPU's.
+ON_GPU = {"OCTAVO_TEST_DEVICE": "cuda", "OCTAVO_BACKEND": ""}
 BACKENDS = {  # backend -> environment of its tests
-    "reference": {"OCTAVO_BACKEND": "reference"},
-    "cpu": {"OCTAVO_BACKEND": "cpu"},
-    "cpu-avx2": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "avx2"},
-    "cpu-torch": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "none"},
-    "triton-interpreter": {"OCTAVO_BACKEND": "triton", "TRITON_INTERPRET": "1"},
-    "cuda": {"OCTAVO_BACKEND": "triton"},
-    "rocm": {"OCTAVO_BACKEND": "triton"},
+    "reference": {"OCTAVO_BACKEND": "reference", **NO_GPU},
+    "cpu": {"OCTAVO_BACKEND": "cpu", **NO_GPU},
+    "cpu-avx2": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "avx2", **NO_GPU},
+    "cpu-torch": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "none", **NO_GPU},
+    "triton-interpreter": {"OCTAVO_BACKEND": "triton", "TRITON_INTERPRET": "1", **NO_GPU},
+    "cuda": ON_GPU,
+    "rocm": ON_GPU,  # torch calls its GPUs cuda too
 }
 PROBES = {"cuda": "nvidia-smi", "rocm": "rocminfo"}
 # The tests whose outcome depends on the backend; `cpu` runs a package's other tests too.
@@ -63,12 +66,20 @@ ON_EVERY_BACKEND = {
         for name in (
             "determinism",
             "llama",
+            "mixed_graphs",
             "mixture",
             "model_runner",
             "packed_on_device",
             "ranks_on_backends",
             "stages_on_backends",
         )
+    ],
+}
+# Of these, what a GPU changes: models in ranks and promises of equal bits are the CPU's, whatever the machine has.
+ON_GPUS = {
+    **ON_EVERY_BACKEND,
+    "engine": [
+        f"packages/engine/tests/test_{name}.py" for name in ("llama", "mixture", "model_runner", "packed_on_device")
     ],
 }
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
@@ -170,7 +181,8 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
             session.error(reason)
         session.skip(reason)
     _, arguments = take_torch(session)
-    folders = [f"packages/{package}/tests"] if backend == "cpu" else ON_EVERY_BACKEND[package]
+    selected = ON_GPUS if backend in PROBES else ON_EVERY_BACKEND
+    folders = [f"packages/{package}/tests"] if backend == "cpu" else selected[package]
     if backend != "cpu" and package != "kernels":  # a backend without an operation falls back to another, and says so
         arguments += ["-W", "default::octavo_kernels.BackendFallbackWarning"]
     pytest(session, *folders, *arguments, env=BACKENDS[backend])

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from demo_oracle import demo_oracle
 
 from octavo_engine import LLM, BeamSearchParams
 from octavo_engine.weights.locate import locate_model
@@ -90,15 +91,7 @@ def prompts(llm: LLM) -> list[Tokens]:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """Transformers' model in float32 on the dequantised weights of the demo file."""
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
-    path = Path(locate_model(None))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    return model.float().eval()
+    return demo_oracle()
 
 
 def theirs(

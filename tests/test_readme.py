@@ -57,12 +57,16 @@ def test_every_session_that_is_named_exists(sessions: set[str]) -> None:
 def test_every_option_of_octavo_that_is_named_exists() -> None:
     used = [shlex.split(line) for line in commands("octavo")]
     assert used
+    help_texts = {command: help_of(command) for command in {words[1] for words in used}}
     for _, command, *arguments in used:
-        program = [str(Path(sys.executable).with_name("octavo")), command, "--help"]
-        environment = {**os.environ, "COLUMNS": "200"}  # wide enough for no option to be cut
-        help_text = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
         for option in (argument for argument in arguments if argument.startswith("--") and argument != "--help"):
-            assert option in help_text, f"octavo {command} has no {option}"
+            assert option in help_texts[command], f"octavo {command} has no {option}"
+
+
+def help_of(command: str) -> str:
+    program = [str(Path(sys.executable).with_name("octavo")), command, "--help"]
+    environment = {**os.environ, "COLUMNS": "200"}  # wide enough for no option to be cut
+    return subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_every_relative_link_leads_somewhere() -> None:

@@ -16,13 +16,12 @@ import json
 import random
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
+from demo_oracle import demo_oracle
 
 from octavo_engine import LLM, SamplingParams
-from octavo_engine.weights.locate import locate_model
 
 pytestmark = pytest.mark.model
 
@@ -60,23 +59,9 @@ def prompts() -> list[Tokens]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> torch.nn.Module:
-    """Transformers' model in float32 on the dequantised weights of the demo file."""
-    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
-    path = Path(locate_model(None))
-    assert path.suffix == ".gguf", "the token identity tests want the demo model's GGUF file"
-    packed = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    return packed.float().eval()
-
-
-@pytest.fixture(scope="module")
-def check(reference: torch.nn.Module) -> Check:
+def check() -> Check:
     """Hold outputs against the reference; equal outputs are looked at once."""
+    reference = demo_oracle()
     seen: dict[Tokens, list[float]] = {}
 
     def gaps(prompt: Tokens, output: Tokens) -> list[float]:

@@ -30,6 +30,21 @@ def num_late(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
+def device() -> str:
+    """Where the models of tests that run on every backend are: OCTAVO_TEST_DEVICE, a GPU, or the CPU."""
+    name = os.environ.get("OCTAVO_TEST_DEVICE", "cpu")
+    if name != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            reason = f"OCTAVO_TEST_DEVICE={name}: torch sees no GPU"
+            if os.environ.get("REQUIRE_BACKEND") in ("cuda", "rocm"):
+                pytest.fail(reason)
+            pytest.skip(reason)
+    return name
+
+
+@pytest.fixture(scope="session")
 def demo_path() -> Path:
     """The GGUF file of the demo model."""
     path = find_demo_file()
@@ -51,6 +66,18 @@ def transformers_with_gguf() -> Any:
     """Transformers, able to read GGUF: the oracle."""
     pytest.importorskip("gguf", reason="Transformers, the oracle, needs the gguf package to read GGUF")
     return pytest.importorskip("transformers", reason="Transformers is the oracle")
+
+
+@pytest.fixture(scope="session")
+def transformers_demo_model(demo_path: Path, transformers_with_gguf: Any) -> Any:
+    """Transformers' model of the demo file in float32, on dequantised weights, which take it many seconds to read."""
+    pytest.importorskip("accelerate", reason="Transformers, the oracle, needs it to read GGUF weights")
+    return transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
+        demo_path.parent,
+        gguf_file=demo_path.name,
+        dtype="float32",
+        quantization_config=transformers_with_gguf.GgufConfig(dequantize=True),
+    ).float()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="models need the extra octavo-engine[local]")
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from octavo_engine.quant.calibrate.observed import Observed
 from octavo_engine.quant.calibrate.options import QuantizeOptions
 from octavo_engine.quant.calibrate.perplexity import perplexity
 from octavo_engine.quant.calibrate.statistics import InputStatistics
-from octavo_engine.quant.calibrate.walk import walk
+from octavo_engine.quant.calibrate.walk import Halt, walk
+from octavo_engine.quant.unquantized import DenseParameters
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import FolderSource
 
@@ -35,6 +37,22 @@ def test_awq_scales_lower_the_error_where_some_inputs_are_large() -> None:
     plain = round_to_nearest(weight, 4, 32, symmetric=False).values()
     assert output_error(scaled - weight, hessian) < 0.7 * output_error(plain - weight, hessian)
     assert float(scales.max() * scales.min()) == pytest.approx(1, rel=1e-4)
+
+
+def test_first_tokens_count_as_much_as_all_others_where_attention_projects() -> None:
+    random = np.random.default_rng(5)
+    batches = [random.standard_normal((rows * 8, 6)).astype(np.float32) for rows in (2, 1)]
+    x = np.concatenate(batches).astype(np.float64)
+    everywhere, first = x.T @ x / 24, x[::8].T @ x[::8] / 3
+    inputs = [torch.from_numpy(batch) for batch in batches]
+    found = {
+        name: Halt("model.layers.0.", ((name, 6),), DenseParameters(torch.empty(6, 6), None), inputs).statistics(8)
+        for name in ("q_proj", "o_proj", "gate_proj", "down_proj")
+    }
+    for name, statistics in found.items():
+        expected = (everywhere + first) / 2 if name == "q_proj" else everywhere
+        assert np.allclose(statistics.hessian.numpy(), expected, atol=1e-6), name
+        assert np.allclose(statistics.mean_abs.numpy(), np.abs(x).mean(axis=0), atol=1e-6)
 
 
 def test_the_walk_halts_at_every_linear_and_goes_on_with_what_is_written(tiny_llama: tuple[Path, Any]) -> None:

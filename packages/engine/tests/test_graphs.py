@@ -1,4 +1,4 @@
-"""Graphs of decode steps: the inline executor's tokens, on devices that call the work anew or replay native code."""
+"""Graphs of steps: the inline executor's tokens, on devices that call the work anew or replay native code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from octavo_engine.overlap import GraphStats, OverlapStats
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.device import Graph
 from octavo_engine.runner.device_memory import FreeMemory
-from octavo_engine.runner.graph_plan import GraphPlan, graph_sizes
+from octavo_engine.runner.graph_plan import GraphPlan, GraphShape, graph_sizes
 from octavo_engine.runner.graphs import GraphInputs
 from octavo_engine.runner.late_device import LateDevice
 from octavo_engine.runner.model_input import GroupInput, ModelInput
@@ -59,14 +59,14 @@ class RecordedGraph:
 
     def __init__(self, work: Callable[[], Tensor], num_bytes: int) -> None:
         assert isinstance(work, partial)
-        self._size = len(work.args[0].token_ids)
-        with Recording(self._size) as recording:
+        self._num_tokens, self._num_rows = len(work.args[0].token_ids), len(work.args[0].seq_lens)
+        with Recording(self._num_tokens) as recording:
             self.output = work()
         self._program = recording.program
         self.num_bytes = num_bytes
 
     def replay(self) -> None:
-        self._program.run(self._size, self._size)
+        self._program.run(self._num_tokens, self._num_rows)
 
 
 @dataclass(slots=True)
@@ -222,7 +222,8 @@ def test_rows_that_fill_a_step_up_change_nothing(model: Llama, kind: type[LateDe
 
 
 def test_inputs_are_filled_up_with_sequences_that_have_no_token() -> None:
-    inputs = GraphInputs(max_num_rows=6, max_num_blocks=5, num_groups=1, kv_layers=(), device=torch.device("cpu"))
+    shapes = GraphShape(4, 4, 1), GraphShape(6, 6, 1)
+    inputs = GraphInputs(shapes=shapes, max_num_blocks=5, num_groups=1, kv_layers=(), device=torch.device("cpu"))
 
     def step(num_rows: int, num_blocks: int) -> ModelInput:
         numbers = torch.arange(1, num_rows + 1)
@@ -231,8 +232,8 @@ def test_inputs_are_filled_up_with_sequences_that_have_no_token() -> None:
         group = GroupInput(table, numbers + 50)
         return ModelInput(numbers + 20, numbers + 30, starts, numbers.int() + 40, 1, numbers - 1, (group,), ())
 
-    first = inputs.fill(step(4, 3), 4)
-    filled = inputs.fill(step(2, 1), 4)
+    first = inputs.fill(step(4, 3), shapes[0])
+    filled = inputs.fill(step(2, 1), shapes[0])
     assert filled is first
     assert filled.token_ids.tolist()[:2] == [21, 22]
     assert filled.positions.tolist()[:2] == [31, 32]
@@ -241,7 +242,7 @@ def test_inputs_are_filled_up_with_sequences_that_have_no_token() -> None:
     assert filled.groups[0].slot_mapping.tolist() == [51, 52, -1, -1]
     assert filled.groups[0].block_table[:2, 0].tolist() == [10, 20]
     assert filled.groups[0].block_table.shape == (4, 5)
-    assert inputs.fill(step(5, 5), 6).query_start_loc.tolist() == [0, 1, 2, 3, 4, 5, 5]
+    assert inputs.fill(step(5, 5), shapes[1]).query_start_loc.tolist() == [0, 1, 2, 3, 4, 5, 5]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,7 +269,7 @@ def test_a_capture_that_fails_is_said_once_and_counted(
     with caplog.at_level(logging.WARNING):
         assert answers_of(made, *requests) == answers_of(expected, *requests)
     (warning,) = caplog.messages
-    assert "of 2 rows cannot be captured as a graph: RuntimeError: operation not permitted" in warning
+    assert "of 2 tokens, 2 rows cannot be captured as a graph: RuntimeError: operation not permitted" in warning
     assert "enforce_eager=True" in warning
     after = graphs_of(made)
     assert after.num_captured == 1
@@ -331,7 +332,7 @@ class FakeMeter:
 
 
 def plan_of(model: Llama, meter: FakeMeter | None, **options: Any) -> GraphPlan | None:
-    config = EngineConfig(**options)
+    config = EngineConfig(**{"max_num_mixed_graphs": 0, **options})
     return GraphPlan.of(config, model, kv_dtype=torch.float32, device=torch.device("cpu"), meter=meter)
 
 
@@ -346,8 +347,9 @@ def test_memory_is_set_aside_for_as_many_graphs_as_there_may_be(model: Llama) ->
     assert few.num_bytes is not None
     workspace = attention_workspace(64, 256, 4, 2, 16)
     tables = 64 * (256 // 16) * 4
-    assert few.num_bytes == 2 * ((1 << 20) + workspace) + tables + 2 * (8 << 20)
-    assert many.num_bytes - few.num_bytes == 9 * (8 << 20)
+    outputs = 32 * 4  # of a token
+    assert few.num_bytes == 2 * ((1 << 20) + workspace) + tables + 96 * outputs + 2 * (8 << 20)
+    assert many.num_bytes - few.num_bytes == 9 * (8 << 20) + (sum(many.sizes) - 96) * outputs
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "op by op"])
@@ -358,6 +360,7 @@ def test_an_engine_captures_anew_after_it_has_slept(
     monkeypatch.setattr(assembly, "_overlapping", lambda _: LateDevice(num_late=1))
     sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     options: dict[str, Any] = {"num_blocks": 40, "max_num_seqs": 4, "enforce_eager": enforce_eager}
+    options["max_num_mixed_graphs"] = 1  # of 512 tokens
     answers, found = [], []
     with LLM(str(make_gguf()), show_progress=False, **options) as llm:
         for _ in range(2):
@@ -366,7 +369,7 @@ def test_an_engine_captures_anew_after_it_has_slept(
             llm.sleep(level=1)
             llm.wake_up()
     assert answers[0] == answers[1]
-    once = GraphStats() if enforce_eager else GraphStats(1, 4, {"prompt": 1, "capture": 1})
+    once = GraphStats() if enforce_eager else GraphStats(2, 4, {"capture": 2})
     assert found == [once, once + once]
 
 
@@ -378,7 +381,7 @@ def test_nothing_is_captured_where_it_is_not_wanted_or_cannot_be(model: Llama) -
     mixture = replace(tiny_config(), architecture="MixtralForCausalLM", num_experts=3, num_experts_per_token=2)
     assert plan_of(random_model(mixture), FakeMeter()) is None
     meter = FakeMeter()
-    assert plan_of(model, meter, num_blocks=9, max_num_seqs=2) == GraphPlan((1, 2))
+    assert plan_of(model, meter, num_blocks=9, max_num_seqs=2) == GraphPlan((1, 2), max_num_seqs=2)
     assert meter.num_tries == 0
     with pytest.raises(InvalidConfig, match="max_num_graphs must be at least 1, got 0"):
         EngineConfig(max_num_graphs=0)
@@ -398,8 +401,9 @@ def test_the_kv_cache_leaves_the_graphs_their_memory(
         monkeypatch.setattr(module, "meter_of", lambda _: meter)
     monkeypatch.setattr(assembly, "plan_cache", keep)
     for enforce_eager in (True, False):
-        config = EngineConfig(model=str(make_gguf()), max_num_seqs=64, max_num_graphs=2, enforce_eager=enforce_eager)
+        sizes = {"max_num_seqs": 64, "max_num_graphs": 2, "max_num_mixed_graphs": 3}
+        config = EngineConfig(model=str(make_gguf()), enforce_eager=enforce_eager, **sizes)
         with pytest.raises(InvalidConfig, match="far enough"):
             build_engine(config)
-    assert meter.num_tries == 1 + 2
-    assert found[0].num_bytes - found[1].num_bytes > 2 * (8 << 20)
+    assert meter.num_tries == 1 + 3  # the largest step, and with graphs one of each kind
+    assert found[0].num_bytes - found[1].num_bytes > 5 * (8 << 20)

@@ -205,18 +205,17 @@ def scaled(make_quantised: Callable[..., Any]) -> FolderSource:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_scales_of_a_checkpoint_that_would_not_be_followed_are_refused(scaled: FolderSource, dtype: str) -> None:
+def test_zero_points_of_a_checkpoint_are_refused(
+    scaled: FolderSource, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    name = "model.layers.0.self_attn.k_zero_point"
+    monkeypatch.setattr(type(scaled.files), "names", [*scaled.files.names, name])
     expected = (
-        "has 2 scales for a KV cache, such as model.layers.0.self_attn.k_proj.k_scale, and a KV cache of "
-        f"{dtype} does not follow them: it makes a scale for each cached vector; leave kv_cache_dtype auto"
+        f"has 1 zero points or second factors for a KV cache, such as {name}, and a KV cache of {dtype} does not "
+        "follow them; leave kv_cache_dtype auto"
     )
     with pytest.raises(InvalidConfig, match=re.escape(expected)):
         kv_dtype.check_scales(scaled, getattr(torch, dtype))
-
-
-def test_engine_in_8_bits_takes_no_checkpoint_with_scales_of_its_own(scaled: FolderSource) -> None:
-    with pytest.raises(InvalidConfig, match="of int8 does not follow them"):
-        info_of(scaled.path, kv_cache_dtype="int8")
 
 
 def test_scales_that_nothing_needs_are_not_passed_over_in_silence(

@@ -61,7 +61,7 @@ class RecordingLlama:
 
     def watch(self, model_input: ModelInput, hidden: Tensor) -> None:
         starts = model_input.query_start_loc.tolist()
-        self.steps.append((starts, model_input.positions.tolist(), self.model.logits(hidden)))
+        self.steps.append((starts, model_input.positions.tolist(), self.model.logits(hidden).cpu()))
 
     def runner(self) -> ModelRunner:
         return make_runner(self.model, watch=self.watch)
@@ -96,11 +96,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def recorder(checkpoint: tuple[Path, Any], request: pytest.FixtureRequest) -> RecordingLlama:
+def recorder(checkpoint: tuple[Path, Any], request: pytest.FixtureRequest, device: str) -> RecordingLlama:
     is_mixture = checkpoint[1].config.model_type == "mixtral"
     if INTERPRETED and is_mixture and "mixed_prefill" not in request.node.name:
         pytest.skip("an interpreter's time is spent on one test of a mixture, whose experts are many products")
-    model = load_model(FolderSource(checkpoint[0]))
+    model = load_model(FolderSource(checkpoint[0]), device=device)
     assert isinstance(model, Llama)
     return RecordingLlama(model)
 
@@ -168,7 +168,8 @@ def test_chunked_prefill_equals_transformers(
 
 
 def test_decode_step_by_step_equals_transformers(checkpoint: tuple[Path, Any], recorder: RecordingLlama) -> None:
-    check_against_transformers(checkpoint, recorder, prompts(6), [{0: 6}, *[{0: 1}] * 12])
+    num_steps = 4 if INTERPRETED else 12  # where one takes a third of a second
+    check_against_transformers(checkpoint, recorder, prompts(6), [{0: 6}, *[{0: 1}] * num_steps])
 
 
 def test_mixed_prefill_chunks_and_decodes_equal_transformers(
@@ -180,25 +181,26 @@ def test_mixed_prefill_chunks_and_decodes_equal_transformers(
 
 def test_block_ids_do_not_matter(recorder: RecordingLlama) -> None:
     answers = []
-    for seed in range(3):
+    for seed in range(2 if INTERPRETED else 3):
         driver = Driver(recorder.runner(), seed=seed)
         for row, token_ids in enumerate(prompts(5, 9)):
             driver.add(row, token_ids)
-        answers.append(driver.generate(6))
-    assert answers[0] == answers[1] == answers[2]
+        answers.append(driver.generate(3 if INTERPRETED else 6))
+    assert all(a == b for a, b in itertools.pairwise(answers))
 
 
 def test_token_ids_do_not_depend_on_chunking(recorder: RecordingLlama) -> None:
     (prompt,) = prompts(23)
     answers = []
-    for chunk in (4, 23) if INTERPRETED else (1, 5, 23):  # an interpreted step takes a third of a second
+    num_tokens = 3 if INTERPRETED else 6
+    for chunk in (8, 23) if INTERPRETED else (1, 5, 23):
         driver = Driver(recorder.runner())
         driver.add(0, prompt)
         sizes = [min(chunk, 23 - start) for start in range(0, 23, chunk)]
         for size in sizes:
             driver.step({0: size})
-        for _ in range(5):
+        for _ in range(num_tokens - 1):
             driver.step({0: 1})
         answers.append(driver.rows[0].token_ids)
     assert all(a == b for a, b in itertools.pairwise(answers))
-    assert len(answers[0]) == 29
+    assert len(answers[0]) == 23 + num_tokens

@@ -193,13 +193,10 @@ def test_the_best_of_several_samples_are_those_of_the_largest_logprob(llm):
     assert best[0].logprobs is None
 
 
-def test_prompt_logprobs_equal_transformers(llm, transformers_with_gguf, demo_path):
-    model = transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
-        demo_path.parent, gguf_file=demo_path.name, dtype=torch.float32
-    )
+def test_prompt_logprobs_equal_transformers(llm, transformers_demo_model):
     output = llm.generate("The capital of France is Paris.", SamplingParams(max_tokens=1, prompt_logprobs=2))[0]
     with torch.inference_mode():
-        expected = model(torch.tensor([output.prompt_token_ids])).logits[0].log_softmax(-1)
+        expected = transformers_demo_model(torch.tensor([output.prompt_token_ids])).logits[0].log_softmax(-1)
     first, *entries = output.prompt_logprobs
     assert first is None
     assert [e.token_id for e in entries] == output.prompt_token_ids[1:]

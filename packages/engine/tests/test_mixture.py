@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -40,12 +41,12 @@ def fill(slots: Iterator[WeightSlot], scale: float = 0.2) -> dict[str, Tensor]:
     return {name: values for name, (_, values) in weights.items()}
 
 
-def filled(kind: Kind, own: range = range(NUM_EXPERTS)) -> tuple[Experts, dict[str, Tensor]]:
+def filled(kind: Kind, own: range = range(NUM_EXPERTS), device: str = "cpu") -> tuple[Experts, dict[str, Tensor]]:
     """Experts of which those outside `own` have the weights that the same seed gives all."""
     make, options = kind
     whole = StackedExperts(HIDDEN, INTERMEDIATE, range(NUM_EXPERTS), options=PLAIN)
     weights = fill(whole.slots(""))
-    experts = make(HIDDEN, INTERMEDIATE, own, options=options)
+    experts = make(HIDDEN, INTERMEDIATE, own, options=replace(options, device=torch.device(device)))
     for slot in experts.slots(""):
         slot.fill(weights[slot.name])
     experts.finish()
@@ -72,10 +73,12 @@ def expected_sums(x: Tensor, weights: Tensor, ids: Tensor, matrices: dict[str, T
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-def test_experts_are_added_up_by_their_weights(kind: Kind, num_tokens: int) -> None:
-    experts, matrices = filled(kind)
+def test_experts_are_added_up_by_their_weights(kind: Kind, num_tokens: int, device: str) -> None:
+    if device != "cpu" and isinstance(kind[1].quant, Packed):
+        pytest.skip("a layout for CPUs")
+    experts, matrices = filled(kind, device=device)
     x, weights, ids = choices(num_tokens)
-    found = experts(x, weights, ids)
+    found = experts(x.to(device), weights.to(device), ids.to(device)).cpu()
     assert found.shape == x.shape
     torch.testing.assert_close(found.double(), expected_sums(x, weights, ids, matrices), atol=1e-4, rtol=1e-4)
 
@@ -142,10 +145,11 @@ def test_the_load_counts_every_token_of_every_expert() -> None:
     assert not mixture.load.num_tokens.any()
 
 
-def test_the_kernel_for_mixtures_serves_where_there_is_one() -> None:
+def test_the_kernel_for_mixtures_serves_where_there_is_one(device: str) -> None:
     """Weights in another form than rows of numbers are each multiplied by themselves everywhere."""
-    has_kernel = os.environ.get("OCTAVO_BACKEND") == "triton"
+    has_kernel = device != "cpu" or os.environ.get("OCTAVO_BACKEND") == "triton"
     expected = StackedExperts if has_kernel else SeparateExperts
     for options in (PLAIN, LayerOptions(quant=PackedOnDevice())):
+        options = replace(options, device=torch.device(device))
         assert isinstance(make_experts(HIDDEN, INTERMEDIATE, range(2), options=options), expected)
     assert isinstance(make_experts(HIDDEN, INTERMEDIATE, range(2), options=OPTIONS["packed"]), SeparateExperts)

@@ -19,6 +19,7 @@ from octavo_engine.numerics import resolve_numerics
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.quant.online import quantize_online
 from octavo_engine.weights.gguf import TensorType
+from octavo_engine.weights.scaled_floats import ScaledFloats
 from octavo_engine.weights.source import FolderSource
 from octavo_engine.weights.stored import StoredTensor
 
@@ -66,7 +67,7 @@ def test_inputs_in_broken_blocks_are_refused() -> None:
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(InvalidConfig, match="quantization 'int3' is not one of int8, int4"):
+    with pytest.raises(InvalidConfig, match="quantization 'int3' is not one of int8, int4, fp8"):
         EngineConfig(quantization="int3")
 
 
@@ -82,13 +83,13 @@ def test_activations_in_16_bits_are_refused(wide_llama: tuple[Path, Any]) -> Non
         build_engine(EngineConfig(model=str(wide_llama[0]), quantization="int8", dtype="bfloat16"))
 
 
-@needs_native
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=needs_native) for kind in KINDS), "fp8"])
 def test_tokens_are_those_of_the_rounded_weights(kind: str, wide_llama: tuple[Path, Any]) -> None:
     folder, oracle = wide_llama[0], copy.deepcopy(wide_llama[1])
     for name, module in oracle.named_modules():
         if name.endswith("_proj"):
-            module.weight.data = rounded(module.weight.data, kind).values()
+            ((_, found),) = quantize_online([("a.weight", module.weight.data)], {"a.weight"}, kind, "model")
+            module.weight.data = found.values()
     prompts = [[3, 14, 15, 92, 65], [1] * 20]
     llm = LLM(str(folder), quantization=kind, show_progress=False, num_blocks=32)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -132,3 +133,31 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
     return folder, model.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fp8_is_the_nearest_code_of_a_rows_own_scale(dtype: torch.dtype) -> None:
+    weight = (torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 7)[:, None]).to(
+        dtype
+    )
+    weight[3] = 0
+    ((_, found),) = quantize_online([("a.weight", weight)], {"a.weight"}, "fp8", "model")
+    assert isinstance(found, ScaledFloats)
+    assert (found.codes.dtype, found.scales.shape, found.block) == (torch.float8_e4m3fn, (7, 1), (1, 50))
+    exact = weight.double()
+    scales = exact.abs().amax(dim=1, keepdim=True) / 448
+    torch.testing.assert_close(found.scales.double(), scales, rtol=1e-6, atol=0)
+    values = found.values().double()
+    assert not values[3].any()
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    codes = codes[codes.isfinite()]
+    nearest = ((exact / scales.clamp(min=1e-300))[..., None] - codes).abs().amin(dim=-1) * scales
+    assert ((values - exact).abs() <= nearest + 1e-6 * exact.abs().amax(dim=1, keepdim=True)).all()
+
+
+def test_fp8_refuses_what_is_not_finite_and_models_that_are_split() -> None:
+    weight = torch.full((2, 3), float("inf"))
+    with pytest.raises(CorruptModelFile, match=r"model: tensor 'a\.weight': expected finite numbers"):
+        list(quantize_online([("a.weight", weight)], {"a.weight"}, "fp8", "model"))
+    with pytest.raises(InvalidConfig, match="quantization fp8 needs tensor_parallel_size 1, got 2"):
+        EngineConfig(quantization="fp8", tensor_parallel_size=2)

@@ -67,8 +67,8 @@ def source(make_gguf: MakeGGUF) -> GGUFSource:
     return GGUFSource(make_gguf(tensors={f"{name}.weight": tensor for name, tensor in made.items()}))
 
 
-def load(source: GGUFSource, dtype: torch.dtype, quant: QuantMethod[Any]) -> Llama:
-    model = load_model(source, dtype=dtype, quant=quant)
+def load(source: GGUFSource, dtype: torch.dtype, quant: QuantMethod[Any], device: str = "cpu") -> Llama:
+    model = load_model(source, device=device, dtype=dtype, quant=quant)
     assert isinstance(model, Llama)
     return model
 
@@ -95,10 +95,10 @@ def reference_logits(source: GGUFSource, answers: list[list[int]], monkeypatch: 
 
 @pytest.mark.parametrize(("dtype", "tie"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_tokens_are_the_likeliest_of_the_reference_or_tie(
-    source: GGUFSource, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tie: float
+    source: GGUFSource, monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, tie: float
 ) -> None:
     """`tie` is a share of the largest logit: what rounding activations to the dtype leaves open."""
-    answers = generate(load(source, dtype, PackedOnDevice()))
+    answers = generate(load(source, dtype, PackedOnDevice(), device))
     num_gaps = 0
     for logits, answer in zip(reference_logits(source, answers, monkeypatch), answers, strict=True):
         gaps = logits.amax(dim=-1) - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
@@ -155,7 +155,7 @@ def test_a_matrix_without_blocks_is_torchs_own(source: GGUFSource) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_shards_of_many_kinds_write_their_columns(dtype: torch.dtype) -> None:
+def test_shards_of_many_kinds_write_their_columns(dtype: torch.dtype, device: str) -> None:
     """Neighbours of one type are one weight, but not across dense rows; filled from the last to the first."""
     torch.manual_seed(0)
     tensors: list[Tensor | StoredTensor] = [
@@ -168,7 +168,8 @@ def test_shards_of_many_kinds_write_their_columns(dtype: torch.dtype) -> None:
         stored(TensorType.MXFP4, 3, 64, seed=4),
     ]
     shards = [Shard(f"{index}", tensor.shape[0]) for index, tensor in enumerate(tensors)]
-    linear = Linear(64, shards, bias=True, options=LayerOptions(dtype=dtype, quant=PackedOnDevice()))
+    options = LayerOptions(dtype=dtype, device=torch.device(device), quant=PackedOnDevice())
+    linear = Linear(64, shards, bias=True, options=options)
     biases = [torch.randn(shard.num_rows) for shard in shards]
     slots = {slot.name: slot for slot in linear.slots("")}
     for index in reversed(range(len(tensors))):
@@ -192,9 +193,10 @@ def test_shards_of_many_kinds_write_their_columns(dtype: torch.dtype) -> None:
     expected = x.double() @ torch.cat([value.double() for value in values]).T + torch.cat(biases).double()
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-6
     for part in parts:
-        error = linear(x)[:, part.columns].double() - expected[:, part.columns]
+        error = linear(x.to(device))[:, part.columns].double().cpu() - expected[:, part.columns]
         assert error.norm() <= tolerance * expected[:, part.columns].norm()
-    assert torch.equal(linear.bias, torch.cat(biases))
+    assert linear.bias is not None
+    assert torch.equal(linear.bias.cpu(), torch.cat(biases))
 
 
 def test_a_tied_table_is_one_weight(make_gguf: MakeGGUF) -> None:

@@ -358,23 +358,15 @@ def test_folder_without_template_has_none(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_demo_weights_equal_transformers_bit_for_bit(demo_source: GGUFSource, transformers_with_gguf: Any) -> None:
-    pytest.importorskip("accelerate", reason="Transformers, the oracle, needs it to read GGUF weights")
-    path = demo_source.path
-    model = transformers_with_gguf.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=transformers_with_gguf.GgufConfig(dequantize=True),
-    )
-    expected = {name: tensor.float() for name, tensor in model.state_dict().items()}
+def test_demo_weights_equal_transformers_bit_for_bit(demo_source: GGUFSource, transformers_demo_model: Any) -> None:
+    expected = transformers_demo_model.state_dict()
     found = set()
     for name, tensor in demo_source.weights():
         values = tensor.values() if isinstance(tensor, StoredTensor) else tensor
         assert torch.equal(values, expected[name]), name
         found.add(name)
     assert expected.keys() - found == {"lm_head.weight"}  # tied
-    assert demo_source.config.rope.theta == model.config.rope_parameters["rope_theta"]
+    assert demo_source.config.rope.theta == transformers_demo_model.config.rope_parameters["rope_theta"]
 
 
 @pytest.mark.model

@@ -1,4 +1,8 @@
-"""Fixtures: the backend under test (OCTAVO_BACKEND), its device, and the oracle."""
+"""Fixtures: the backend under test, its device, and the oracle.
+
+OCTAVO_BACKEND forces a backend on tensors of the CPU. OCTAVO_TEST_DEVICE=cuda forces none: tensors of the fixture
+`device` are on a GPU, where Triton serves, and those that a test has on the CPU are the `cpu` backend's.
+"""
 
 import os
 import zlib
@@ -13,13 +17,17 @@ from octavo_kernels import Backend, available_backends, cpu_isa
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    if os.environ.get("OCTAVO_BACKEND", "") in ("triton", "cuda"):
+    if _on_gpu() or os.environ.get("OCTAVO_BACKEND", "") in ("triton", "cuda"):
         # These backends lack some ops on purpose; test_dispatch shows that the warning is given.
         config.addinivalue_line("filterwarnings", "ignore::octavo_kernels.BackendFallbackWarning")
     else:
         # Native code is for fp32; tests with other dtypes are served by torch, and test_native shows the warning.
         known = "ignore:.*torch serves it, not the native library:octavo_kernels.BackendFallbackWarning"
         config.addinivalue_line("filterwarnings", known)
+
+
+def _on_gpu() -> bool:
+    return os.environ.get("OCTAVO_TEST_DEVICE", "cpu") == "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +38,13 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def backend() -> Backend:
-    """The backend that OCTAVO_BACKEND forces, or the CPU's default."""
-    wanted = Backend(os.environ.get("OCTAVO_BACKEND") or "cpu")
-    if wanted not in available_backends():
-        reason = f"{wanted.value} cannot run here; available: {[item.value for item in available_backends()]}"
-        if os.environ.get("REQUIRE_BACKEND") == wanted.value:
+    """The backend that OCTAVO_BACKEND forces, or the device's default."""
+    wanted = Backend(os.environ.get("OCTAVO_BACKEND") or ("triton" if _on_gpu() else "cpu"))
+    missing = "no GPU is visible" if _on_gpu() and not torch.cuda.is_available() else None
+    if missing or wanted not in available_backends():
+        found = f"available: {[item.value for item in available_backends()]}"
+        reason = f"{wanted.value} cannot run here: {missing or found}"
+        if os.environ.get("REQUIRE_BACKEND") in (wanted.value, *(("cuda", "rocm") if _on_gpu() else ())):
             pytest.fail(reason)
         pytest.skip(reason)
     return wanted
@@ -42,14 +52,14 @@ def backend() -> Backend:
 
 @pytest.fixture(scope="session")
 def device(backend: Backend) -> str:
-    on_gpu = backend in (Backend.TRITON, Backend.CUDA) and os.environ.get("TRITON_INTERPRET") != "1"
-    return "cuda" if on_gpu else "cpu"
+    forced = backend in (Backend.TRITON, Backend.CUDA) and os.environ.get("TRITON_INTERPRET") != "1"
+    return "cuda" if forced or _on_gpu() else "cpu"
 
 
 @pytest.fixture(scope="session")
-def interpreted(backend: Backend, device: str) -> bool:
+def interpreted(backend: Backend) -> bool:
     """Whether kernels run in Triton's interpreter, thousands of times slower: tests then take fewer cases."""
-    return backend is Backend.TRITON and device == "cpu"
+    return backend is Backend.TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -33,6 +33,13 @@ def load_build():
     return module
 
 
+@pytest.fixture(scope="module", autouse=True)
+def where_kernels_are_compiled(backend):
+    """Skip everything where `test_compile.py` compiles nothing either: compilers take their time."""
+    if backend not in (Backend.TRITON, Backend.CUDA):
+        pytest.skip("compiled in the triton run only")
+
+
 # -- the kernel on the host ------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ def test_forced_triton_packs_on_the_host_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setenv("OCTAVO_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ok.BackendUnavailable, match="no GPU is visible"):
         ok.choose("pack_weight", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

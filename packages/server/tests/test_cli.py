@@ -285,7 +285,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     monkeypatch.setattr(serving, "listen", listen)
     before = signal.getsignal(signal.SIGTERM)
     operations = "--watchdog-timeout", "7", "--admin-api-key", "root", "--request-timeout", "30", "--no-access-log"
-    operations += ("--enforce-eager",)
+    operations += ("--enforce-eager", "--max-num-graphs", "9", "--max-num-mixed-graphs", "0")
     adapters = "--lora-modules", "pirate=/p", "--max-loras", "4", "--max-lora-rank", "32"
     sizes = "--kv-cache-gib", "0.5", "--host-kv-gib", "0.25", "--preemption-mode", "swap", "--max-pinned-share", "0.5"
     result = octavo(
@@ -299,6 +299,7 @@ def test_serve_reports_serves_and_stops_on_a_signal(octavo, engine, monkeypatch)
     assert octavo.configs[0].preemption_mode == "swap"
     assert octavo.configs[0].max_pinned_share == 0.5
     assert octavo.configs[0].enforce_eager
+    assert (octavo.configs[0].max_num_graphs, octavo.configs[0].max_num_mixed_graphs) == (9, 0)
     assert (octavo.configs[0].enable_lora, octavo.configs[0].max_loras) == (True, 4)
     assert (octavo.configs[0].max_lora_rank, octavo.configs[0].max_cpu_loras) == (32, None)
     assert engine.asked == [("load", "pirate", "/p", False)]

@@ -62,6 +62,21 @@ def test_a_checkpoint_is_written_and_weighed(quantize, model_folder, method):
     assert FolderSource(out).scheme is not None
 
 
+def test_tuning_is_by_sequences_beyond_those_that_linears_are_rounded_by(quantize, model_folder, monkeypatch):
+    from octavo_engine.quant.calibrate import tune
+
+    seen = []
+    init = tune.Tuner.__init__
+    monkeypatch.setattr(
+        tune.Tuner, "__init__", lambda self, *given: (seen.append(len(given[3])), init(self, *given))[1]
+    )
+    result, out = quantize(model_folder, "--tune-steps", 3, "--num-sequences", 5, "--num-eval-sequences", 2)
+    assert result.exit_code == 0, result.output
+    assert seen == [12]
+    assert "by gptq on 5 sequences of 32 tokens, tuned in 3 steps, in " in result.stdout
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["meta"]["tune_steps"] == 3
+
+
 WHEN = ("before", "after")
 
 
@@ -99,9 +114,10 @@ def test_without_text_nothing_is_weighed_and_the_command_says_so(quantize, model
     [
         (("--method", "best"), "method 'best' is not one of gptq, awq, rtn"),
         (("--text", "/nowhere/text.txt"), "/nowhere/text.txt: expected a text file: No such file"),
+        (("--method", "rtn", "--tune-steps", 2), "tune_steps go with method 'gptq', got 'rtn'; leave them out"),
         ((), "method 'gptq' calibrates on text, none came; give --text FILE"),
     ],
-    ids=["method", "file", "no text"],
+    ids=["method", "file", "tuning", "no text"],
 )
 def test_mistakes_are_one_line(quantize, model_folder, arguments, message):
     result, out = quantize(model_folder, *arguments, text=False)

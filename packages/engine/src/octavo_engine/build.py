@@ -11,10 +11,11 @@ from octavo_engine.assembly import BuiltEngine, Place, assemble
 from octavo_engine.config import EngineConfig
 from octavo_engine.errors import InvalidConfig
 from octavo_engine.kv_dtype import check_scales
+from octavo_engine.kv_scales import load_with_scales
 from octavo_engine.numerics import Numerics, resolve_numerics
 from octavo_engine.parallel.torchrun import describe_sizes
 from octavo_engine.quant.choose import choose_method
-from octavo_engine.weights.load import Progress, load_model
+from octavo_engine.weights.load import Progress
 from octavo_engine.weights.source import Source, open_source
 from octavo_kvcache.storage import KVStorage
 
@@ -37,7 +38,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         torch.set_num_threads(config.num_threads)
     source = open_source(config.model)
     numerics = resolve_numerics(config, source.config)
-    check_scales(source, numerics.kv_dtype)
+    check_scales(source, numerics.kv_dtype, config.num_ranks)
     device = numerics.device
     if config.num_ranks > 1:
         return _build_split(config, source, numerics, progress, started)
@@ -48,7 +49,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         batch_invariant=numerics.deterministic,
     )
     make_model = partial(
-        load_model,
+        load_with_scales,
+        kv_dtype=numerics.kv_dtype,
         device=device,
         dtype=numerics.dtype,
         quant=quant,

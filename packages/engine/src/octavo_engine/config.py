@@ -11,7 +11,7 @@ from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
 _MODES = ("exact", "fast")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 QUEUE_POLICIES = ("arrival", "fair")
 EXECUTORS = ("processes", "ray")
 RAY_PLACEMENTS = ("pack", "spread", "strict_pack", "strict_spread")
@@ -30,11 +30,12 @@ class EngineConfig:
             CPUs: activations are rounded to 8 bits per group of 32 before products by weights in GGUF's block formats
             (products by dense weights stay in float32), and the KV cache is bfloat16.
         quantization: rounds the linears of a model that is not quantised as it is read: `int8` to 8 bits with a scale
-            per group of 32 inputs, `int4` to 4 bits with a scale and a least value. For CPUs with native kernels. None
-            leaves them as they are stored.
+            per group of 32 inputs, `int4` to 4 bits with a scale and a least value, for CPUs with native kernels and
+            GPUs with Triton; `fp8` to e4m3 with a scale per output, for one process. None leaves them as they are
+            stored.
         kv_cache_dtype: of keys and values in the KV cache; `auto` is what `mode` says. `int8` and `fp8` (e4m3, on GPUs
             of compute capability 8.9 or newer) take about a quarter of float32's memory: each cached vector is rounded
-            by a scale of its own, whatever else runs. A checkpoint with scales for a KV cache is then refused.
+            by a scale of its own, whatever else runs, or by the checkpoint's where it has some for a KV cache.
         device: a torch device; `auto` is `cuda` when there is one, else `cpu`.
         deterministic: whether tokens and log-probabilities of a request are the same, bit for bit, whatever else runs,
             however prompts are cut, cached, shared or preempted. None: True on a CPU, False elsewhere, where it cannot
@@ -86,9 +87,11 @@ class EngineConfig:
         enable_dbo: whether steps of many tokens are computed as two halves (dual batch overlap), each while the ranks
             add up their parts of the other. It pays where sums take long.
         dbo_token_threshold: tokens from which on a step is halved then.
-        enforce_eager: whether a GPU runs every step op by op. Otherwise decode steps are captured as graphs, one for
-            each of some numbers of rows as they first occur, and replayed; memory is set aside for them.
-        max_num_graphs: how many such graphs there may be; fewer take less memory and fill steps up with more rows.
+        enforce_eager: whether a GPU runs every step op by op. Otherwise steps of up to 512 tokens are captured as
+            graphs, one for each of some sizes as they first occur, and replayed; memory is set aside for them.
+        max_num_graphs: how many such graphs of decode steps there may be; fewer take less memory and fill steps up with
+            more rows.
+        max_num_mixed_graphs: how many of steps in which a sequence computes several tokens; 0 runs those op by op.
         tool_parser: how the model writes tool calls; `auto` goes by its chat template.
         reasoning_parser: how it marks reasoning; `auto` goes by its chat template, `none` leaves it in the text.
 
@@ -134,6 +137,7 @@ class EngineConfig:
     dbo_token_threshold: int = 32
     enforce_eager: bool = False
     max_num_graphs: int = 40
+    max_num_mixed_graphs: int = 24
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -161,6 +165,11 @@ class EngineConfig:
             raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        if self.quantization == "fp8" and self.tensor_parallel_size > 1:
+            raise InvalidConfig(
+                f"quantization fp8 needs tensor_parallel_size 1, got {self.tensor_parallel_size}; its scales are of "
+                "whole rows, which no process reads; use int8"
+            )
         if self.expert_parallel and self.tensor_parallel_size == 1:
             raise InvalidConfig(
                 "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
@@ -218,6 +227,7 @@ class EngineConfig:
             "max_num_kept": 0,
             "max_num_timelines": 0,
             "max_num_graphs": 1,
+            "max_num_mixed_graphs": 0,
             "max_loras": 1,
             "max_lora_rank": 1,
             "num_threads": 1,

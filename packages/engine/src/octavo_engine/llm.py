@@ -184,26 +184,7 @@ class LLM:
 
         `adapter` is as for `generate`.
         """
-        encoded = encode_all(self._text, prompts)
-        requests = [
-            self._text.make_request(
-                token_ids,
-                SamplingParams(),
-                request_id=self._runs.next_id(),
-                task="embed",
-                pooling=pooling,
-                salt=salt,
-                adapter=own,
-            )
-            for (_, token_ids, salt), own in zip(encoded, self._runs.adapters(adapter, len(encoded)), strict=True)
-        ]
-        updates = self._runs.run_pooled(requests)
-        return [
-            EmbeddingOutput(
-                request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(update.pooled or ())
-            )
-            for r, update in zip(requests, updates, strict=True)
-        ]
+        return self._runs.embed(encode_all(self._text, prompts), pooling, adapter)
 
     def warm(self, prompts: Prompt | Sequence[Prompt], *, adapter: str | None = None) -> list[WarmOutput]:
         """Compute prompts into the prefix cache and generate nothing; later prompts that begin alike are cheaper.

@@ -41,7 +41,7 @@ def resolve_numerics(config: EngineConfig, model_config: ModelConfig) -> Numeric
     dtype = _resolve_dtype(config.dtype, device, model_config)
     deterministic = resolve_deterministic(config.deterministic, device)
     rounded = config.quantization
-    if rounded is not None and not holds_blocks(device, dtype):
+    if rounded not in (None, "fp8") and not holds_blocks(device, dtype):
         raise InvalidConfig(
             f"quantization {rounded!r} needs the native CPU kernels and float32, or Triton on a GPU; device is "
             f"{device} and dtype {dtype_name(dtype)}; leave both auto on a CPU, or use a checkpoint that is quantised "

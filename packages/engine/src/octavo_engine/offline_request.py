@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from octavo_engine.text.assemble import best_first
-from octavo_engine.text.processor import RequestStream
+from octavo_engine.text.request_stream import RequestStream
 from octavo_engine.types import (
     NOTHING_CACHED,
     CachedTokens,

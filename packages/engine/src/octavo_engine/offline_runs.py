@@ -14,7 +14,15 @@ from octavo_engine.errors import InvalidRequest, RequestFailed, request_error
 from octavo_engine.offline_request import Choice, OfflineRequest
 from octavo_engine.prompts import EncodedPrompt
 from octavo_engine.text.processor import TextProcessor
-from octavo_engine.types import CompletionDelta, Request, RequestOutput, SamplingParams, SequenceUpdate
+from octavo_engine.types import (
+    CompletionDelta,
+    EmbeddingOutput,
+    Pooling,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceUpdate,
+)
 
 _Params = SamplingParams | BeamSearchParams
 
@@ -84,6 +92,29 @@ class OfflineRuns:
             choices = [Choice() for _ in range(request.sampling.num_sequences)]
             running.append(OfflineRequest(place, request, prompt, self._text.stream(request), choices))
         return running
+
+    def embed(
+        self, encoded: Sequence[EncodedPrompt], pooling: Pooling, adapter: str | Sequence[str | None] | None
+    ) -> list[EmbeddingOutput]:
+        """Run prompts whose hidden states are wanted; one vector each, in order."""
+        requests = [
+            self._text.make_request(
+                token_ids,
+                SamplingParams(),
+                request_id=self.next_id(),
+                task="embed",
+                pooling=pooling,
+                salt=salt,
+                adapter=own,
+            )
+            for (_, token_ids, salt), own in zip(encoded, self.adapters(adapter, len(encoded)), strict=True)
+        ]
+        return [
+            EmbeddingOutput(
+                request_id=r.request_id, prompt_token_ids=r.prompt_token_ids, embedding=list(update.pooled or ())
+            )
+            for r, update in zip(requests, self.run_pooled(requests), strict=True)
+        ]
 
     def adapters(self, adapter: str | Sequence[str | None] | None, num_prompts: int) -> list[str | None]:
         """Return the adapter of each prompt; all of them are served.

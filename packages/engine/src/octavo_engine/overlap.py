@@ -11,7 +11,8 @@ class GraphStats:
     """Counters of the steps that did not wait, by how the model was run in them; zero where there are no graphs.
 
     `num_captured` counts graphs, `num_replayed` steps that replayed one. `num_eager` counts the others by what stood in
-    the way: `prompt`, a sequence with more than one token; `rows`, more of them than the largest graph has; `capture`,
+    the way: `prompt`, a sequence with more than one token where such steps have no graphs; `tokens`, more of them than
+    the largest graph for such steps has; `rows`, more sequences than the largest one for decode steps has; `capture`,
     the first step of a size, which is run while its graph is captured; `memory`, the graphs have taken what was set
     aside for them; `failed`, capturing has failed.
     """

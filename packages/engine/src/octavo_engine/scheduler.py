@@ -1,4 +1,4 @@
-"""The scheduler: which tokens the next step computes, and what a finished step means for each sequence.
+"""The scheduler: which tokens the next step computes.
 
 There is no prefill phase and no decode phase. Each sequence has known tokens and computed tokens; a step computes some
 of the difference under one token budget, so that chunked prefill, decode and resuming after preemption are the same
@@ -8,22 +8,22 @@ thing (Orca, OSDI'22; vLLM, arXiv 2309.06180, section 4.5).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
 from octavo_engine.adapters.slots import AdapterSlots
 from octavo_engine.admission import Admission
 from octavo_engine.batch import ModelOutput, ScheduledBatch
 from octavo_engine.beam_group import BeamGroup
 from octavo_engine.beam_scheduler import BeamScheduler
-from octavo_engine.beam_search import Candidates
 from octavo_engine.block_finder import BlockFinder
 from octavo_engine.branch import KnownTokens, Parent
 from octavo_engine.preemption import PreemptionPolicy
 from octavo_engine.residents import Residents
 from octavo_engine.sequence import Sequence, SequenceStatus
-from octavo_engine.step import ScheduledSequence, StepBuilder
+from octavo_engine.step import StepBuilder
+from octavo_engine.step_taker import StepTaker
 from octavo_engine.timeline import RequestTimeline, WaitReason
-from octavo_engine.types import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from octavo_engine.types import FinishReason, Request, SequenceUpdate
 from octavo_engine.waiting import QueuePolicy
 from octavo_kvcache import Allocation, CacheManager
 
@@ -96,7 +96,7 @@ class Scheduler:
         self._admission = Admission(residents)
         self._blocks = BlockFinder(residents)
         self._beams = BeamScheduler(cache, self._blocks.find)
-        self._last_step: int | None = None  # in flight when an answer is taken in
+        self._taker = StepTaker(residents, clock, preemption)
 
     @property
     def num_running(self) -> int:
@@ -161,7 +161,7 @@ class Scheduler:
             for sequence in sequences:
                 if sequence.request.keep:
                     self._residents.kept.add(sequence)
-        return self._end_all(sequences, FinishReason.ABORT)
+        return self._taker.end_all(sequences, FinishReason.ABORT)
 
     def release(self, request_id: str) -> bool:
         """Drop what is kept of an ended request and free its blocks at once; False if nothing is."""
@@ -208,22 +208,12 @@ class Scheduler:
 
     def update(self, batch: ScheduledBatch, output: ModelOutput) -> list[SequenceUpdate]:
         """Take in the answer to the oldest step in flight: append, finish, free, report."""
-        rows = self._end_step(batch)
-        updates = []
-        for place, (scheduled, token_ids) in enumerate(zip(rows, output.token_ids, strict=True)):
-            update = self._update_row(scheduled, token_ids, place, output)
-            if update is not None:
-                if output.prompt_logprobs and place in output.prompt_logprobs:
-                    update = update._replace(prompt_logprobs=output.prompt_logprobs[place])
-                updates.append(update)
-        if output.candidates:
-            updates += self._advance_beams(rows, output.candidates)
-        return updates
+        return self._taker.take(batch, output)
 
     def fail(self, batch: ScheduledBatch, reason: str) -> list[SequenceUpdate]:
         """Take in that the oldest step in flight could not be run: its sequences end with an error."""
-        rows = self._end_step(batch)
-        updates = self._end_all([row.sequence for row in rows], FinishReason.ERROR, reason)
+        rows = self._taker.end_step(batch)
+        updates = self._taker.end_all([row.sequence for row in rows], FinishReason.ERROR, reason)
         self._residents.distrust_copies(batch.step_id)
         return updates
 
@@ -237,8 +227,10 @@ class Scheduler:
         down does it for ever. `ends_all`: they end so the first time, since nobody knows when the model can be computed
         again. Those that wait go on waiting.
         """
-        sequences = self._take_back(batches)
-        updates = self._end_all([s for s in sequences if ends_all or s.num_losses > 1], FinishReason.ERROR, reason)
+        sequences = self._taker.take_back(batches)
+        updates = self._taker.end_all(
+            [s for s in sequences if ends_all or s.num_losses > 1], FinishReason.ERROR, reason
+        )
         self._residents.start_over()
         return updates
 
@@ -339,130 +331,3 @@ class Scheduler:
             child = self._residents.add_fork(parent, index)
             child.num_placeholders = 1
             step.add_fork(child, parent.row, self.cache.block_ids(child.seq_id))
-
-    # -- taking in a step ----------------------------------------------------------------------------------------
-
-    def _end_step(self, batch: ScheduledBatch) -> list[ScheduledSequence]:
-        step_id, rows = self._in_flight.popleft()
-        assert step_id == batch.step_id, "steps are read in the order of submission"
-        if self.preemption is not None:
-            self.preemption.end_step(self._clock())
-        self.cache.step_done(step_id)
-        if self._timelines.steps:
-            self._timelines.end_step(step_id)
-        self._last_step = self._residents.last_step
-        return rows
-
-    def _take_back(self, batches: Collection[ScheduledBatch]) -> list[Sequence]:
-        """End steps that have no answers, whose sequences go on; return these."""
-        sequences: dict[Sequence, None] = dict.fromkeys(() if batches else self._running)
-        for batch in batches:
-            self.counters.num_lost_steps += 1
-            for sequence, _, _, samples in self._end_step(batch):
-                sequence.num_placeholders -= samples
-                sequences[sequence] = None
-        for sequence in sequences:
-            sequence.num_losses += 1
-        return list(sequences)
-
-    def _update_row(
-        self, scheduled: ScheduledSequence, token_ids: tuple[int, ...], place: int, output: ModelOutput
-    ) -> SequenceUpdate | None:
-        sequence, epoch, num_computed_tokens, samples = scheduled
-        if sequence.status is SequenceStatus.FINISHED:  # it ended while this step was in flight
-            return None
-        if output.errors and place in output.errors:
-            return self._end_all([sequence], FinishReason.ERROR, output.errors[place])[0]
-        sequence.num_placeholders -= samples
-        sequence.token_ids += token_ids
-        if output.sampler_states and place in output.sampler_states:
-            sequence.sampler_state = output.sampler_states[place]
-        if epoch == sequence.epoch:
-            self.cache.commit(sequence.seq_id, sequence.token_ids, num_computed_tokens, in_flight=self._last_step)
-        if not token_ids:  # a part of a prompt, the end of one that is pooled, or a beam
-            if not samples or output.pooled is None or place not in output.pooled or epoch != sequence.epoch:
-                return None  # what was computed before a preemption is computed again, so that its blocks are there
-            return self._residents.finish(sequence, FinishReason.STOP, pooled=output.pooled[place])
-        return self._report(sequence, token_ids, output.logprobs[place] if output.logprobs is not None else None)
-
-    def _advance_beams(
-        self, rows: list[ScheduledSequence], candidates: Mapping[int, Candidates]
-    ) -> list[SequenceUpdate]:
-        """Let the groups whose candidates have come choose among them."""
-        groups: dict[BeamGroup, dict[Sequence, Candidates]] = {}
-        for place, found in candidates.items():
-            sequence, epoch, _, _ = rows[place]
-            if sequence.status is SequenceStatus.RUNNING and epoch == sequence.epoch:
-                assert sequence.beams is not None
-                groups.setdefault(sequence.beams, {})[sequence] = found
-                if sequence.request.tenant is not None:
-                    self._waiting.charge(sequence.request.tenant, 1)
-        return [update for group, found_by in groups.items() for update in group.advance(found_by)]
-
-    def _end_all(
-        self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None
-    ) -> list[SequenceUpdate]:
-        """End sequences without an answer, those that have not ended; a beam takes its whole group with it."""
-        updates = []
-        for sequence in sequences:
-            if sequence.status is SequenceStatus.FINISHED:
-                continue
-            if sequence.beams is None:
-                updates.append(self._residents.finish(sequence, reason, error=error))
-            else:
-                updates.append(sequence.beams.end(reason, error))
-        return updates
-
-    def _report(
-        self, sequence: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
-    ) -> SequenceUpdate:
-        """Report the last tokens of a sequence, cut where it ends."""
-        if sequence.first_token_time is None:
-            sequence.first_token_time = self._clock()
-        num_tokens = len(sequence.token_ids)
-        if num_tokens >= sequence.max_num_tokens or not sequence.stop_token_ids.isdisjoint(token_ids):
-            for position in range(num_tokens - len(token_ids), num_tokens):
-                reason = _stop_reason(sequence, position)
-                if reason is not None:
-                    return self._end(sequence, reason, token_ids, position + 1, logprobs)
-        self._count_generated(sequence, len(token_ids))
-        return SequenceUpdate(
-            sequence.request.request_id,
-            sequence.index,
-            token_ids,
-            logprobs,
-            cached=sequence.cached,
-        )
-
-    def _count_generated(self, sequence: Sequence, num_tokens: int) -> None:
-        self.counters.num_generation_tokens += num_tokens
-        if sequence.request.tenant is not None:
-            self._waiting.charge(sequence.request.tenant, num_tokens)
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        token_ids: tuple[int, ...],
-        num_tokens: int,
-        logprobs: tuple[TokenLogprobs, ...] | None,
-    ) -> SequenceUpdate:
-        """Finish a sequence after `num_tokens` of its tokens, some of which are the new `token_ids`."""
-        num_dropped = len(sequence.token_ids) - num_tokens
-        del sequence.token_ids[num_tokens:]
-        token_ids = token_ids[: len(token_ids) - num_dropped]
-        self._count_generated(sequence, len(token_ids))
-        return self._residents.finish(
-            sequence,
-            reason,
-            token_ids=token_ids,
-            logprobs=logprobs[: len(token_ids)] if logprobs is not None else None,
-            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
-        )
-
-
-def _stop_reason(sequence: Sequence, position: int) -> FinishReason | None:
-    """Return why the sequence ends with the token at `position`; None if it goes on."""
-    if position >= sequence.first_stop_position and sequence.token_ids[position] in sequence.stop_token_ids:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if position + 1 >= sequence.max_num_tokens else None

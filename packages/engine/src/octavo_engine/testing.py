@@ -65,10 +65,13 @@ def _class_of(config: ModelConfig) -> type[Llama]:
     return Mixtral if config.num_experts else Llama
 
 
-def random_model(config: ModelConfig, seed: int = 0, quant: QuantMethod[Any] | None = None) -> Llama:
-    """Return a Llama or a Mixtral of random weights, in float32 on the CPU; `quant` is chosen as for any model."""
-    device = torch.device("cpu")
-    model = _class_of(config)(config, LayerOptions(quant=quant or choose_method(device, torch.float32)))
+def random_model(
+    config: ModelConfig, seed: int = 0, quant: QuantMethod[Any] | None = None, device: torch.device | str = "cpu"
+) -> Llama:
+    """Return a Llama or a Mixtral of random weights in float32; `quant` is chosen as for any model."""
+    device = torch.device(device)
+    options = LayerOptions(device=device, quant=quant or choose_method(device, torch.float32))
+    model = _class_of(config)(config, options)
     weights = random_weights(config, seed)
     for slot in model.slots():
         slot.fill(weights[slot.name])
@@ -85,12 +88,13 @@ def make_runner(
     kv_dtype: torch.dtype = torch.float32,
     watch: Callable[[ModelInput, Tensor], None] | None = None,
 ) -> ModelRunner:
-    """Return a runner on the CPU with a KV cache full of NaN, so that a read of an unwritten slot shows.
+    """Return a runner on a Llama's device with a KV cache full of NaN, so that a read of an unwritten slot shows.
 
     Where `kv_dtype` is one of codes, their scales are NaN. `watch` is shown the input and the hidden states of every
     step.
     """
-    storage = KVStorage(model.kv_cache_specs(kv_dtype), num_blocks, block_size)
+    device = model.norm.weight.device if isinstance(model, Llama) else "cpu"
+    storage = KVStorage(model.kv_cache_specs(kv_dtype), num_blocks, block_size, device=device)
     for layer in range(storage.num_layers):
         for cache in storage.scales(layer) or storage.layer(layer):
             cache.fill_(float("nan"))
@@ -101,6 +105,7 @@ def make_runner(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs * max_model_len,
         max_model_len=max_model_len,
+        device=device,
     )
     if watch is not None:
         runner.forward = OpByOp(_watched(runner.forward, watch), model.greedy)

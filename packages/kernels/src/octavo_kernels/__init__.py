@@ -25,6 +25,9 @@ from octavo_kernels.errors import (
     ShapeError,
 )
 from octavo_kernels.filters import apply_filters
+from octavo_kernels.grouped import grouped_argmax, grouped_linear
+from octavo_kernels.grouped_packing import pack_grouped, unpack_grouped
+from octavo_kernels.grouped_weight import Finish, GroupedCodes, GroupedWeight, NestedScales
 from octavo_kernels.host_memory import host_empty
 from octavo_kernels.int_weight import (
     IntWeight,
@@ -69,9 +72,13 @@ __all__ = [
     "DeviceError",
     "DtypeError",
     "Fallback",
+    "Finish",
+    "GroupedCodes",
+    "GroupedWeight",
     "IntWeight",
     "KernelError",
     "LoraPart",
+    "NestedScales",
     "NotRecordable",
     "OptionError",
     "PackedWeight",
@@ -101,6 +108,8 @@ __all__ = [
     "gelu_quant",
     "group_rows",
     "group_rows_workspace",
+    "grouped_argmax",
+    "grouped_linear",
     "gumbel_noise",
     "gumbel_noise_at",
     "host_empty",
@@ -119,6 +128,7 @@ __all__ = [
     "native_threads",
     "num_native_threads",
     "num_row_tiles",
+    "pack_grouped",
     "pack_weight",
     "packed_argmax",
     "packed_embedding",
@@ -142,6 +152,7 @@ __all__ = [
     "silu_and_mul_quant",
     "swap_blocks",
     "token_logprobs",
+    "unpack_grouped",
     "unpack_weight",
     "varlen_attention",
     "weight_only_linear",

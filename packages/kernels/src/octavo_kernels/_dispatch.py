@@ -72,6 +72,8 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "packed_linear": "matmul",
         "packed_embedding": "matmul",
         "packed_argmax": "matmul",
+        "grouped_linear": "grouped",
+        "grouped_argmax": "grouped",
         "weight_only_linear": "weight_only",
         "quantize_rows": "quantize",
         "scaled_linear": "scaled_linear",

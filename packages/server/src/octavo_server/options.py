@@ -17,7 +17,8 @@ ModelOption = Annotated[str | None, typer.Option(help=_MODEL_HELP, show_default=
 Dtype = Annotated[str, typer.Option(help=_DTYPE_HELP)]
 Mode = Annotated[str, typer.Option(help=_MODE_HELP)]
 Quantization = Annotated[
-    str | None, typer.Option(help="Round the linears of a model that is not quantised as it is read: int8 or int4.")
+    str | None,
+    typer.Option(help="Round the linears of a model that is not quantised as it is read: int8, int4 or fp8."),
 ]
 KVCacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="Of keys and values: auto, float32, bfloat16, int8, or fp8 on a GPU.")
@@ -78,6 +79,10 @@ MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that may run in one ste
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of one step.")]
 EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="On a GPU, run every step op by op instead of replaying graphs.")
+]
+MaxNumGraphs = Annotated[int, typer.Option(help="Graphs of decode steps that a GPU may capture.")]
+MaxNumMixedGraphs = Annotated[
+    int, typer.Option(help="Graphs of steps with prompts that a GPU may capture; 0 runs these op by op.")
 ]
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt whole.")]
 MaxPinnedShare = Annotated[float, typer.Option(help="Share of the KV cache that pins may hold.")]

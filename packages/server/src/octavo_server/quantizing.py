@@ -31,7 +31,10 @@ GroupSize = Annotated[int, typer.Option(help="Inputs that share a scale; -1 is a
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Zero is the middle of the codes; not of awq.")]
 ActOrder = Annotated[bool, typer.Option("--act-order", help="Of gptq: round the largest inputs' weights first.")]
 Damping = Annotated[float, typer.Option(help="Of gptq: share of its mean that is added to the Hessian's diagonal.")]
-NumSequences = Annotated[int, typer.Option(help="Sequences to calibrate on, at most.")]
+TuneSteps = Annotated[
+    int, typer.Option(help="Of gptq: steps of 4 sequences in which codes, scales and norms are then learnt together.")
+]
+NumSequences = Annotated[int, typer.Option(help="Sequences that linears are rounded by, at most.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of each sequence.")]
 NumEvalSequences = Annotated[int, typer.Option(help="Sequences to weigh the result by, at most; 0 does not.", min=0)]
 
@@ -45,6 +48,7 @@ def quantize(
     symmetric: Symmetric = False,
     act_order: ActOrder = False,
     damping: Damping = 0.01,
+    tune_steps: TuneSteps = 0,
     text: Text = None,
     eval_text: EvalText = None,
     num_sequences: NumSequences = 64,
@@ -64,6 +68,7 @@ def quantize(
         symmetric=symmetric,
         act_order=act_order,
         damping=damping,
+        tune_steps=tune_steps,
         num_sequences=num_sequences,
         sequence_length=sequence_length,
     )
@@ -75,15 +80,23 @@ def quantize(
         console.print("perplexity is not measured: no text is left for it; --eval-text FILE names some")
     before = _perplexity(source, cut, console, "before")
     started = time.monotonic()
-    columns = (TextColumn("rounding linears"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+        tasks = {"linears": bar.add_task("rounding linears", total=None)}
+        if tune_steps:
+            tasks["steps"] = bar.add_task("tuning", total=tune_steps)
         written = quantize_checkpoint(
-            source, cut.calibration, out, wanted, lambda done, total: bar.update(task, completed=done, total=total)
+            source,
+            cut.calibration,
+            out,
+            wanted,
+            lambda what, done, total: bar.update(tasks[what], completed=done, total=total),
         )
-    seen = "" if method == "rtn" else f" on {len(cut.calibration)} sequences of {sequence_length} tokens"
+    num_seen = min(num_sequences, len(cut.calibration))
+    seen = "" if method == "rtn" else f" on {num_seen} sequences of {sequence_length} tokens"
+    tuned = f", tuned in {tune_steps} steps" if tune_steps else ""
     console.print(
-        f"{written.num_linears} linears in {written.num_bytes / 2**20:.1f} MiB of weights, by {method}{seen}, "
+        f"{written.num_linears} linears in {written.num_bytes / 2**20:.1f} MiB of weights, by {method}{seen}{tuned}, "
         f"in {time.monotonic() - started:.0f} s: {out}"
     )
     after = _perplexity(open_source(str(out)), cut, console, "after")
@@ -109,7 +122,7 @@ def _cut(
     assert own is not None
     return cut_text(
         own,
-        num_sequences=wanted.num_sequences,
+        num_sequences=max(wanted.num_sequences, wanted.num_tuned_sequences),
         length=wanted.sequence_length,
         num_evaluation=num_evaluation,
         evaluation_ids=other,

@@ -23,9 +23,23 @@ class Attention:
         layer: index of the layer, of its KV too.
         cos_sin: [max_position, head_dim] fp32, the rotary table that all layers share.
         options: how the weights are made.
+
+    Attributes:
+        kv_scales: of keys and values in a cache of codes, if they are known beforehand; see `follow`.
     """
 
-    __slots__ = ("_batch_invariant", "_cos_sin", "_head_dim", "_layer", "_scale", "_split", "_window", "out", "qkv")
+    __slots__ = (
+        "_batch_invariant",
+        "_cos_sin",
+        "_head_dim",
+        "_layer",
+        "_scale",
+        "_split",
+        "_window",
+        "kv_scales",
+        "out",
+        "qkv",
+    )
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, *, options: LayerOptions) -> None:
         num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -49,6 +63,16 @@ class Attention:
         self._scale = head_dim**-0.5
         self._window = config.sliding_window
         self._batch_invariant = options.batch_invariant
+        self.kv_scales: tuple[Tensor, Tensor] | None = None
+
+    def follow(self, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Round cached keys and values by scales known beforehand, [num_kv_heads] fp32, wherever the cache is codes.
+
+        Those of the cache, which attention multiplies by, are then not written with each vector: `fill_scales` does it
+        once.
+        """
+        device = self._cos_sin.device
+        self.kv_scales = k_scale.to(device), v_scale.to(device)
 
     def __call__(self, x: Tensor, model_input: ModelInput) -> Tensor:
         """Return the block's output for x, both [num_tokens, hidden_size]; writes the layer's K and V of the tokens."""
@@ -56,7 +80,7 @@ class Attention:
         group = model_input.groups[kv.group]
         qkv = self.qkv(x).view(len(x), -1, self._head_dim)  # [num_tokens, num_heads + 2 num_kv_heads, head_dim]
         q, k, v = torch.split(qkv, self._split, dim=1)
-        _write(q, k, v, model_input.positions, self._cos_sin, kv, group.slot_mapping)
+        _write(q, k, v, model_input.positions, self._cos_sin, kv, group.slot_mapping, self.kv_scales)
         out = paged_attention(
             q,
             kv.k_cache,
@@ -90,12 +114,18 @@ class Attention:
 
 
 def _write(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv: KVLayer,
+    slot_mapping: Tensor,
+    known: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Rotate q and k in place, and write k and v to a layer's cache, as codes where it has scales."""
+    """Rotate q and k in place, and write k and v to a layer's cache, as codes where it has scales: its own or known."""
     if kv.k_scale is None or kv.v_scale is None:
         rope_kv_write(q, k, v, positions, cos_sin, kv.k_cache, kv.v_cache, slot_mapping)
     else:
-        rope_kv_write_quant(
-            q, k, v, positions, cos_sin, kv.k_cache, kv.v_cache, slot_mapping, kv.k_scale, kv.v_scale
-        )  # fmt: skip
+        scales = known or (kv.k_scale, kv.v_scale)
+        rope_kv_write_quant(q, k, v, positions, cos_sin, kv.k_cache, kv.v_cache, slot_mapping, *scales)

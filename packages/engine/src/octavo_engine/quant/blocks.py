@@ -1,4 +1,4 @@
-"""Whole numbers in groups as the blocks of 32 that native products read: by themselves, or with what zeros add."""
+"""Whole numbers in groups as the blocks of 32 that native products read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.grouped_integers import GroupedIntegers
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
-from octavo_kernels import WeightFormat, pack_weight, packed_linear
 
 _BLOCK = 32
 _SCALE_BYTES = 2
 _TYPES = MappingProxyType({4: TensorType.Q4_0, 8: TensorType.Q8_0})
-_FORMATS = MappingProxyType({4: WeightFormat.Q4_0, 8: WeightFormat.Q8_0})
 _CHUNK_VALUES = 1 << 22
+_MOST_GROWTH = 1.05
 
 
 def as_blocks(weight: QuantizedTensor) -> StoredTensor | None:
@@ -32,13 +31,14 @@ def as_blocks(weight: QuantizedTensor) -> StoredTensor | None:
     is_middle = weight.zero_point == middle if weight.zeros is None else bool((weight.zeros == middle).all())
     if not is_middle:
         return None
-    return StoredTensor(_rows(weight, None).numpy(), _TYPES[weight.bits], weight.shape)
+    return StoredTensor(_rows(weight).numpy(), _TYPES[weight.bits], weight.shape)
 
 
-def has_block_product(weight: GroupedIntegers) -> bool:
-    """Return whether `BlockProduct` multiplies a weight: its codes fit blocks, and its groups have one size."""
-    size, in_features = weight.group_size, weight.shape[1]
-    return (size >= in_features or in_features % size == 0) and _fits(weight) and weight.has_even_groups()
+def blocks_are_as_small(weight: GroupedIntegers) -> bool:
+    """Return whether blocks, which have a scale of 16 bits each, take at most 5 % more than the groups."""
+    code_bits = weight.bits * _BLOCK
+    group_bits = 8 * weight.scales.element_size() * _BLOCK / min(weight.group_size, weight.shape[1])
+    return code_bits + 8 * _SCALE_BYTES <= _MOST_GROWTH * (code_bits + group_bits)
 
 
 def _fits(weight: GroupedIntegers) -> bool:
@@ -49,44 +49,8 @@ def _fits(weight: GroupedIntegers) -> bool:
     return torch.equal(weight.scales.half().float(), weight.scales.float())
 
 
-class BlockProduct:
-    """A weight whose blocks are multiplied natively, and what its zeros add; on a CPU, for activations in fp32.
-
-    A value `scale * (code - zero)` is `scale * (code - middle) + scale * (middle - zero)`, both exact in fp32, and the
-    second is the same for all inputs of a group. So a product is that of the blocks, plus that of the inputs' sums over
-    each group by a small matrix.
-
-    Args:
-        weight: as the checkpoint has it; it has a block product.
-        int8_activations: whether inputs are rounded to 8 bits, as for GGUF's blocks.
-    """
-
-    def __init__(self, weight: GroupedIntegers, *, int8_activations: bool) -> None:
-        in_features = weight.shape[1]
-        order = None if weight.groups is None else weight.groups.argsort(stable=True)
-        self._order = order
-        self._int8 = int8_activations
-        self._weight = pack_weight(_rows(weight, order), _FORMATS[weight.bits], in_features=in_features)
-        middle = 1 << (weight.bits - 1)
-        zeros = torch.tensor(weight.zero_point) if weight.zeros is None else weight.zeros
-        rest = (weight.scales.float() * (middle - zeros)).T.contiguous()
-        self._rest = pack_weight(rest, WeightFormat.F32, in_features=rest.shape[1])
-        self.num_bytes = self._weight.num_bytes + self._rest.num_bytes
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply blocks and sums of groups."""
-        if self._order is not None:
-            x = x[:, self._order]
-        product = packed_linear(x, self._weight, bias, int8_activations=self._int8)
-        sums = x.reshape(len(x), self._rest.in_features, -1).sum(dim=-1)
-        return product.add_(packed_linear(sums, self._rest))
-
-
-def _rows(weight: GroupedIntegers, order: Tensor | None) -> Tensor:
-    """Return a weight that fits blocks as if its zeros were in the middle: [out_features, bytes per row] uint8.
-
-    `order` is the inputs in the order of their groups, None if they stand so.
-    """
+def _rows(weight: GroupedIntegers) -> Tensor:
+    """Return a weight that fits blocks: [out_features, bytes per row] uint8."""
     out_features, in_features = weight.shape
     rows = torch.empty((out_features, in_features // _BLOCK, _TYPES[weight.bits].block_bytes), dtype=torch.uint8)
     groups = torch.arange(in_features // _BLOCK) * _BLOCK // weight.group_size
@@ -95,8 +59,7 @@ def _rows(weight: GroupedIntegers, order: Tensor | None) -> Tensor:
     step = max(1, _CHUNK_VALUES // in_features)
     for start in range(0, out_features, step):
         part = slice(start, min(start + step, out_features))
-        codes = weight.codes(part)
-        codes = (codes if order is None else codes[order]).T.reshape(part.stop - start, -1, _BLOCK)
+        codes = weight.codes(part).T.reshape(part.stop - start, -1, _BLOCK)
         rows[part, :, _SCALE_BYTES:] = _nibbles(codes) if weight.bits == 4 else codes ^ (1 << (weight.bits - 1))
     return rows.view(out_features, -1)
 

@@ -1,4 +1,4 @@
-"""Online quantisation: the linears of a model that is not quantised become blocks of 8 or 4 bits as they are read."""
+"""Online quantisation: the linears of a model that is not quantised become codes of 8 or 4 bits as they are read."""
 
 from __future__ import annotations
 
@@ -11,41 +11,71 @@ from torch import Tensor
 from octavo_engine.errors import CorruptModelFile, UnsupportedModel
 from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.quantized import QuantizedTensor
+from octavo_engine.weights.scaled_floats import ScaledFloats
 from octavo_engine.weights.stored import StoredTensor
 
 BLOCK = 32
 _CHUNK_VALUES = 1 << 22
 _MOST = 65504.0
+_LARGEST_FP8 = 448.0
 _Weight = Tensor | StoredTensor | QuantizedTensor
 
 
 def quantize_online(
     weights: Iterable[tuple[str, _Weight]], linears: Container[str], kind: str, where: str
 ) -> Iterator[tuple[str, _Weight]]:
-    """Yield a source's weights, those of linears as blocks of 32 inputs.
+    """Yield a source's weights, those of linears as codes.
 
     Args:
         weights: (Hugging Face name, tensor) as a source yields them.
         linears: the names of those that are rounded; others, such as norms, embedding and head, pass as they are.
-        kind: `int8`, GGUF's Q8_0, with a scale per block; or `int4`, its Q4_1, with a scale and a least value. Both are
-            made as ggml makes them, bit for bit.
+        kind: `int8`, GGUF's Q8_0, with a scale per block of 32 inputs; or `int4`, its Q4_1, with a scale and a least
+            value. Both are made as ggml makes them, bit for bit. `fp8`: e4m3 with a scale per output in fp32, its
+            largest weight over 448.
         where: what errors begin with.
 
     Raises:
-        UnsupportedModel: if a linear is quantised already, or its inputs are not whole blocks; names it.
-        CorruptModelFile: if a linear has a value that fp16 does not hold; names it.
+        UnsupportedModel: if a linear is quantised already, or its inputs are not whole blocks of a kind that has these;
+            names it.
+        CorruptModelFile: if a linear has a value that is not finite, or in blocks one that fp16 does not hold; names
+            it.
     """
     for name, weight in weights:
-        yield name, _blocks(name, weight, kind, where) if name in linears else weight
+        if name not in linears:
+            yield name, weight
+        else:
+            plain = _plain(name, weight, kind, where)
+            yield name, _float8(name, plain, where) if kind == "fp8" else _blocks(name, plain, kind, where)
 
 
-def _blocks(name: str, weight: _Weight, kind: str, where: str) -> StoredTensor:
+def _plain(name: str, weight: _Weight, kind: str, where: str) -> Tensor:
     if not isinstance(weight, Tensor):
         found = weight.type.name if isinstance(weight, StoredTensor) else type(weight).__name__
         raise UnsupportedModel(
             f"{where}: quantization {kind!r} takes weights that are not quantised, tensor {name!r} is ({found}); "
             "leave quantization out to run the model as it is stored"
         )
+    return weight
+
+
+def _float8(name: str, weight: Tensor, where: str) -> ScaledFloats:
+    """Round the rows of a matrix to e4m3, each by a scale of its own."""
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty((len(weight), 1))
+    step = max(1, _CHUNK_VALUES // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        values = weight[part].float()
+        if not bool(values.isfinite().all()):
+            raise CorruptModelFile(f"{where}: tensor {name!r}: expected finite numbers")
+        scales[part] = values.abs().amax(dim=1, keepdim=True) / _LARGEST_FP8
+        scaled = torch.where(scales[part] > 0, values / scales[part], 0.0)
+        codes[part] = scaled.clamp(-_LARGEST_FP8, _LARGEST_FP8).to(codes.dtype)  # a tiny scale is rounded itself
+    rows, columns = weight.shape
+    return ScaledFloats((rows, columns), codes, scales, (1, columns))
+
+
+def _blocks(name: str, weight: Tensor, kind: str, where: str) -> StoredTensor:
     out_features, in_features = weight.shape
     if in_features % BLOCK:
         raise UnsupportedModel(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from octavo_engine.quant.blocks import BlockProduct, has_block_product
+from octavo_engine.quant.grouped import GroupedProduct, as_grouped
 from octavo_engine.quant.onednn import linear
-from octavo_engine.quant.packed import Packed
 from octavo_engine.weights.grouped_integers import GroupedIntegers
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_kernels import IntWeight, int_weight_from_codes, weight_only_linear
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_VALUES = 1 << 24  # weights expanded at once: 64 MiB of fp32
 _KERNEL_BITS = (4, 8)
@@ -29,16 +31,19 @@ class Product(Protocol):
         ...
 
 
-def make_product(
-    weight: QuantizedTensor, device: torch.device, *, batch_invariant: bool, packed: Packed | None
-) -> Product:
+def make_product(weight: QuantizedTensor, device: torch.device, *, batch_invariant: bool, native: bool) -> Product:
     """Return a weight's product on a device: by codes if kernels take its groups, else by expanding it.
 
     On a GPU these are those of `weight_only_linear`, whose reference on a CPU would expand the weight too, to fp64; on
-    a CPU native products by blocks, where `packed` is how dense matrices are held.
+    a CPU those of `grouped_linear`, where products by dense matrices are `native` too.
     """
-    if packed is not None and isinstance(weight, GroupedIntegers) and has_block_product(weight):
-        return BlockProduct(weight, int8_activations=packed.int8_activations)
+    if native:
+        grouped = as_grouped(weight)
+        if grouped is not None:
+            return GroupedProduct(grouped)
+        _log.info(
+            "a linear %s of %s has no native product: torch expands it at each use", weight.shape, type(weight).__name__
+        )
     if device.type != "cpu" and isinstance(weight, GroupedIntegers) and weight.bits in _KERNEL_BITS:
         size, whole = weight.group_size, weight.group_size >= weight.shape[1]
         if weight.has_even_groups() and (whole or (size >= _LEAST_GROUP and size & (size - 1) == 0)):

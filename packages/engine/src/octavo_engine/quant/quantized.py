@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
-from octavo_engine.quant.blocks import as_blocks
+from octavo_engine.quant.blocks import as_blocks, blocks_are_as_small
+from octavo_engine.quant.grouped import GroupedProduct
 from octavo_engine.quant.packed import Packed
 from octavo_engine.quant.products import Product, make_product
+from octavo_engine.weights.grouped_integers import GroupedIntegers
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
+from octavo_kernels import empty_result
 
 _Weight = Tensor | StoredTensor | QuantizedTensor
 
@@ -26,6 +29,11 @@ class QuantizedPart(NamedTuple):
 
     product: Product | DenseProduct
     columns: slice
+
+    @property
+    def writes_columns(self) -> bool:
+        """Whether the product takes memory for its result, and so can be recorded, from native methods."""
+        return isinstance(self.product, GroupedProduct | DenseProduct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +70,17 @@ class DenseProduct:
         self._method = method
         self._parameters = parameters
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the product, plus the bias."""
-        product = self._method.apply(self._parameters, x)
-        return product if bias is None else product + bias
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Return the product, plus the bias; `out` is memory that it may lie in."""
+        product = self._method.apply(self._parameters, x, out)
+        return product if bias is None else product.add_(bias)
 
 
 class Quantized(QuantMethod[QuantizedParameters]):
     """What serves for the linears of a quantised checkpoint; matrices that it has no codes of are another method's.
 
-    Shards whose values GGUF's blocks hold exactly become such, if the other method multiplies these natively.
+    Shards whose values GGUF's blocks hold exactly, and in as little memory, become such, if the other method multiplies
+    these natively; others stay in their codes.
 
     Args:
         dense: that method.
@@ -131,10 +140,15 @@ class Quantized(QuantMethod[QuantizedParameters]):
         """Multiply each part; `out` serves where no shard is quantised."""
         if parameters.dense is not None:
             return self._dense.apply(parameters.dense, x, out)
-        products = [
-            part.product(x, None if parameters.bias is None else parameters.bias[part.columns])
-            for part in parameters.parts
-        ]
+        biases = [None if parameters.bias is None else parameters.bias[part.columns] for part in parameters.parts]
+        if isinstance(self._dense, Packed) and all(part.writes_columns for part in parameters.parts):
+            if out is None:
+                out = empty_result((len(x), parameters.out_features), x.dtype, x.device)
+            for (product, columns), bias in zip(parameters.parts, biases, strict=True):
+                assert isinstance(product, GroupedProduct | DenseProduct)
+                product(x, bias, out[:, columns])
+            return out
+        products = [part.product(x, bias) for part, bias in zip(parameters.parts, biases, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
     def embed(self, parameters: QuantizedParameters, token_ids: Tensor) -> Tensor:
@@ -145,12 +159,21 @@ class Quantized(QuantMethod[QuantizedParameters]):
         """Return the arg-max as the other method finds it, or of the whole product."""
         if parameters.dense is not None:
             return self._dense.argmax(parameters.dense, x)
+        if len(parameters.parts) == 1 and not parameters.has_bias:
+            (part,) = parameters.parts
+            if isinstance(part.product, GroupedProduct):
+                return part.product.argmax(x)
         best, ids = self.apply(parameters, x).float().max(dim=-1)
         return ids, best
 
     def _native(self, tensor: _Weight) -> _Weight:
-        """Return a shard in a form that the other method multiplies natively, if there is one that means the same."""
-        if not isinstance(tensor, QuantizedTensor) or not isinstance(self._dense, Packed):
+        """Return a shard in a form that the other method multiplies natively, if there is one that means the same.
+
+        It may be larger than the shard where inputs are to be rounded, which products by other codes do not do.
+        """
+        if not isinstance(tensor, GroupedIntegers) or not isinstance(self._dense, Packed):
+            return tensor
+        if not self._dense.int8_activations and not blocks_are_as_small(tensor):
             return tensor
         return as_blocks(tensor) or tensor
 
@@ -159,8 +182,8 @@ class Quantized(QuantMethod[QuantizedParameters]):
 
     def _quantized(self, parameters: QuantizedParameters, tensors: list[Any]) -> Iterator[tuple[Product, int]]:
         for tensor in tensors:
-            packed = self._dense if isinstance(self._dense, Packed) else None
-            product = make_product(tensor, parameters.device, batch_invariant=self._batch_invariant, packed=packed)
+            native = isinstance(self._dense, Packed)
+            product = make_product(tensor, parameters.device, batch_invariant=self._batch_invariant, native=native)
             yield product, tensor.shape[0]
 
     def _dense_part(self, parameters: QuantizedParameters, tensors: list[Any]) -> tuple[DenseProduct, int]:

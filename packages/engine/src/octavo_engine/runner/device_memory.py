@@ -115,19 +115,19 @@ def try_largest_step(model: Model, limits: StepLimits, *, kv_dtype: torch.dtype,
 
 
 @torch.inference_mode()
-def try_decode(model: Model, num_rows: int, *, kv_dtype: torch.dtype, device: torch.device) -> None:
-    """Run a model on one token of each of some sequences, over a KV cache of one block, and draw nothing.
+def try_forward(model: Model, num_tokens: int, num_seqs: int, *, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Run a model on the tokens of some sequences, over a KV cache of one block, and draw nothing.
 
     Raises:
         InvalidConfig: the device's memory does not hold such a step beside the weights.
     """
     storage = KVStorage(model.kv_cache_specs(kv_dtype), 2, _BLOCK_SIZE, device=device)
     try:
-        model(_largest_input(model, storage, num_rows, num_rows, device))
+        model(_largest_input(model, storage, num_tokens, num_seqs, device))
     except torch.cuda.OutOfMemoryError as error:
         raise InvalidConfig(
-            f"a step of {num_rows} tokens does not fit into the memory of {device} beside the weights, even without a "
-            f"KV cache; lower max_num_seqs: {error}"
+            f"a step of {num_tokens} tokens does not fit into the memory of {device} beside the weights, even without "
+            f"a KV cache; lower max_num_seqs or max_num_batched_tokens: {error}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.batch import ModelOutput, ScheduledBatch
+from octavo_engine.kv_scales import fill_scales
 from octavo_engine.models.registry import Model
 from octavo_engine.runner.adapter_pool import AdapterPool
 from octavo_engine.runner.answer import Answer
@@ -85,6 +86,7 @@ class ModelRunner:
         self.device = torch.device(device)
         self._max_model_len = max_model_len
         kv_layers, num_groups = caches_of(model, storage)
+        fill_scales(model, storage)
         max_num_blocks = -(-max_model_len // storage.block_size)
         self._rows = Rows(
             max_num_seqs, max_num_tokens=max_model_len, max_num_blocks=max_num_blocks, num_groups=num_groups

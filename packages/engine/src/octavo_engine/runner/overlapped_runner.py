@@ -78,7 +78,7 @@ class OverlappedRunner(ModelRunner):
     Args:
         gpu: what computes; its memory is that of `device`.
         max_in_flight: steps that may be launched before the oldest one's result is read; at least 1.
-        graphs: which decode steps are captured and replayed; None runs all of them op by op.
+        graphs: which steps are captured and replayed; None runs all of them op by op.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class OverlappedRunner(ModelRunner):
         self._graphs: Graphs | None = None
         if graphs is not None:
             inputs = GraphInputs(
-                max_num_rows=graphs.sizes[-1],
+                shapes=graphs.shapes,
                 max_num_blocks=max_num_blocks,
                 num_groups=num_groups,
                 kv_layers=kv_layers,

@@ -63,8 +63,8 @@ def load_model(
         dtype: of activations.
         quant: how matrices are held; None chooses by device and dtype. Of a quantised checkpoint, those without codes.
         batch_invariant: whether a token's bits may not depend on the tokens beside it.
-        quantization: `int8` or `int4` rounds linears as they are read, see `quantize_online`; the method must hold
-            GGUF's blocks. None leaves them as they are.
+        quantization: `int8`, `int4` or `fp8` rounds linears as they are read, see `quantize_online`; for the first two
+            the method must hold GGUF's blocks. None leaves them as they are.
         progress: called after each weight with the number that was read and the total.
         make_model: makes the empty model; None goes by the architecture.
 
@@ -74,7 +74,7 @@ def load_model(
     """
     device = torch.device(device)
     quant = quant or choose_method(device, dtype, batch_invariant=batch_invariant)
-    if source.is_quantized:
+    if source.is_quantized or quantization == "fp8":
         quant = Quantized(quant, batch_invariant=batch_invariant)
     options = LayerOptions(dtype, device, quant, batch_invariant)
     model = (make_model or model_class(source.config.architecture))(source.config, options)

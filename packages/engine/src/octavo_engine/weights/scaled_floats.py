@@ -12,7 +12,9 @@ from octavo_engine.weights.quantized import ALL, QuantizedTensor, regrouped
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the codes 0 to 7 of 4-bit floats are."""
+
 _MANTISSA_BITS = 23  # of fp32, whose exponent has the bias of these bytes
 _LEAST_POWER = 1 << (_MANTISSA_BITS - 1)  # the bits of 2**-127
 
@@ -70,7 +72,7 @@ class Float4(QuantizedTensor):
         """Return `code * scale`."""
         bytes_ = self.codes[rows]
         codes = torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten(-2)
-        table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=codes.device)
+        table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
         scales = _as_numbers(self.scales[rows])
         if self.divisor is not None:
             scales = scales / self.divisor

@@ -37,7 +37,7 @@ class ScaledLinear(NamedTuple):
 
 
 def scale_layers(
-    halts: Iterable[Halt], options: QuantizeOptions, divisors: dict[str, Tensor]
+    halts: Iterable[Halt], options: QuantizeOptions, length: int, divisors: dict[str, Tensor]
 ) -> Iterator[ScaledLinear]:
     """Choose the scales of each linear's inputs, layer by layer, and take them back in what comes before.
 
@@ -46,10 +46,11 @@ def scale_layers(
     Args:
         halts: of a model's unchanged linears, in their order; weights are not modified.
         options: how scaled weights will be rounded.
+        length: tokens of each sequence of the halts' inputs.
         divisors: filled with what the checkpoint's norms and biases are to be divided by, by their names.
 
     """
-    gathered = ((halt, InputStatistics.of(halt.inputs)) for halt in halts)
+    gathered = ((halt, halt.statistics(length)) for halt in halts)
     kept = ((halt._replace(inputs=[]), statistics) for halt, statistics in gathered)
     for layer, items in groupby(kept, key=lambda item: _layer_of(item[0].prefix)):
         yield from _scale_layer(layer, list(items), options, divisors)

@@ -43,11 +43,11 @@ class Grid(NamedTuple):
         if symmetric:
             largest = weight.abs().amax(dim=-1)
             zero = (most + 1) // 2
-            scales = _as_half(largest / (most - zero + 0.5))  # what is larger by half a step is rounded down
+            scales = representable(largest / (most - zero + 0.5))  # what is larger by half a step is rounded down
             return cls(scales, torch.full_like(scales, zero), most)
         low, high = weight.amin(dim=-1).clamp(max=0), weight.amax(dim=-1).clamp(min=0)
         low = torch.minimum(low, -high / (most - 1))
-        scales = _as_half((high - low) / most)
+        scales = representable((high - low) / most)
         return cls(scales, (-low / scales).round().clamp(1, most), most)
 
     @classmethod
@@ -91,7 +91,7 @@ class Grid(NamedTuple):
         weighed = steps * importance
         scales = (weighed * weight).sum(dim=-1) / (weighed * steps).sum(dim=-1)  # no number where all codes are zero
         scales = torch.where(scales > 0, scales, self.scales).clamp(max=_MOST_SCALE)
-        return self._replace(scales=_as_half(scales))
+        return self._replace(scales=representable(scales))
 
     def _steps(self, weight: Tensor) -> Tensor:
         """Return codes of groups of weights, less their zeros."""
@@ -164,7 +164,8 @@ def round_to_nearest(
     return Codes(torch.cat(codes, dim=1).T.contiguous(), torch.stack(scales), torch.stack(zeros), groups, bits)
 
 
-def _as_half(scales: Tensor) -> Tensor:
+def representable(scales: Tensor) -> Tensor:
+    """Return scales as the nearest numbers of fp16, above 0; raises UnsupportedModel if one is too large."""
     if not bool((scales <= _MOST_SCALE).all()):
         raise UnsupportedModel(
             f"a weight needs a scale of {float(scales.max()):g}, the layouts of GPTQ and AWQ hold up to "

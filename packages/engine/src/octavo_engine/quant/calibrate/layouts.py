@@ -81,6 +81,13 @@ class GPTQLayout(Layout):
             "damp_percent": options.damping,
             "lm_head": False,
             "checkpoint_format": "gptq",
+            "meta": {
+                "quantizer": ["octavo"],
+                "method": options.method,
+                "num_sequences": options.num_sequences,
+                "sequence_length": options.sequence_length,
+                "tune_steps": options.tune_steps,
+            },
         }
 
 

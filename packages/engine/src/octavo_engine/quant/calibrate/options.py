@@ -11,6 +11,9 @@ _BITS = (2, 3, 4, 8)
 _AWQ_BITS = 4
 _MOST_GROUP = 1 << 20
 
+TUNED_ROWS = 4
+"""Sequences of one step of tuning."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:
@@ -25,7 +28,8 @@ class QuantizeOptions:
             and kernels elsewhere take them more often; the others fit the weights better.
         act_order: of `gptq`, whether inputs are rounded in the order of their size, and groups made of them so.
         damping: of `gptq`, what is added to the Hessian's diagonal, as a share of its mean.
-        num_sequences: sequences of the text that the model is run on.
+        tune_steps: of `gptq`, steps in which codes, scales and norms are then learnt together; see `tune`.
+        num_sequences: sequences of the text that linears are rounded by.
         sequence_length: tokens of each.
 
     Raises:
@@ -38,6 +42,7 @@ class QuantizeOptions:
     symmetric: bool = False
     act_order: bool = False
     damping: float = 0.01
+    tune_steps: int = 0
     num_sequences: int = 64
     sequence_length: int = 512
 
@@ -52,6 +57,10 @@ class QuantizeOptions:
             raise InvalidConfig("method 'awq' is stored with zeros, symmetric came too; leave it out, or use gptq")
         if self.act_order and self.method != "gptq":
             raise InvalidConfig(f"act_order goes with method 'gptq', got {self.method!r}; leave it out")
+        if self.tune_steps and self.method != "gptq":
+            raise InvalidConfig(f"tune_steps go with method 'gptq', got {self.method!r}; leave them out")
+        if self.tune_steps < 0:
+            raise InvalidConfig(f"tune_steps must be 0 or more, got {self.tune_steps}")
         if self.group_size is not None and not 1 <= self.group_size <= _MOST_GROUP:
             raise InvalidConfig(f"group_size must be from 1 to {_MOST_GROUP}, or None for all, got {self.group_size}")
         if not 0 < self.damping < 1:
@@ -60,3 +69,8 @@ class QuantizeOptions:
             raise InvalidConfig(f"num_sequences must be at least 1, got {self.num_sequences}")
         if self.sequence_length < 2:
             raise InvalidConfig(f"sequence_length must be at least 2, got {self.sequence_length}")
+
+    @property
+    def num_tuned_sequences(self) -> int:
+        """How many sequences the steps of tuning take."""
+        return self.tune_steps * TUNED_ROWS

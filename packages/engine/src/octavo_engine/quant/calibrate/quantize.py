@@ -16,16 +16,18 @@ from octavo_engine.quant.calibrate.batches import check_length, make_batches
 from octavo_engine.quant.calibrate.folder import FolderWriter, check_new, describe, write_description
 from octavo_engine.quant.calibrate.gptq import GPTQSettings, gptq
 from octavo_engine.quant.calibrate.grid import Codes, round_to_nearest
-from octavo_engine.quant.calibrate.layouts import layout_of
+from octavo_engine.quant.calibrate.layouts import Layout, layout_of
 from octavo_engine.quant.calibrate.observed import Observed
 from octavo_engine.quant.calibrate.options import QuantizeOptions
 from octavo_engine.quant.calibrate.statistics import InputStatistics
+from octavo_engine.quant.calibrate.text import spread
+from octavo_engine.quant.calibrate.tune import tune
 from octavo_engine.quant.calibrate.walk import Halt, walk
 from octavo_engine.weights.load import Weight, load_model
 from octavo_engine.weights.source import FolderSource, Source
 
-Progress = Callable[[int, int], None]
-"""(linears rounded, linears in all)"""
+Progress = Callable[[str, int, int], None]
+"""(`linears` or `steps`, how many are rounded or made, how many in all)"""
 
 
 class Written(NamedTuple):
@@ -49,10 +51,11 @@ def quantize_checkpoint(
 
     Args:
         source: the model; a folder must not be quantised yet.
-        sequences: token ids of the calibration text, of one length; `rtn` does not look at them.
+        sequences: token ids of the calibration text, of one length; `rtn` does not look at them. Linears are rounded by
+            `options.num_sequences` from all over them, steps of tuning take all.
         folder: where to write; new or empty.
         options: how.
-        progress: called after each linear.
+        progress: called after each linear, then after each step of tuning.
 
     Raises:
         UnsupportedModel: if the source is quantised, or the layout cannot hold one of its linears.
@@ -82,21 +85,41 @@ def quantize_checkpoint(
     for name, shape in linears.items():
         layout.check(name, shape)
     writer = FolderWriter(folder)
+    others: dict[str, Tensor] = {}
     divisors: dict[str, Tensor] = {}
-    num_done = 0
     with torch.inference_mode():
-        for name, codes in _rounded(model, quant, sequences, options, divisors):
-            for part, tensor in layout.tensors(codes).items():
-                writer.add(f"{name}.{part}", tensor)
-            num_done += 1
-            if progress is not None:
-                progress(num_done, len(linears))
+        chosen = spread(sequences, options.num_sequences)
+        rounded = _counted(_rounded(model, quant, chosen, options, divisors), len(linears), progress)
+        if not options.tune_steps:
+            _write_linears(writer, layout, rounded)
+        else:
+            held = dict(rounded)
+    if options.tune_steps:
+        del model, rounded  # its weights are overwritten
+        tuned = tune(source, held, sequences, options, progress)
+        _write_linears(writer, layout, tuned.codes.items())
+        others = tuned.norms
     for name, weight in source.weights():
         if name.removesuffix(".weight") not in linears:
-            writer.add(name, _as_written(name, weight, divisors.get(name)))
+            writer.add(name, _as_written(name, others.get(name, weight), divisors.get(name)))
     writer.finish()
     write_description(source, folder, described)  # last: what is half written cannot be loaded
-    return Written(num_done, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    return Written(len(linears), sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def _write_linears(writer: FolderWriter, layout: Layout, rounded: Iterable[tuple[str, Codes]]) -> None:
+    for name, codes in rounded:
+        for part, tensor in layout.tensors(codes).items():
+            writer.add(f"{name}.{part}", tensor)
+
+
+def _counted(
+    rounded: Iterable[tuple[str, Codes]], total: int, progress: Progress | None
+) -> Iterator[tuple[str, Codes]]:
+    for num_done, item in enumerate(rounded, 1):
+        yield item
+        if progress is not None:
+            progress("linears", num_done, total)
 
 
 def _rounded(
@@ -115,17 +138,17 @@ def _rounded(
         return
     halts = _checked(walk(model, quant, make_batches(model, sequences)))
     if options.method == "awq":
-        for scaled in scale_layers(halts, options, divisors):
+        for scaled in scale_layers(halts, options, len(sequences[0]), divisors):
             codes = _nearest(scaled.weight, options, scaled.importance)
             yield from _shards(scaled.prefix, scaled.shards, codes)
         return
     for halt in halts:
-        codes = _gptq(halt, options)
+        codes = _gptq(halt, options, halt.statistics(len(sequences[0])))
         halt.parameters.weight.copy_(codes.values())
         yield from _shards(halt.prefix, halt.shards, codes)
 
 
-def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
+def _gptq(halt: Halt, options: QuantizeOptions, statistics: InputStatistics) -> Codes:
     weight = halt.parameters.weight
     settings = GPTQSettings(
         options.bits,
@@ -134,7 +157,7 @@ def _gptq(halt: Halt, options: QuantizeOptions) -> Codes:
         options.act_order,
         options.damping,
     )
-    return gptq(weight, InputStatistics.of(halt.inputs).hessian, settings)
+    return gptq(weight, statistics.hessian, settings)
 
 
 def _nearest(weight: Tensor, options: QuantizeOptions, importance: Tensor | None = None) -> Codes:

@@ -43,8 +43,13 @@ def cut_text(
         pieces, kept = pieces[: len(pieces) - num_kept], pieces[len(pieces) - num_kept :]
     else:
         kept = _pieces(evaluation_ids, length, "the text to weigh by")[:num_evaluation]
-    count = min(num_sequences, len(pieces))
-    return CutText([pieces[index * len(pieces) // count] for index in range(count)], kept)
+    return CutText(spread(pieces, num_sequences), kept)
+
+
+def spread(pieces: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Return so many pieces from all over a text, or all if there are no more."""
+    count = min(most, len(pieces))
+    return [list(pieces[index * len(pieces) // count]) for index in range(count)]
 
 
 def _pieces(token_ids: Sequence[int], length: int, what: str) -> list[list[int]]:

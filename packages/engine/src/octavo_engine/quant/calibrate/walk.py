@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.calibrate.observed import Observed
+from octavo_engine.quant.calibrate.statistics import InputStatistics
 from octavo_engine.quant.unquantized import DenseParameters
 from octavo_engine.runner.model_input import ModelInput
 
@@ -26,6 +27,11 @@ class Halt(NamedTuple):
     shards: tuple[tuple[str, int], ...]
     parameters: DenseParameters
     inputs: list[Tensor]
+
+    def statistics(self, length: int) -> InputStatistics:
+        """Return what inputs of sequences of a length are like; where attention projects, first tokens count more."""
+        is_attention = self.shards[0][0] == "q_proj"
+        return InputStatistics.of(self.inputs, length=length if is_attention else None)
 
 
 def walk(model: Model, quant: Observed, batches: Sequence[ModelInput]) -> Generator[Halt, None, None]:

@@ -35,7 +35,7 @@ from octavo_engine.weights.quantized import ALL, QuantizedTensor
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
 _NUM_CODES, _NUM_NESTED_CODES = 16, 256
-_INT8_STEP = 1 / 127
+INT8_STEP = 1 / 127
 _ROW_FORMAT = 0
 _MAX_STATE_BYTES = 1 << 16
 
@@ -60,7 +60,7 @@ class Table4(QuantizedTensor):
     def values(self, rows: slice = ALL) -> Tensor:
         """Return `table[code] * absmax`."""
         start, stop, _ = rows.indices(self.shape[0])
-        codes = self._codes(start, stop)
+        codes = self.unpacked(start, stop)
         first, last = start * self.shape[1], stop * self.shape[1]
         blocks = torch.arange(first, last, device=codes.device) // self.block_size
         first_block = first // self.block_size
@@ -79,7 +79,7 @@ class Table4(QuantizedTensor):
             return self._rows(cut)
         rows = range(out_features)[cut.span] if cut.axis == 0 else range(out_features)
         columns = range(in_features)[cut.span] if cut.axis == 1 else range(in_features)
-        codes = self._codes(rows.start, rows.stop).view(len(rows), in_features)[:, columns.start : columns.stop]
+        codes = self.unpacked(rows.start, rows.stop).view(len(rows), in_features)[:, columns.start : columns.stop]
         codes = F.pad(codes.flatten(), (0, codes.numel() % 2))
         size = math.gcd(self.block_size, in_features, columns.start, columns.stop)
         firsts = torch.tensor(rows)[:, None] * in_features + torch.arange(columns.start, columns.stop, size)
@@ -101,7 +101,7 @@ class Table4(QuantizedTensor):
         codes = self.codes[first // 2 : -(-last // 2)]
         return replace(self, shape=self.shape_of(cut), codes=codes, absmax=self.absmax[blocks], nested_absmax=nested)
 
-    def _codes(self, start: int, stop: int) -> Tensor:
+    def unpacked(self, start: int, stop: int) -> Tensor:
         """Return the codes of some rows, one after the other, a byte each."""
         first, last = start * self.shape[1], stop * self.shape[1]
         bytes_ = self.codes[first // 2 : -(-last // 2)]
@@ -125,7 +125,7 @@ class RowBytes(QuantizedTensor):
 
     def values(self, rows: slice = ALL) -> Tensor:
         """Return `(code * largest) * (1 / 127)`."""
-        return self.codes[rows].float().mul_(self.largest[rows, None]).mul_(_INT8_STEP)
+        return self.codes[rows].float().mul_(self.largest[rows, None]).mul_(INT8_STEP)
 
     def part(self, cut: Cut) -> RowBytes:
         """Return some rows or columns."""

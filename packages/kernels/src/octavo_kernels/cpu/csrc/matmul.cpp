@@ -18,20 +18,22 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How a product is computed, and the bytes of a rounded row.
-Method method_of(int64_t format, bool int8_activations) {
+Method method_of(int64_t format, bool int8_activations, const Product& product) {
+  if (is_grouped(format)) return grouped_method(product);
   if (has_planes(format)) return planes_method(int8_activations);
   if (int8_activations) return int8_method(format);
   return fixed_is_faster(format) ? fixed_method(format) : fma_method(format);
 }
 int64_t bytes_of_rows(const Method& method, int64_t num_rows, int64_t in_features) {
-  return num_rows * (in_features / kGroup) * method.bytes_of_group;
+  return num_rows * ceil_div(in_features, kGroup) * method.bytes_of_group;
 }
 
 // Rounds the rows of x as a method wants; returns on all threads when they can be read. `own` is the thread's memory for
 // few rows.
 const void* round_all(const Method& method, const Product& product, void* workspace, void* own, Team& team) {
-  if (method.round == nullptr) return nullptr;
+  if (method.round == nullptr && method.prepare == nullptr) return nullptr;
   const auto round = [&](int64_t first_row, int64_t num_rows, void* out) {
+    if (method.prepare != nullptr) return method.prepare(product, first_row, num_rows, out);
     method.round(product.x, product.x_stride, product.in_features, first_row, num_rows, out);
   };
   if (product.num_rows <= kRowsRoundedAlone) {
@@ -171,7 +173,7 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   product.grid = static_cast<const uint8_t*>(args.grid);
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
-  const Method method = method_of(args.format, args.int8_activations);
+  const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
   product.rounded = round_all(method, product, args.workspace, memory.rounded, team);
   const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
@@ -189,7 +191,7 @@ void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
   if (has_planes(args.format)) product.planes = &plane_format(args.format);
   product.grid = static_cast<const uint8_t*>(args.grid);
-  const Method method = method_of(args.format, args.int8_activations);
+  const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
   auto* best = static_cast<Best*>(args.workspace);  // [num_slices, rows]
   auto* workspace = static_cast<uint8_t*>(args.workspace) + round_up(kNumSlices * num_rows * sizeof(Best), 64);

@@ -43,6 +43,8 @@ struct Method {
   PartFunction part;
   void (*round)(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows, void* out);
   int64_t bytes_of_group;
+  // In place of `round`, where rows must be known to be those of a weight: fills out [rows of the product] as above.
+  void (*prepare)(const Product&, int64_t first_row, int64_t num_rows, void* out) = nullptr;
 };
 
 // Inputs as they are: an FMA chain per output, over the inputs in their order. Any format.
@@ -59,5 +61,9 @@ Method int8_method(int64_t format);
 // Formats with planes: in 8 bits, or in full by whichever of the two ways is faster.
 Method planes_method(bool int8_activations);
 Method planes_fma_method();
+
+// Grouped weights: an FMA chain per group of inputs. grouped.h has them.
+constexpr bool is_grouped(int64_t format) { return format == static_cast<int64_t>(Format::kGrouped); }
+Method grouped_method(const Product& product);
 
 }  // namespace octavo

@@ -1,0 +1,231 @@
+"""Decoding at batch 1 in Hugging Face's quantised formats, beside float32: tokens per second, and memory.
+
+    python benchmarks/quantized_decoding.py --out benchmarks/results/quantized_decoding
+
+The linears of one model are rounded to the nearest code of each format, in groups that divide its inputs; what it says
+then does not matter here. Embedding and head stay float32 in all of them, a fifth of the demo model. Contestants run
+one after the other, in rounds; figures are medians over the steps of all rounds. `memory` is what the linears take
+beside their bytes in a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_profile import submit
+from torch import Tensor
+
+from octavo_engine import EngineConfig
+from octavo_engine.assembly import Place, assemble
+from octavo_engine.numerics import resolve_numerics
+from octavo_engine.quant.choose import choose_method
+from octavo_engine.quant.schemes.bitsandbytes import RowBytes, Table4
+from octavo_engine.quant.schemes.gptq import GPTQTensor
+from octavo_engine.weights.load import load_model
+from octavo_engine.weights.quantized import QuantizedTensor
+from octavo_engine.weights.scaled_floats import E2M1, Float4, ScaledFloats
+from octavo_engine.weights.source import Source, open_source
+from octavo_kernels import GroupedWeight
+from octavo_kvcache.storage import KVStorage
+
+Change = Callable[[Tensor], Tensor | QuantizedTensor]
+_BELOW = (-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911)
+_ABOVE = (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1)
+NF4 = torch.tensor([*_BELOW, 0, *_ABOVE])
+E2M1_LEVELS = torch.tensor([*E2M1, *(-value for value in E2M1)])
+TARGET_SPEED, TARGET_MEMORY = 2.0, 1.05
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Return the code of the nearest level: uint8."""
+    in_order, codes = levels.sort()
+    return codes[torch.bucketize(values, (in_order[1:] + in_order[:-1]) / 2)].to(torch.uint8)
+
+
+def integers(values: Tensor, *, group: int = 64, shuffled: bool = False) -> GPTQTensor:
+    """Round to 4 bits with zeros, as GPTQ stores them."""
+    out_features, in_features = values.shape
+    groups = torch.arange(in_features) // group
+    if shuffled:
+        order = torch.randperm(in_features)
+        groups, values = groups[order.argsort()], values[:, order]
+    grouped = values.view(out_features, -1, group)
+    least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scales = ((most - least) / 15).clamp(min=1e-6).half()
+    zeros = (-least / scales).round().clamp(0, 15)
+    codes = ((grouped / scales[..., None].float()).round() + zeros[..., None]).clamp(0, 15).int().flatten(1)
+    if shuffled:
+        codes = codes[:, order.argsort()]
+    words = torch.zeros(in_features // 8, out_features, dtype=torch.int32)
+    for place in range(8):
+        words |= codes.T[place::8] << (4 * place)
+    kept_groups = groups if shuffled else None
+    zeros = zeros.T.to(torch.int16).contiguous()
+    return GPTQTensor(
+        shape=(out_features, in_features),
+        bits=4,
+        group_size=group,
+        scales=scales.T.contiguous(),
+        zeros=zeros,
+        zero_point=8,
+        groups=kept_groups,
+        words=words,
+    )
+
+
+def nf4(values: Tensor, *, nested: bool) -> Table4:
+    """Round to nf4 in blocks of 64, whose factors are bytes if nested."""
+    blocks = values.reshape(-1, 64)
+    absmax = blocks.abs().amax(-1).clamp(min=1e-9)
+    codes = nearest(blocks / absmax[:, None], NF4).flatten()
+    stored = codes[::2] << 4 | codes[1::2]
+    shape = (values.shape[0], values.shape[1])
+    if not nested:
+        return Table4(shape, 64, stored, NF4, absmax)
+    table, outer = torch.linspace(0, 1, 256), torch.full((-(-len(absmax) // 256),), float(absmax.max()))
+    return Table4(shape, 64, stored, NF4, nearest(absmax / outer[0], table), 256, table, outer, 0.0)
+
+
+def mxfp4(values: Tensor) -> Float4:
+    """Round to 4-bit floats by powers of two for 32 inputs."""
+    grouped = values.view(len(values), -1, 32)
+    powers = (grouped.abs().amax(-1).clamp(min=1e-9) / 6).log2().ceil().clamp(-126, 127)
+    codes = nearest(grouped / torch.exp2(powers)[..., None], E2M1_LEVELS).flatten(1)
+    return Float4(
+        (values.shape[0], values.shape[1]), 32, codes[:, ::2] | codes[:, 1::2] << 4, (powers + 127).to(torch.uint8)
+    )
+
+
+def nvfp4(values: Tensor) -> Float4:
+    """Round to 4-bit floats by scales in E4M3 for 16 inputs, and one divisor for all."""
+    grouped = values.view(len(values), -1, 16)
+    divisor = 6 * 448 / values.abs().max()
+    scales = (grouped.abs().amax(-1) / 6 * divisor).clamp(min=2**-6).to(torch.float8_e4m3fn)
+    codes = nearest(grouped / (scales.float() / divisor)[..., None], E2M1_LEVELS).flatten(1)
+    stored = codes[:, ::2] | codes[:, 1::2] << 4
+    return Float4((values.shape[0], values.shape[1]), 16, stored, scales, divisor=divisor.view(1))
+
+
+def fp8(values: Tensor) -> ScaledFloats:
+    """Round to E4M3 by channel."""
+    scales = values.abs().amax(-1, keepdim=True) / 448
+    shape = (values.shape[0], values.shape[1])
+    return ScaledFloats(shape, (values / scales).to(torch.float8_e4m3fn), scales, (1, values.shape[1]))
+
+
+def int8(values: Tensor) -> RowBytes:
+    """Round to bitsandbytes' int8."""
+    largest = values.abs().amax(-1)
+    codes = (values / largest[:, None] * 127).round().to(torch.int8)
+    return RowBytes((values.shape[0], values.shape[1]), codes, largest)
+
+
+FORMATS: dict[str, tuple[int, Change]] = {  # bits of a code, and what rounds
+    "float32": (32, lambda values: values),
+    "GPTQ, groups of 64, zeros": (4, integers),
+    "GPTQ, groups of 32, zeros": (4, partial(integers, group=32)),
+    "GPTQ, groups of 64, desc_act": (4, partial(integers, shuffled=True)),
+    "nf4": (4, partial(nf4, nested=False)),
+    "nf4, double quantisation": (4, partial(nf4, nested=True)),
+    "MXFP4": (4, mxfp4),
+    "NVFP4": (4, nvfp4),
+    "FP8 by channel": (8, fp8),
+    "int8 of bitsandbytes": (8, int8),
+}
+
+
+class Rounded:
+    """A source whose linears come in a format; what it lacks is the other source's."""
+
+    def __init__(self, source: Source, change: Change) -> None:
+        self._source, self._change = source, change
+        self.is_quantized = True
+        self.file_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def weights(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+        """Yield float32 values, those of linears rounded."""
+        for name, weight in self._source.weights(*arguments, **options):
+            values = weight.float() if isinstance(weight, Tensor) else weight.values()
+            changed = self._change(values) if name.endswith("_proj.weight") else values
+            if isinstance(changed, QuantizedTensor):
+                self.file_bytes += in_file(changed)
+            yield name, changed
+
+
+def in_file(weight: QuantizedTensor) -> int:
+    """Return the bytes of a linear in a file: zeros have as many bits as codes, and orders 32."""
+    if not isinstance(weight, GPTQTensor):
+        return weight.num_bytes
+    assert weight.zeros is not None
+    order = 0 if weight.groups is None else 4 * weight.shape[1]
+    return weight.words.nbytes + weight.scales.nbytes + weight.zeros.numel() * weight.bits // 8 + order
+
+
+def decode(change: Change, model: str | None, num_steps: int) -> tuple[list[float], float | None]:
+    """Decode one sequence; return the seconds of its steps, and memory beside the file's."""
+    gc.collect()
+    source = Rounded(open_source(model), change)
+    config = EngineConfig(model=model, max_num_seqs=2)
+    numerics = resolve_numerics(config, source.config)
+    method = choose_method(numerics.device, numerics.dtype)
+    make_model = partial(load_model, device=numerics.device, dtype=numerics.dtype, quant=method)
+    other: Any = source
+    built = assemble(config, other, numerics, Place(make_model, KVStorage), None, time.monotonic())
+    streams = submit(built, 1, num_steps)
+    steps: list[float] = []
+    while built.engine.has_work:
+        started = time.perf_counter()
+        for one in built.engine.step():
+            streams[one.request_id].push(one)
+        steps.append(time.perf_counter() - started)
+    held = sum(item.num_bytes for item in gc.get_objects() if isinstance(item, GroupedWeight))
+    built.engine.close()
+    return steps[2:-1], held / source.file_bytes if source.file_bytes else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="GGUF file; the demo model if left out")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--out", type=Path, help="write OUT.json")
+    arguments = parser.parse_args()
+    steps: dict[str, list[float]] = {name: [] for name in ["float32", *arguments.formats]}
+    memory: dict[str, float | None] = {}
+    for _ in range(arguments.rounds):
+        for name in steps:
+            taken, memory[name] = decode(FORMATS[name][1], arguments.model, arguments.steps)
+            steps[name] += taken
+            print(f"{name}: {1000 * statistics.median(taken):.2f} ms a step", flush=True)
+    plain = statistics.median(steps["float32"])
+    rows = []
+    for name, taken in steps.items():
+        step, held, bits = statistics.median(taken), memory[name], FORMATS[name][0]
+        row = {"format": name, "bits": bits, "step_ms": 1000 * step, "tokens_per_s": 1 / step}
+        rows.append({**row, "times_float32": plain / step, "memory": held})
+        kept = verdict = ""
+        if held is not None:
+            kept = f"  memory {held:.3f} of the file"
+            met = plain / step >= TARGET_SPEED and held <= TARGET_MEMORY
+            verdict = "" if bits > 4 else "  (targets met)" if met else "  (targets NOT met)"
+        print(f"{name:30} {1 / step:7.1f} tokens/s  {plain / step:5.2f} x float32{kept}{verdict}")
+    if arguments.out:
+        document = {"torch": torch.__version__, "num_threads": torch.get_num_threads(), "rows": rows}
+        arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
