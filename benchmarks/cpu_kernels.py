@@ -174,6 +174,12 @@ def random_weight(weight_format: WeightFormat, out_features: int, in_features: i
         return pack_weight(stored, weight_format, in_features=in_features)
     num_blocks = in_features // weight_format.block_inputs
     stored = torch.randint(0, 256, (out_features, num_blocks, weight_format.block_bytes), dtype=torch.uint8)
+    if weight_format.parts is not None:
+        weight = pack_weight(stored.flatten(1), weight_format, in_features=in_features)
+        size = weight_format.parts.words[0]  # of d, or of a scale of 8 bits
+        small = {1: torch.tensor([32], dtype=torch.uint8), 2: torch.tensor([1e-4]).half(), 4: torch.tensor([1e-4])}
+        plane_panels(weight)[..., : 32 * size] = small[size].view(torch.uint8).repeat(32)
+        return weight
     if weight_format.planes is not None:
         weight = pack_weight(stored.flatten(1), weight_format, in_features=in_features)
         units = plane_panels(weight)[..., : sum(weight_format.planes.part_bytes[:2])]

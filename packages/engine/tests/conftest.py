@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,38 @@ def make_gguf(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def held_bytes(root: object) -> int:
+    """Return the bytes of all tensors and arrays that can be reached from an object, shared memory once."""
+    import torch
+
+    sizes: dict[int, int] = {}
+    seen, found = set(), [root]
+    while found:
+        item = found.pop()
+        if id(item) in seen or isinstance(item, (type, ModuleType, FunctionType, str, bytes, int, float)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, np.ndarray):
+            sizes[item.ctypes.data] = item.nbytes
+        elif isinstance(item, Mapping):
+            found += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set)):
+            found += item
+        else:
+            names = [name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ())]
+            found += [getattr(item, name) for name in names if hasattr(item, name)]
+            found += vars(item).values() if hasattr(item, "__dict__") else ()
+    return sum(sizes.values())
+
+
+@pytest.fixture(scope="session", name="held_bytes")
+def _held_bytes() -> Callable[[object], int]:
+    """Return a function that says what an object holds in tensors and arrays, in bytes."""
+    return held_bytes
+
+
 @dataclass(frozen=True)
 class QuantisedLlama:
     """A folder with a tiny random Llama whose linears are quantised, and what they mean.
@@ -340,6 +373,21 @@ class QuantisedLlama:
                 expected = self.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
             assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()
         llm.close()
+
+    def check_memory(self, times: float = 1.05) -> None:
+        """Hold what the loaded linears take on a CPU, whatever holds it, against their bytes in the file."""
+        from safetensors import safe_open
+
+        from octavo_engine.weights.load import load_model
+        from octavo_engine.weights.source import FolderSource
+
+        model = load_model(FolderSource(self.folder))
+        found = [linear.parameters for layer in model.layers for _, linear in layer.linears("")]
+        with safe_open(self.folder / "model.safetensors", "pt") as file:
+            names = [name for name in file.keys() if name.startswith(tuple(f"{linear}." for linear in self.linears))]  # noqa: SIM118 - no dict
+            parts = [file.get_tensor(name) for name in names]
+        in_file = sum(part.nbytes for part in parts)
+        assert 0.5 * in_file < held_bytes(found) <= times * in_file, held_bytes(found) / in_file
 
     def check_mutations(self, num_mutations: int = 12) -> None:
         """Load copies whose settings, headers or bytes are damaged: they load, or end in a typed error."""
@@ -447,7 +495,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
 
     `quantise(name, weight)` gets a linear's name and weight, and returns the tensors that are stored, by the last part
     of their names, and the values that they mean; None leaves it as it is. `settings` is the quantization_config,
-    `metadata` goes into the file's header.
+    `metadata` goes into the file's header, `sizes` change the configuration.
     """
     transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
 
@@ -457,6 +505,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
         metadata: Mapping[str, str] | None = None,
         *,
         num_experts: int = 0,
+        **sizes: int,
     ) -> QuantisedLlama:
         import torch
         from safetensors.torch import save_file
@@ -464,6 +513,7 @@ def make_quantised(tmp_path: Path) -> Callable[..., QuantisedLlama]:
         torch.manual_seed(11)
         defaults = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        defaults |= sizes
         kind = "Mixtral" if num_experts else "Llama"
         if num_experts:
             defaults |= {"num_local_experts": num_experts}

@@ -194,13 +194,38 @@ def _of_later_types(make_gguf: MakeGGUF) -> Path:
     return make_gguf(keys, tensors)
 
 
+def _of_grids(make_gguf: MakeGGUF) -> Path:
+    """Write the tiny model, wider, with types of grids, of digits and of 8 bits, and NaN among their scales."""
+    rng = np.random.default_rng(0)
+    types = (TensorType.IQ1_S, TensorType.IQ1_M, TensorType.IQ2_XXS, TensorType.IQ2_XS, TensorType.IQ3_XXS)
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    rows = (256, 32, 32, 256, 256, 256, 256)
+    tensors: dict[str, tuple[int, np.ndarray]] = {}
+    for name, count, tensor_type in zip(names, rows, (*types, TensorType.TQ1_0, TensorType.Q8_K), strict=True):
+        stored = rng.integers(0, 256, (count, tensor_type.block_bytes), dtype=np.uint8)
+        tensors[f"blk.0.{name}.weight"] = (int(tensor_type), stored)
+    embedding = rng.integers(0, 256, (273, TensorType.IQ3_S.block_bytes), dtype=np.uint8)
+    norm = (int(TensorType.F32), np.ones(256, np.float32).view(np.uint8))
+    tensors |= {"token_embd.weight": (int(TensorType.IQ3_S), embedding)}
+    tensors |= dict.fromkeys(("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"), norm)
+    sizes = {"embedding_length": 256, "feed_forward_length": 256, "attention.head_count": 8}
+    return make_gguf({f"llama.{key}": size for key, size in sizes.items()}, tensors)
+
+
+FILES = {
+    "first types": lambda make_gguf: make_gguf(),
+    "later types": _of_later_types,
+    "types of grids": _of_grids,
+}
+
+
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("later_types", [False, True], ids=["first types", "later types"])
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
 def test_damaged_files_end_in_typed_errors_with_bounded_memory(
-    make_gguf: MakeGGUF, seed: int, later_types: bool
+    make_gguf: MakeGGUF, seed: int, write: Callable[[MakeGGUF], Path]
 ) -> None:
     pytest.importorskip("torch", reason="weights are read with the extra octavo-engine[local]")
-    tiny = _of_later_types(make_gguf) if later_types else make_gguf()
+    tiny = write(make_gguf)
     raw, rng = tiny.read_bytes(), random.Random(seed)
     header_bytes = GGUFFile(tiny).header_bytes
     _open_all(tiny)

@@ -121,6 +121,21 @@ def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuant
         made.check_tokens(**options)
 
 
+TIMES_AT_REST = {  # of formats that take over 1.05 times the bytes of their file
+    "4 bits, v2, asymmetric": 1.17,
+    "4 bits, asymmetric, desc_act": 1.21,
+    "4 bits, one group": 1.08,
+    "2 bits": 1.13,
+    "3 bits, desc_act": 1.14,
+}
+
+
+@pytest.mark.parametrize(("name", "packer"), PACKERS.items(), ids=PACKERS)
+def test_memory_at_rest_is_about_that_of_the_file(name: str, packer: Packer, make_quantised: MakeQuantised) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    make_quantised(packer, packer.settings, **sizes).check_memory(TIMES_AT_REST.get(name, 1.05))
+
+
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
 def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
     make_quantised(packer, packer.settings).check_mutations()
@@ -197,6 +212,12 @@ def test_auto_round_has_the_same_layout_under_its_own_settings(make_quantised: M
     assert len(made.linears) == 13
     made.check_values()
     made.check_tokens()
+
+
+def test_damaged_files_of_auto_round_end_in_typed_errors(make_quantised: MakeQuantised) -> None:
+    own = {"model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 32}}
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32}
+    make_quantised(Packer(), settings | {"sym": True, "iters": 200, "extra_config": own}).check_mutations()
 
 
 def open_with(make_quantised: MakeQuantised, **settings: Any) -> None:

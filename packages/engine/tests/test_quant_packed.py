@@ -18,7 +18,7 @@ from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.llama import Llama
 from octavo_engine.quant import choose
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
-from octavo_engine.quant.packed import Packed
+from octavo_engine.quant.packed import BLOCK_FORMATS, Packed
 from octavo_engine.quant.unquantized import Unquantized
 from octavo_engine.testing import Driver, make_runner
 from octavo_engine.weights.gguf import TensorType
@@ -34,13 +34,28 @@ PLANE_TYPES = [
     *(TensorType.Q5_0, TensorType.Q5_1, TensorType.IQ4_NL),
     *(TensorType.Q2_K, TensorType.Q3_K, TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.IQ4_XS),
 ]
-# Where the high bytes of a block's f16 scales lie; each becomes 0x24 or, of a minimum, 0xA8: about 0.02 and -0.03.
+PART_TYPES = [
+    *(TensorType.MXFP4, TensorType.NVFP4, TensorType.Q8_K, TensorType.TQ1_0, TensorType.TQ2_0),
+    *(TensorType.IQ1_S, TensorType.IQ1_M, TensorType.IQ2_XXS, TensorType.IQ2_XS, TensorType.IQ2_S),
+    *(TensorType.IQ3_XXS, TensorType.IQ3_S),
+]
+# What makes scales small: bytes of a block and what becomes of them; of an f16 that is the high one of its two.
 SCALE_BYTES = {
-    **dict.fromkeys((TensorType.Q4_0, TensorType.Q8_0, TensorType.Q5_0, TensorType.IQ4_NL, TensorType.IQ4_XS), (1,)),
-    **dict.fromkeys((TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K), (1, 3)),
-    TensorType.Q2_K: (81, 83),
-    TensorType.Q3_K: (109,),
-    TensorType.Q6_K: (209,),
+    **dict.fromkeys((TensorType.Q4_0, TensorType.Q8_0, TensorType.Q5_0, TensorType.IQ4_NL), ((1, 0x24),)),  # about 0.02
+    **dict.fromkeys((TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K), ((1, 0x24), (3, 0xA8))),
+    TensorType.IQ4_XS: ((1, 0x24),),
+    TensorType.Q2_K: ((81, 0x24), (83, 0xA8)),
+    TensorType.Q3_K: ((109, 0x24),),
+    TensorType.Q6_K: ((209, 0x24),),
+    TensorType.MXFP4: ((0, 0x78),),
+    TensorType.NVFP4: ((0, 0x18), (1, 0x10), (2, 0x14), (3, 0x1A)),
+    TensorType.Q8_K: ((3, 0x3A),),
+    TensorType.TQ1_0: ((53, 0x2C),),
+    TensorType.TQ2_0: ((65, 0x2C),),
+    TensorType.IQ1_S: ((1, 0x28),),
+    TensorType.IQ1_M: ((53, 0x40), (55, 0x28)),
+    **dict.fromkeys((TensorType.IQ2_XXS, TensorType.IQ2_XS, TensorType.IQ2_S), ((1, 0x1C),)),
+    **dict.fromkeys((TensorType.IQ3_XXS, TensorType.IQ3_S), ((1, 0x14),)),
 }
 
 
@@ -49,7 +64,7 @@ def stored(tensor_type: TensorType, num_rows: int, num_columns: int, seed: int =
     rng = np.random.default_rng(seed)
     num_blocks = num_columns // tensor_type.block_elements
     blocks = rng.integers(0, 256, (num_rows, num_blocks, tensor_type.block_bytes), dtype=np.uint8)
-    for at, byte in zip(SCALE_BYTES[tensor_type], (0x24, 0xA8), strict=False):
+    for at, byte in SCALE_BYTES[tensor_type]:
         blocks[..., at] = byte
     return StoredTensor(blocks.reshape(num_rows, -1), tensor_type, (num_rows, num_columns))
 
@@ -99,7 +114,7 @@ def test_shards_of_different_formats_write_their_columns(with_bias: bool) -> Non
     ]
 
 
-@pytest.mark.parametrize("tensor_type", PLANE_TYPES, ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)
 def test_types_with_planes_stay_packed(tensor_type: TensorType) -> None:
     """Beside another type, in its own columns; what is held takes the file's bytes within 5 %."""
     tensors = [stored(tensor_type, 64, 512), stored(TensorType.Q8_0, 32, 512)]
@@ -112,10 +127,14 @@ def test_types_with_planes_stay_packed(tensor_type: TensorType) -> None:
     assert (linear(x) - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_types_without_a_product_are_expanded_exactly() -> None:
-    raw = np.random.default_rng(0).integers(0, 256, (32, 66), dtype=np.uint8)
-    raw[:, 1] = 0x24
-    tensor = StoredTensor(raw, TensorType.IQ2_XXS, (32, 256))
+def test_every_block_type_has_a_product() -> None:
+    every = {item for item in TensorType if item.block_elements > 1}
+    assert every == set(BLOCK_FORMATS) == {*BLOCK_TYPES, *PLANE_TYPES, *PART_TYPES}
+
+
+def test_whole_numbers_are_expanded_exactly() -> None:
+    raw = np.random.default_rng(0).integers(0, 256, (32, 64), dtype=np.uint8)
+    tensor = StoredTensor(raw, TensorType.I16, (32, 32))
     (part,) = fused([tensor], None).parameters.parts
     assert part.weight.format is WeightFormat.F32
     assert torch.equal(unpack_weight(part.weight), tensor.values())
@@ -137,7 +156,7 @@ def test_nothing_of_the_file_is_kept_when_a_matrix_is_finished() -> None:
     assert linear.parameters.parts[0].weight.num_bytes == 32 * 32 + 64
 
 
-@pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, *PLANE_TYPES], ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, *PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)
 def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) -> None:
     options = LayerOptions(quant=Packed(int8_activations=True))
     dense, blocks = torch.randn(8, 256), stored(tensor_type, 8, 256)
@@ -188,7 +207,7 @@ def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGU
     assert packed_tokens == expanded_tokens
 
 
-@pytest.mark.parametrize("tensor_type", PLANE_TYPES, ids=lambda item: item.name)
+@pytest.mark.parametrize("tensor_type", [*PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)
 def test_a_model_with_planes_has_the_logits_of_the_expanded_one(make_gguf: MakeGGUF, tensor_type: TensorType) -> None:
     """Hidden size 256, so that K types divide every matrix; the embedding and the head are of the type too."""
     wide = {"llama.embedding_length": 256, "llama.feed_forward_length": 256, "llama.attention.head_count": 8}

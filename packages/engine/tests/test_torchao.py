@@ -80,6 +80,12 @@ def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuant
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
+def test_memory_at_rest_is_that_of_the_file(packer: Packer, make_quantised: MakeQuantised) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    make_quantised(packer, packer.settings, metadata=packer.metadata, **sizes).check_memory()
+
+
+@pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
 def test_damaged_files_end_in_typed_errors(packer: Packer, make_quantised: MakeQuantised) -> None:
     make_quantised(packer, packer.settings, metadata=packer.metadata).check_mutations()
 

@@ -1,4 +1,6 @@
-"""Formats with planes: values against the gguf package, products against fp64, bits against batches and backends."""
+"""Formats with planes or parts: values against the gguf package, products against fp64, bits against batches."""
+
+import os
 
 import numpy as np
 import pytest
@@ -7,10 +9,12 @@ import torch
 import octavo_kernels as ok
 from octavo_kernels import WeightFormat, matmul
 from octavo_kernels.cpu.fallback import matmul as fallback
+from octavo_kernels.packed_parts import native_grid
 from octavo_kernels.packed_planes import read_panels
 from octavo_kernels.packed_weight import plane_panels
 
-FORMATS = [item for item in WeightFormat if item.planes is not None]
+ON_TRITON = os.environ.get("OCTAVO_BACKEND") == "triton"  # which multiplies no parts
+FORMATS = [item for item in WeightFormat if item.layout is not None and not (ON_TRITON and item.parts is not None)]
 HALVES = {  # where the f16 numbers of a stored block begin
     WeightFormat.Q5_0: (0,),
     WeightFormat.Q5_1: (0, 2),
@@ -21,6 +25,17 @@ HALVES = {  # where the f16 numbers of a stored block begin
     WeightFormat.Q6_K: (208,),
     WeightFormat.IQ4_NL: (0,),
     WeightFormat.IQ4_XS: (0,),
+    WeightFormat.TQ2_0: (64,),
+    WeightFormat.TQ1_0: (52,),
+    **dict.fromkeys((item for item in WeightFormat if item.value.startswith(("iq2", "iq3"))), (0,)),
+    WeightFormat.IQ1_S: (0,),
+}
+LARGEST_UNITS = {  # of formats with parts: what makes weights of about 1
+    **dict.fromkeys((WeightFormat.TQ2_0, WeightFormat.TQ1_0), 1.0),
+    **dict.fromkeys((WeightFormat.IQ2_XXS, WeightFormat.IQ2_XS, WeightFormat.IQ2_S), 0.006),
+    **dict.fromkeys((WeightFormat.IQ3_XXS, WeightFormat.IQ3_S), 0.002),
+    **dict.fromkeys((WeightFormat.IQ1_S, WeightFormat.IQ1_M), 0.06),
+    WeightFormat.Q8_K: 0.008,
 }
 UNIT = 0.03  # of weights: about what 32 codes of a model's blocks reach
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-4}
@@ -34,10 +49,13 @@ int8_or_not = pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"
 def random_stored(weight_format, out_features, in_features, seed=0, device="cpu"):
     """Rows as a file has them: random bytes, but scales of either sign that make weights of about 1 at most."""
     rng = np.random.default_rng(seed)
-    layout = weight_format.planes
+    layout = weight_format.layout
     blocks = rng.integers(
         0, 256, (out_features, in_features // layout.block_inputs, layout.stored_bytes), dtype=np.uint8
     )
+    if weight_format.parts is not None:
+        put_small_scales(weight_format, blocks, rng)
+        return torch.from_numpy(blocks.reshape(out_features, -1)).to(device)
     largest = UNIT / (64 if layout.num_scales and not layout.nibble_scales else 16 if layout.num_scales else 1)
     if weight_format in (WeightFormat.IQ4_NL, WeightFormat.IQ4_XS):
         largest /= 8
@@ -45,6 +63,28 @@ def random_stored(weight_format, out_features, in_features, seed=0, device="cpu"
         halves = rng.uniform(-largest, largest, blocks.shape[:2]).astype("<f2")
         blocks[:, :, start : start + 2] = halves[..., None].view(np.uint8)
     return torch.from_numpy(blocks.reshape(out_features, -1)).to(device)
+
+
+def put_small_scales(weight_format, blocks, rng):
+    """Scale blocks of a format with parts: what a file has for d becomes a small number of either sign."""
+    if weight_format is WeightFormat.MXFP4:
+        blocks[..., 0] = rng.integers(115, 125, blocks.shape[:2])
+    elif weight_format is WeightFormat.NVFP4:
+        blocks[..., :4] %= 0x21
+    elif weight_format is WeightFormat.Q8_K:
+        blocks[..., :4] = units(weight_format, blocks, rng, "<f4")
+    elif weight_format is WeightFormat.IQ1_M:
+        halves = units(weight_format, blocks, rng, "<f2")
+        pieces = np.stack([halves[..., 0] << 4, halves[..., 0] & 0xF0, halves[..., 1] << 4, halves[..., 1] & 0xF0], -1)
+        blocks[..., 49::2] = blocks[..., 49::2] & 15 | pieces
+    else:
+        (start,) = HALVES[weight_format]
+        blocks[..., start : start + 2] = units(weight_format, blocks, rng, "<f2")
+
+
+def units(weight_format, blocks, rng, dtype):
+    largest = LARGEST_UNITS[weight_format]
+    return rng.uniform(-largest, largest, (*blocks.shape[:2], 1)).astype(dtype).view(np.uint8)
 
 
 def random_weight(weight_format, out_features, in_features, seed=0, device="cpu"):
@@ -64,6 +104,11 @@ def bits(tensor):
 
 def gguf_values(weight_format, stored):
     gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
+    if weight_format is WeightFormat.Q8_K:  # which the package does not read: d f32, 256 numbers, 16 sums of them
+        blocks = stored.cpu().numpy().reshape(len(stored), -1, 292)
+        d = np.ascontiguousarray(blocks[..., :4]).view("<f4")
+        with np.errstate(all="ignore"):
+            return torch.from_numpy((d * blocks[..., 4:260].view(np.int8)).reshape(len(stored), -1))
     with np.errstate(all="ignore"):
         values = gguf.dequantize(stored.cpu().numpy(), gguf.GGMLQuantizationType[weight_format.name])
     return torch.from_numpy(values)
@@ -85,17 +130,45 @@ def test_values_are_those_of_the_gguf_package_bit_for_bit(device, weight_format,
 @plane_formats
 def test_zeros_keep_the_sign_that_the_file_gives_them(device, oracle, weight_format):
     """Scales below zero times codes that mean zero, and minimums of zero."""
-    stored = torch.zeros(2, weight_format.planes.stored_bytes, dtype=torch.uint8)
+    stored = torch.zeros(2, weight_format.layout.stored_bytes, dtype=torch.uint8)
     halves = np.array([[-0.5], [0.5]], "<f2").view(np.uint8)
-    stored[:, HALVES[weight_format][0] :][:, :2] = torch.from_numpy(halves)
-    zero_codes = {WeightFormat.Q5_0: (2, 0xFF), WeightFormat.Q3_K: (0, 0xFF), WeightFormat.Q6_K: (128, 0xAA)}
+    if weight_format is WeightFormat.Q8_K:
+        stored[:, 2:4] = torch.from_numpy(halves)  # the upper half of a small number of 32 bits
+    elif weight_format in HALVES:
+        stored[:, HALVES[weight_format][0] :][:, :2] = torch.from_numpy(halves)
+    zero_codes = {
+        WeightFormat.Q5_0: (slice(2, 6), 0xFF),
+        WeightFormat.Q3_K: (slice(0, 32), 0xFF),
+        WeightFormat.Q6_K: (slice(128, 192), 0xAA),
+        WeightFormat.MXFP4: (slice(1, 17), 0x80),  # two zeros in a byte
+        WeightFormat.NVFP4: (slice(4, 36), 0x08),
+        WeightFormat.TQ2_0: (slice(0, 64), 0x55),
+        WeightFormat.TQ1_0: (slice(0, 52), 0x80),
+    }
     if weight_format in zero_codes:
-        start, byte = zero_codes[weight_format]
-        stored[:, start : start + {22: 4, 110: 32, 210: 64}[stored.shape[1]]] = byte
+        where, byte = zero_codes[weight_format]
+        stored[:, where] = byte
     packed = ok.pack_weight(stored.to(device), weight_format, in_features=weight_format.block_inputs)
     expected = bits(gguf_values(weight_format, stored))
     assert torch.equal(bits(ok.unpack_weight(packed)), expected)
     assert torch.equal(bits(oracle(ok.unpack_weight, packed)), expected)
+
+
+@plane_formats
+def test_any_bytes_mean_what_the_gguf_package_says(device, weight_format):
+    """Scales and codes at random: infinite ones, numbers that are none, too small ones; NaN may have any bits."""
+    if weight_format.parts is None:
+        pytest.skip("formats with planes keep f16 scales as they are")
+    rng = np.random.default_rng(7)
+    stored = rng.integers(0, 256, (600, weight_format.layout.stored_bytes), dtype=np.uint8)
+    stored[:256, 0] = np.arange(256)  # every scale of 8 bits
+    weight = ok.pack_weight(
+        torch.from_numpy(stored).to(device), weight_format, in_features=weight_format.layout.block_inputs
+    )
+    found, expected = ok.unpack_weight(weight).cpu(), gguf_values(weight_format, torch.from_numpy(stored))
+    nan = expected.isnan()
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(bits(found)[~nan], bits(expected)[~nan])
 
 
 @plane_formats
@@ -166,9 +239,15 @@ def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
 @pytest.mark.usefixtures("not_triton")
 def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, weight_format, byte):
     """Inputs of 23 bits and codes at their limits: no sum of 32 of them may overflow or be rounded before its end."""
-    stored = torch.full((33, weight_format.planes.stored_bytes), byte, dtype=torch.uint8)
-    for start in HALVES[weight_format]:
+    stored = torch.full((33, weight_format.layout.stored_bytes), byte, dtype=torch.uint8)
+    for start in HALVES.get(weight_format, ()):
         stored[:, start : start + 2] = torch.from_numpy(np.array([1.0], "<f2").view(np.uint8))
+    if weight_format is WeightFormat.Q8_K:
+        stored[:, :4] = torch.from_numpy(np.array([1.0], "<f4").view(np.uint8))
+    if weight_format is WeightFormat.MXFP4:
+        stored[:, 0] = 128
+    if weight_format is WeightFormat.IQ1_M:
+        stored[:, 49::2] = stored[:, 49::2] & 15 | torch.tensor([0x00, 0x00, 0xC0, 0x30], dtype=torch.uint8)
     weight = ok.pack_weight(stored.to(device), weight_format, in_features=weight_format.block_inputs)
     x = torch.full((3, weight_format.block_inputs), 8_355_711.0)
     x[1], x[2] = -8_355_711.0, 4_194_304.0
@@ -255,6 +334,25 @@ def test_blocks_are_whole():
 def test_products_on_gpus_take_no_planes():
     with pytest.raises(ok.OptionError, match=r"weight.format is .*Q4_K.*, expected a format with blocks: q4_0"):
         ok.int_weight_from_packed(random_weight(WeightFormat.Q4_K, 4, 256))
+
+
+@pytest.mark.usefixtures("native_library")
+def test_the_first_product_of_a_grid_can_be_recorded():
+    native_grid.cache_clear()
+    weight, x = random_weight(WeightFormat.IQ3_S, 64, 256), random_rows(3, 256, "cpu")
+    out = torch.empty(3, 64)
+    with ok.Recording(3) as recording:
+        ok.packed_linear(x, weight, out=out)
+    recording.program.run(3, 3)
+    assert torch.equal(bits(out), bits(ok.packed_linear(x, weight)))
+
+
+def test_triton_says_that_it_multiplies_no_parts(backend):
+    if backend is not ok.Backend.TRITON:
+        pytest.skip("only Triton lacks them")
+    weight = random_weight(WeightFormat.IQ2_XXS, 4, 256)
+    with pytest.raises(ok.OptionError, match=r"weight.format is .*iq2_xxs.*, expected a format that Triton multiplies"):
+        ok.packed_linear(torch.ones(1, 256), weight)
 
 
 def test_panels_come_apart_as_they_were_put_together():

@@ -232,11 +232,11 @@ def int_weight_from_packed(weight: PackedWeight) -> IntWeight:
     """Return a packed weight of q4_0, q4_1 or q8_0 in the layout of products on GPUs; its values stay what they are.
 
     Raises:
-        OptionError: if the weight is dense, or its format has planes.
+        OptionError: if the weight is dense, or its format has planes or parts.
 
     """
     op = "int_weight_from_packed"
-    served = weight.format.dtype is None and weight.format.planes is None
+    served = weight.format.dtype is None and weight.format.layout is None
     _check.option(op, "weight.format", weight.format, served, "a format with blocks: q4_0, q4_1 or q8_0")
     is_q8 = weight.format is WeightFormat.Q8_0
     codes = block_words(weight).transpose(2, 3)  # [panel, group, output, row, byte]

@@ -227,7 +227,7 @@ def _read_plane(plane: Tensor, bits: int) -> Tensor:
     return fields.flatten(3)
 
 
-def _fields(packed: Tensor, bits: int, run: int) -> Tensor:
+def bit_fields(packed: Tensor, bits: int, run: int) -> Tensor:
     """Return fields of bytes that come in runs, the lowest bits of a whole run first: [..., bytes] -> [..., fields]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((_split(packed, -1, 1, run) >> shifts[:, None]) & ((1 << bits) - 1)).flatten(-3)
@@ -242,24 +242,24 @@ def _none(blocks: Tensor) -> Tensor:
 
 
 def _read_q5_0(blocks: Tensor) -> Blocks:
-    codes = _fields(blocks[..., 6:], 4, 16) | _fields(blocks[..., 2:6], 1, 1) << 4
+    codes = bit_fields(blocks[..., 6:], 4, 16) | bit_fields(blocks[..., 2:6], 1, 1) << 4
     return Blocks(codes, _half(blocks, 0), None, _none(blocks), None)
 
 
 def _read_q5_1(blocks: Tensor) -> Blocks:
-    codes = _fields(blocks[..., 8:], 4, 16) | _fields(blocks[..., 4:8], 1, 1) << 4
+    codes = bit_fields(blocks[..., 8:], 4, 16) | bit_fields(blocks[..., 4:8], 1, 1) << 4
     return Blocks(codes, _half(blocks, 0), _half(blocks, 2), _none(blocks), None)
 
 
 def _read_q2_k(blocks: Tensor) -> Blocks:
     both = blocks[..., :16]
-    codes = _fields(blocks[..., 16:80], 2, 32)
+    codes = bit_fields(blocks[..., 16:80], 2, 32)
     return Blocks(codes, _half(blocks, 80), _half(blocks, 82), (both & 15).to(torch.int8), both >> 4)
 
 
 def _read_q3_k(blocks: Tensor) -> Blocks:
-    scales = _fields(blocks[..., 96:104], 4, 8) | _fields(blocks[..., 104:108], 2, 4) << 4
-    codes = _fields(blocks[..., 32:96], 2, 32) | _fields(blocks[..., :32], 1, 32) << 2
+    scales = bit_fields(blocks[..., 96:104], 4, 8) | bit_fields(blocks[..., 104:108], 2, 4) << 4
+    codes = bit_fields(blocks[..., 32:96], 2, 32) | bit_fields(blocks[..., :32], 1, 32) << 2
     return Blocks(codes, _half(blocks, 108), None, (scales.to(torch.int16) - 32).to(torch.int8), None)
 
 
@@ -272,27 +272,27 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read_q4_k(blocks: Tensor) -> Blocks:
-    codes = _fields(blocks[..., 16:], 4, 32)
+    codes = bit_fields(blocks[..., 16:], 4, 32)
     return Blocks(codes, _half(blocks, 0), _half(blocks, 2), *_six_bits(blocks[..., 4:16]))
 
 
 def _read_q5_k(blocks: Tensor) -> Blocks:
-    codes = _fields(blocks[..., 48:], 4, 32) | _fields(blocks[..., 16:48], 1, 32) << 4
+    codes = bit_fields(blocks[..., 48:], 4, 32) | bit_fields(blocks[..., 16:48], 1, 32) << 4
     return Blocks(codes, _half(blocks, 0), _half(blocks, 2), *_six_bits(blocks[..., 4:16]))
 
 
 def _read_q6_k(blocks: Tensor) -> Blocks:
-    codes = _fields(blocks[..., :128], 4, 64) | _fields(blocks[..., 128:192], 2, 32) << 4
+    codes = bit_fields(blocks[..., :128], 4, 64) | bit_fields(blocks[..., 128:192], 2, 32) << 4
     return Blocks(codes, _half(blocks, 208), None, blocks[..., 192:208].contiguous().view(torch.int8), None)
 
 
 def _read_iq4_nl(blocks: Tensor) -> Blocks:
-    return Blocks(_fields(blocks[..., 2:], 4, 16), _half(blocks, 0), None, _none(blocks), None)
+    return Blocks(bit_fields(blocks[..., 2:], 4, 16), _half(blocks, 0), None, _none(blocks), None)
 
 
 def _read_iq4_xs(blocks: Tensor) -> Blocks:
-    scales = _fields(blocks[..., 4:8], 4, 1) | _fields(blocks[..., 2:4], 2, 1) << 4
-    codes = _fields(blocks[..., 8:], 4, 16)
+    scales = bit_fields(blocks[..., 4:8], 4, 1) | bit_fields(blocks[..., 2:4], 2, 1) << 4
+    codes = bit_fields(blocks[..., 8:], 4, 16)
     return Blocks(codes, _half(blocks, 0), None, (scales.to(torch.int16) - 32).to(torch.int8), None)
 
 

@@ -20,7 +20,7 @@ The codes are those of a GGUF file, and so are the values::
 
     q4_0  d * (code - 8)        q4_1  d * code + m        q8_0  d * code        each operation rounded to fp32
 
-The other block formats have planes; `packed_planes` says how they lie.
+The other block formats have planes or parts; `packed_planes` and `packed_parts` say how they lie.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from octavo_kernels import _check, packed_planes
 from octavo_kernels.errors import ShapeError
+from octavo_kernels.packed_parts import LAYOUTS, PartLayout
 from octavo_kernels.packed_planes import PlaneLayout
 
 PANEL = 32
@@ -47,7 +48,7 @@ _ALIGNMENT = 64
 
 
 class WeightFormat(Enum):
-    """How a weight's values are stored: dense (f32, bf16, f16), or as GGUF's blocks of 32 or 256 (all others)."""
+    """How a weight's values are stored: dense (f32, bf16, f16), or as GGUF's blocks of 32, 64 or 256 (all others)."""
 
     F32 = "f32"
     BF16 = "bf16"
@@ -64,6 +65,18 @@ class WeightFormat(Enum):
     Q6_K = "q6_k"
     IQ4_NL = "iq4_nl"
     IQ4_XS = "iq4_xs"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    Q8_K = "q8_k"
+    TQ2_0 = "tq2_0"
+    TQ1_0 = "tq1_0"
+    IQ2_XXS = "iq2_xxs"
+    IQ2_XS = "iq2_xs"
+    IQ2_S = "iq2_s"
+    IQ3_XXS = "iq3_xxs"
+    IQ3_S = "iq3_s"
+    IQ1_S = "iq1_s"
+    IQ1_M = "iq1_m"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -73,20 +86,30 @@ class WeightFormat(Enum):
     @property
     def block_bytes(self) -> int | None:
         """Bytes that a GGUF file stores a block in; None for dense formats."""
-        planes = self.planes
-        return _BLOCK_BYTES.get(self) if planes is None else planes.stored_bytes
+        layout = self.layout
+        return _BLOCK_BYTES.get(self) if layout is None else layout.stored_bytes
 
     @property
     def block_inputs(self) -> int:
-        """Inputs of a block: 32 or 256; 1 for dense formats."""
+        """Inputs of a block: 32, 64 or 256; 1 for dense formats."""
         if self.dtype is not None:
             return 1
-        return GROUP if self.planes is None else self.planes.block_inputs
+        return GROUP if self.layout is None else self.layout.block_inputs
 
     @property
     def planes(self) -> PlaneLayout | None:
-        """How a format with planes lies; None for dense formats and for q4_0, q4_1 and q8_0."""
+        """How a format with planes lies, all of which Triton multiplies; None for others."""
         return _PLANES.get(self)
+
+    @property
+    def parts(self) -> PartLayout | None:
+        """How a format with parts lies, which the `cpu` backend and the reference multiply; None for others."""
+        return _PARTS.get(self)
+
+    @property
+    def layout(self) -> PlaneLayout | PartLayout | None:
+        """How a format with planes or parts lies; None for dense formats and for q4_0, q4_1 and q8_0."""
+        return self.planes or self.parts
 
 
 _DTYPES = MappingProxyType(
@@ -106,6 +129,7 @@ _PLANES = MappingProxyType(
         WeightFormat.IQ4_XS: packed_planes.IQ4_XS,
     }
 )
+_PARTS = MappingProxyType({WeightFormat[layout.name]: layout for layout in LAYOUTS})
 _GROUP_BYTES = MappingProxyType({WeightFormat.Q4_0: 576, WeightFormat.Q4_1: 640, WeightFormat.Q8_0: 1088})
 
 
@@ -154,7 +178,7 @@ def packed_num_bytes(format: WeightFormat, out_features: int, in_features: int) 
 
     Raises:
         OptionError: if a size is not above 0.
-        ShapeError: if in_features is no multiple of the format's blocks of 32 or 256.
+        ShapeError: if in_features is no multiple of the format's blocks of 32, 64 or 256.
 
     """
     op = "packed_num_bytes"
@@ -168,8 +192,8 @@ def packed_num_bytes(format: WeightFormat, out_features: int, in_features: int) 
             f"{op}: in_features is {in_features}, expected a multiple of {format.block_inputs} for {format.value}; "
             "store such a weight in a dense format"
         )
-    if format.planes is not None:
-        return panels * (in_features // format.block_inputs) * format.planes.block_bytes
+    if format.layout is not None:
+        return panels * (in_features // format.block_inputs) * format.layout.block_bytes
     return panels * (in_features // GROUP) * _GROUP_BYTES[format]
 
 
@@ -199,9 +223,9 @@ def block_words(weight: PackedWeight) -> Tensor:
 
 
 def plane_panels(weight: PackedWeight) -> Tensor:
-    """Return a view of a weight with planes: [num_panels, num_blocks, block_bytes] uint8."""
-    assert weight.format.planes is not None
-    return weight.data.view(weight.num_panels, -1, weight.format.planes.block_bytes)
+    """Return a view of a weight with planes or parts: [num_panels, num_blocks, block_bytes] uint8."""
+    assert weight.format.layout is not None
+    return weight.data.view(weight.num_panels, -1, weight.format.layout.block_bytes)
 
 
 def split_last(tensor: Tensor, *sizes: int) -> Tensor:

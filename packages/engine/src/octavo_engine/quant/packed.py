@@ -25,23 +25,8 @@ from octavo_kernels import (
     packed_linear,
 )
 
-BLOCK_FORMATS = MappingProxyType(
-    {
-        TensorType.Q4_0: WeightFormat.Q4_0,
-        TensorType.Q4_1: WeightFormat.Q4_1,
-        TensorType.Q5_0: WeightFormat.Q5_0,
-        TensorType.Q5_1: WeightFormat.Q5_1,
-        TensorType.Q8_0: WeightFormat.Q8_0,
-        TensorType.Q2_K: WeightFormat.Q2_K,
-        TensorType.Q3_K: WeightFormat.Q3_K,
-        TensorType.Q4_K: WeightFormat.Q4_K,
-        TensorType.Q5_K: WeightFormat.Q5_K,
-        TensorType.Q6_K: WeightFormat.Q6_K,
-        TensorType.IQ4_NL: WeightFormat.IQ4_NL,
-        TensorType.IQ4_XS: WeightFormat.IQ4_XS,
-    }
-)
-"""GGUF's types that products read as they are stored."""
+BLOCK_FORMATS = MappingProxyType({TensorType[item.name]: item for item in WeightFormat if item.dtype is None})
+"""GGUF's types that native products read as they are stored: all block types."""
 
 _DENSE_FORMATS = MappingProxyType({torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16})
 
@@ -71,7 +56,7 @@ class PackedParameters:
 
 
 class Packed(QuantMethod[PackedParameters]):
-    """Lossless weights for activations in fp32: most of GGUF's block types, and f32, bf16 and f16; others become f32.
+    """Lossless weights for activations in fp32: all of GGUF's block types, and f32, bf16 and f16; others become f32.
 
     Args:
         int8_activations: whether products by block formats round their inputs to 8 bits per group of 32.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from octavo_engine.quant.unquantized import DenseParameters, Unquantized
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
 from octavo_kernels import PackedWeight, WeightFormat, pack_weight, packed_embedding, packed_linear
+
+DEVICE_FORMATS = MappingProxyType({key: item for key, item in BLOCK_FORMATS.items() if item.parts is None})
+"""GGUF's types that Triton reads as they are stored."""
 
 
 class DevicePart(NamedTuple):
@@ -132,7 +136,7 @@ class PackedOnDevice(QuantMethod[DeviceParameters]):
 
     def _fill(self, parameters: DeviceParameters, rows: slice, tensor: Tensor | StoredTensor | QuantizedTensor) -> None:
         """Keep a shard whose blocks are multiplied; copy the values of another one to the device."""
-        if isinstance(tensor, StoredTensor) and tensor.type in BLOCK_FORMATS:
+        if isinstance(tensor, StoredTensor) and tensor.type in DEVICE_FORMATS:
             parameters.stored[rows.start] = tensor
             return
         if parameters.dense is None:
@@ -174,7 +178,7 @@ def _run_of(item: tuple[int, StoredTensor], parameters: DeviceParameters) -> tup
     """Return what neighbours have in common: the format, and how many rows before them are not in blocks."""
     start, tensor = item
     packed_before = sum(other.shape[0] for first, other in parameters.stored.items() if first < start)
-    return BLOCK_FORMATS[tensor.type], start - packed_before
+    return DEVICE_FORMATS[tensor.type], start - packed_before
 
 
 def _dense_part(parameters: DeviceParameters, rows: slice) -> DevicePart:

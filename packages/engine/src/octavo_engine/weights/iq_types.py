@@ -1,7 +1,7 @@
 """GGUF's IQ types and 4-bit floats: codes are indices into tables, of levels (4 bits) or of a grid's points.
 
-`grid` is a coordinate of a point of the type's grid (see `iq_grids`), `level` one of 16. A block has 32 elements in the
-first two types, 64 in NVFP4, 256 in the others::
+`grid` is a coordinate of a point of the type's grid (see `octavo_kernels.grids`), `level` one of 16. A block has 32
+elements in the first two types, 64 in NVFP4, 256 in the others::
 
     IQ4_NL   d f16 | 16 bytes                                              x = d * level
     MXFP4    exponent u8 | 16 bytes                                        x = 2**(exponent - 128) * level
@@ -18,20 +18,12 @@ first two types, 64 in NVFP4, 256 in the others::
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
 from octavo_engine.weights.blocks import Bytes, Float32Array, fields, half_column, scaled, words
-from octavo_engine.weights.iq_grids import (
-    IQ1_GRID,
-    IQ2_S_GRID,
-    IQ2_XS_GRID,
-    IQ2_XXS_GRID,
-    IQ3_S_GRID,
-    IQ3_XXS_GRID,
-    Grid,
-    grid_points,
-)
 
 _IQ4_LEVELS = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
 _FP4_LEVELS = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)  # twice the e2m1 values
@@ -70,9 +62,18 @@ def unpack_iq4_xs(blocks: Bytes, out: Float32Array) -> None:
     scaled(_IQ4_LEVELS[fields(blocks[:, 8:], 4, 16)], scales, out)
 
 
-def _signed_points(grid: Grid, indices: npt.NDArray[np.integer], signs: Bytes) -> Float32Array:
+@cache
+def _grid(name: str) -> Float32Array:
+    """Return the points of a grid of `octavo_kernels.grids`: [num_points, num_dims]; do not write to it."""
+    from octavo_kernels import grids  # imports torch, which no header needs
+
+    points: Float32Array = grids.grid_points(getattr(grids, name)).numpy().astype(np.float32)
+    return points
+
+
+def _signed_points(grid: str, indices: npt.NDArray[np.integer], signs: Bytes) -> Float32Array:
     """Return [num_blocks, 256] coordinates; each byte of signs is for 8 of them, set bits for minus."""
-    points: Float32Array = grid_points(grid)[indices].reshape(len(indices), -1)
+    points: Float32Array = _grid(grid)[indices].reshape(len(indices), -1)
     minus = fields(signs, 1, 1).astype(bool)
     np.negative(points, out=points, where=minus)
     return points
@@ -88,7 +89,7 @@ def _signs_of_words(packed: npt.NDArray[np.unsignedinteger]) -> tuple[Bytes, Flo
 def unpack_iq2_xxs(blocks: Bytes, out: Float32Array) -> None:
     pairs = blocks[:, 2:].reshape(len(blocks), 8, 8)
     signs, scales = _signs_of_words(np.ascontiguousarray(pairs[..., 4:]).view("<u4")[..., 0])
-    points = _signed_points(IQ2_XXS_GRID, pairs[..., :4].reshape(len(blocks), -1), signs)
+    points = _signed_points("IQ2_XXS_GRID", pairs[..., :4].reshape(len(blocks), -1), signs)
     scaled(points, half_column(blocks, 0) * (scales + np.float32(0.5)) * np.float32(0.25), out)
 
 
@@ -100,25 +101,25 @@ def _quarter_scales(blocks: Bytes, start: int) -> Float32Array:
 
 def unpack_iq2_xs(blocks: Bytes, out: Float32Array) -> None:
     packed = words(blocks, 2, 66, "<u2")
-    points = _signed_points(IQ2_XS_GRID, packed & np.uint16(511), _EVEN_SIGNS[packed >> np.uint16(9)])
+    points = _signed_points("IQ2_XS_GRID", packed & np.uint16(511), _EVEN_SIGNS[packed >> np.uint16(9)])
     scaled(points, _quarter_scales(blocks, 66), out)
 
 
 def unpack_iq2_s(blocks: Bytes, out: Float32Array) -> None:
     indices = blocks[:, 2:34] | fields(blocks[:, 66:74], 2, 1).astype(np.uint16) << np.uint16(8)
-    scaled(_signed_points(IQ2_S_GRID, indices, blocks[:, 34:66]), _quarter_scales(blocks, 74), out)
+    scaled(_signed_points("IQ2_S_GRID", indices, blocks[:, 34:66]), _quarter_scales(blocks, 74), out)
 
 
 def unpack_iq3_xxs(blocks: Bytes, out: Float32Array) -> None:
     signs, scales = _signs_of_words(words(blocks, 66, 98, "<u4"))
-    points = _signed_points(IQ3_XXS_GRID, blocks[:, 2:66], signs)
+    points = _signed_points("IQ3_XXS_GRID", blocks[:, 2:66], signs)
     scaled(points, half_column(blocks, 0) * (scales + np.float32(0.5)) * np.float32(0.5), out)
 
 
 def unpack_iq3_s(blocks: Bytes, out: Float32Array) -> None:
     indices = blocks[:, 2:66] | fields(blocks[:, 66:74], 1, 1).astype(np.uint16) << np.uint16(8)
     scales = np.uint8(2) * fields(blocks[:, 106:110], 4, 1) + np.uint8(1)
-    scaled(_signed_points(IQ3_S_GRID, indices, blocks[:, 74:106]), half_column(blocks, 0) * scales, out)
+    scaled(_signed_points("IQ3_S_GRID", indices, blocks[:, 74:106]), half_column(blocks, 0) * scales, out)
 
 
 def unpack_iq1_s(blocks: Bytes, out: Float32Array) -> None:
@@ -127,7 +128,7 @@ def unpack_iq1_s(blocks: Bytes, out: Float32Array) -> None:
     indices = blocks[:, 2:34] | high.reshape(len(blocks), -1) << np.uint16(8)
     scales = (packed >> np.uint16(11)) & np.uint16(14) | np.uint16(1)
     delta = np.where(packed & np.uint16(0x8000), -_DELTA, _DELTA)
-    points = grid_points(IQ1_GRID)[indices].reshape(len(blocks), 8, -1) + delta[..., None]
+    points = _grid("IQ1_GRID")[indices].reshape(len(blocks), 8, -1) + delta[..., None]
     scaled(points, half_column(blocks, 0) * scales, out)
 
 
@@ -141,5 +142,5 @@ def unpack_iq1_m(blocks: Bytes, out: Float32Array) -> None:
     high = fields(blocks[:, 32:48], 4, 1)
     indices = blocks[:, :32] | (high & np.uint8(7)).astype(np.uint16) << np.uint16(8)
     delta = np.where(high & np.uint8(8), -_DELTA, _DELTA)
-    points = grid_points(IQ1_GRID)[indices] + delta[..., None]
+    points = _grid("IQ1_GRID")[indices] + delta[..., None]
     scaled(points, d * scales, out)

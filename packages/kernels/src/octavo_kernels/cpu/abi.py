@@ -65,20 +65,20 @@ class PackedLinearArgs(ctypes.Structure):
     """Arguments of PACKED_LINEAR."""
 
     _fields_ = _fields(
-        "x weight bias out workspace", "x_stride out_stride format out_features in_features int8_activations"
+        "x weight grid bias out workspace", "x_stride out_stride format out_features in_features int8_activations"
     )
 
 
 class PackedEmbeddingArgs(ctypes.Structure):
     """Arguments of PACKED_EMBEDDING."""
 
-    _fields_ = _fields("weight token_ids out", "out_stride format out_features in_features")
+    _fields_ = _fields("weight grid token_ids out", "out_stride format out_features in_features")
 
 
 class PackedArgmaxArgs(ctypes.Structure):
     """Arguments of PACKED_ARGMAX."""
 
-    _fields_ = _fields("x weight ids best workspace", "x_stride format out_features in_features int8_activations")
+    _fields_ = _fields("x weight grid ids best workspace", "x_stride format out_features in_features int8_activations")
 
 
 class RmsNormArgs(ctypes.Structure):

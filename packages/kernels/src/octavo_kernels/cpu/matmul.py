@@ -8,6 +8,7 @@ from octavo_kernels.cpu import abi
 from octavo_kernels.cpu.fallback import matmul as fallback
 from octavo_kernels.cpu.launch import launch, pointer
 from octavo_kernels.cpu.load import library_for
+from octavo_kernels.packed_parts import native_grid
 from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat
 from octavo_kernels.recording import empty_result
 
@@ -21,6 +22,7 @@ def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
     if library_for("pack_weight") is None:
         return fallback.pack_weight(stored, weight)
+    _grid(weight)  # made now: products may be recorded, which no op of torch can be
     stored = stored.contiguous()
     args = abi.PackWeightArgs(
         stored=stored.data_ptr(),
@@ -56,6 +58,7 @@ def packed_linear(
     args = abi.PackedLinearArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
+        grid=pointer(_grid(weight)),
         bias=pointer(bias),
         out=out.data_ptr(),
         workspace=pointer(workspace),
@@ -76,6 +79,7 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     token_ids = token_ids.contiguous()
     args = abi.PackedEmbeddingArgs(
         weight=weight.data.data_ptr(),
+        grid=pointer(_grid(weight)),
         token_ids=token_ids.data_ptr(),
         out=out.data_ptr(),
         out_stride=out.stride(0),
@@ -94,6 +98,7 @@ def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: 
     args = abi.PackedArgmaxArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
+        grid=pointer(_grid(weight)),
         ids=ids.data_ptr(),
         best=best.data_ptr(),
         workspace=workspace.data_ptr(),
@@ -104,6 +109,11 @@ def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: 
         int8_activations=int8_activations,
     )
     return launch(abi.OpKind.PACKED_ARGMAX, args, len(x), x, weight.data, ids, best, workspace)
+
+
+def _grid(weight: PackedWeight) -> Tensor | None:
+    """Return the table that the codes of a weight are places in, which is kept for good."""
+    return None if weight.format.parts is None else native_grid(weight.format.parts)
 
 
 def _rounded_bytes(x: Tensor) -> int:

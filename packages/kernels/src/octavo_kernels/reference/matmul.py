@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from octavo_kernels.packed_planes import GroupValues, group_values, read_panels, read_stored, write_panels
+from octavo_kernels.packed_parts import fill_panels, panel_values
+from octavo_kernels.packed_planes import GroupValues
 from octavo_kernels.packed_weight import (
     CODE_OFFSET,
     GROUP,
@@ -23,8 +24,8 @@ _INT8_MAX = 127
 
 def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
-    if weight.format.planes is not None:
-        write_panels(read_stored(stored, weight.format.planes), weight.format.planes, plane_panels(weight))
+    if weight.format.layout is not None:
+        fill_panels(stored, weight.format.layout, plane_panels(weight))
         return
     rows = torch.zeros((weight.num_panels * PANEL, stored.shape[1]), dtype=stored.dtype, device=stored.device)
     rows[: len(stored)] = stored
@@ -54,7 +55,7 @@ def unpack_weight(weight: PackedWeight, out: Tensor) -> None:
     if weight.format.dtype is not None:
         out.copy_(_rows(dense_panels(weight).transpose(1, 2), weight))
         return
-    if weight.format.planes is not None:
+    if weight.format.layout is not None:
         out.copy_(_plane_values(weight).weights().flatten(1))
         return
     codes, scales, minimums = _blocks(weight)
@@ -74,7 +75,7 @@ def packed_linear(
 ) -> None:
     """Fill out with the product, rounded once."""
     if int8_activations:
-        by_format = _int8_product if weight.format.planes is None else _int8_plane_product
+        by_format = _int8_product if weight.format.layout is None else _int8_plane_product
         product = by_format(x.float(), weight)
     else:
         product = _product(x, weight)
@@ -139,9 +140,9 @@ def _int8_plane_product(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def _plane_values(weight: PackedWeight) -> GroupValues:
     """Return codes [out_features, groups of a scale, inputs] and their scales."""
-    layout = weight.format.planes
+    layout = weight.format.layout
     assert layout is not None
-    found = group_values(read_panels(plane_panels(weight), layout), layout)
+    found = panel_values(plane_panels(weight), layout)
     codes, d = _rows(found.codes, weight), _rows(found.d, weight)
     return GroupValues(codes, d, None if found.m is None else _rows(found.m, weight))
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import triton
 import triton.language as tl
 
+from octavo_kernels import _check
 from octavo_kernels.packed_planes import IQ4_NL, IQ4_XS, LEVELS, PlaneLayout
 from octavo_kernels.packed_weight import CODE_OFFSET, GROUP, PANEL, WeightFormat
 
@@ -28,10 +29,15 @@ _WORD_BYTES = 4
 
 
 def plane_layout(format: WeightFormat) -> PlaneLayout:  # noqa: A002  # the field's name
-    """Return how a block format's panels lie."""
-    layout = format.planes or _ONE_PLANE[format]
-    assert layout is not None
-    return layout
+    """Return how a block format's panels lie.
+
+    Raises:
+        OptionError: if it has parts, which only the `cpu` backend and the reference multiply.
+    """
+    _check.option(
+        "packed_linear", "weight.format", format.value, format.parts is None, "a format that Triton multiplies"
+    )
+    return format.planes or _ONE_PLANE[format]
 
 
 def plane_constants(format: WeightFormat) -> dict[str, int | bool]:  # noqa: A002

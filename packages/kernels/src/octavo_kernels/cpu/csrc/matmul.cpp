@@ -170,6 +170,7 @@ void argmax_part(const PackedArgmaxArgs& args, const Product& product, Part part
 void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
   if (has_planes(args.format)) product.planes = &plane_format(args.format);
+  product.grid = static_cast<const uint8_t*>(args.grid);
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
   const Method method = method_of(args.format, args.int8_activations, product);
@@ -189,6 +190,7 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
 void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
   if (has_planes(args.format)) product.planes = &plane_format(args.format);
+  product.grid = static_cast<const uint8_t*>(args.grid);
   const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * 2 * kPanel * static_cast<int64_t>(sizeof(float)));
   auto* best = static_cast<Best*>(args.workspace);  // [num_slices, rows]

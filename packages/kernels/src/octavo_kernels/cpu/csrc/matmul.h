@@ -19,6 +19,7 @@ struct Product {
   int64_t in_features;
   const void* rounded;  // [num_rows, groups] as the method rounds them, or null
   const PlaneFormat* planes = nullptr;  // of formats with planes
+  const uint8_t* grid = nullptr;        // of those whose codes are points of one
 };
 
 // The part of a product that a call computes: some rows times some panels. out [num_rows, 32 num_panels] is filled.

@@ -301,13 +301,14 @@ OCTAVO_INLINE vf plane_weight(Words words, int j, vf d, vf m, const Planes& plan
 }
 
 // As decode_chunk.
-void decode_planes(const PlaneFormat& format, const uint8_t* panel, int64_t first, int64_t num_inputs, float* out) {
+void decode_planes(const Product& product, const uint8_t* panel, int64_t first, int64_t num_inputs, float* out) {
+  const PlaneFormat& format = *product.planes;
   const Planes& planes = format.planes;
   for (int64_t k = 0; k < num_inputs; k += kGroup) {
     UnpackedGroup group;
     const int64_t index = (first + k) / kGroup;
     format.unpack(panel + index / planes.groups_of_block * bytes_of_block(planes),
-                  static_cast<int>(index % planes.groups_of_block), group);
+                  static_cast<int>(index % planes.groups_of_block), product.grid, group);
     for (int row = 0; row < kGroup / 4; ++row) {
       const int half = planes.scales_of_group == 2 ? row / (kGroup / 8) : 0;
       for (int column = 0; column < kPanel; column += W) {
@@ -330,7 +331,7 @@ void exact_planes(const Product& product, const Part& part, void* scratch) {
     const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
     for (int64_t first = 0; first < product.in_features; first += kChunk) {
       const int64_t num_inputs = product.in_features - first < kChunk ? product.in_features - first : kChunk;
-      decode_planes(*product.planes, weights, first, num_inputs, chunk);
+      decode_planes(product, weights, first, num_inputs, chunk);
       const uint8_t* next = weights + panel_bytes * (first + num_inputs) / product.in_features;
       const int64_t next_bytes = (panel_bytes * kChunk / product.in_features / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {

@@ -3,8 +3,7 @@
 // of its scales: one of 32 products, or two of 16. One row takes codes out of the planes in registers; more rows
 // share codes that were unpacked into L1. Both do the same operations in the same order.
 
-#include "matmul.h"
-#include "plane_codes.h"
+#include "plane_sums.h"
 #include "rounding.h"
 
 namespace octavo {
@@ -13,100 +12,18 @@ namespace {
 constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
 template <int N>
 constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : (W == 4 ? 2 : 3);
-constexpr int kChunkGroups = 16;         // unpacked at once: 24 KiB
+constexpr int kChunkGroups = 16;         // unpacked at once: 28 KiB
 constexpr int64_t kBytesAhead = 8192;    // how far ahead of its use memory is asked for
 constexpr bool kTakesRegisters = W > 4;  // otherwise one row is unpacked as several are
-
-// Which part of a group a sum is of.
-enum Part16 { kFirstHalf = 0, kSecondHalf = 1, kWhole = 2 };
-
-// 32 inputs of a row as numbers of N digits.
-template <int N>
-struct Group {
-  int8_t digits[N][kGroup];  // highest first
-  float scale;
-  int32_t high[2];  // by halves, the sum of the numbers without their lowest digit, as if the next one were the lowest
-  int32_t low[2];   // and of the lowest digit alone
-  float offset[3];  // the scale times the sum of the numbers, of each half and of all
-};
-
-// ---- a group of inputs times 2W outputs -----------------------------------------------------------------------------
-
-// What turns the codes of 2W outputs into weights: d * (code - centre) + m, which is 0 in formats without minimums.
-struct Scales {
-  vf d[2], m[2];
-  int centre;
-  bool has_m;
-};
-
-// Adds four products per lane of codes with a centre. Wide codes may be any byte; others fit into seven bits.
-template <bool Wide>
-OCTAVO_INLINE Words add_bytes(Words sum, Words codes, Words x) {
-  return Wide ? add_codes<Format::kQ8_0>(sum, codes, x) : add_products(sum, codes, x);
-}
-
-// What takes the centre off again, in the sum of a digit. Wide codes lose it before, where bytes must be small.
-template <int N, bool Wide>
-OCTAVO_INLINE Words correction(const Group<N>& x, int digit, Part16 part, int centre) {
-  if (Wide && !kUnsignedBytes) return repeat(0);
-  if (N == 3 && digit == 0) return repeat(0);  // the next digit's sum has it
-  const int32_t* sums = digit == N - 1 ? x.low : x.high;
-  return repeat(-centre * (part == kWhole ? sums[0] + sums[1] : sums[part]));
-}
-
-// Adds a group or a half to the sums. codes.each_row<Part>(use) calls use(row, codes of the first W outputs, of the second W).
-template <int N, int R, bool Wide, Part16 Part, class Codes>
-OCTAVO_INLINE void add_part(const Codes& codes, const Scales& weights, const Group<N>* const* x, int64_t g,
-                            vf (&sums)[R][2]) {
-  Words products[N][R][2];
-#pragma GCC unroll 3
-  for (int digit = 0; digit < N; ++digit)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      products[digit][r][0] = products[digit][r][1] = correction<N, Wide>(x[r][g], digit, Part, weights.centre);
-  codes.template each_row<Part>([&](int row, Words first, Words second) OCTAVO_INLINE_LAMBDA {
-#pragma GCC unroll 3
-    for (int digit = 0; digit < N; ++digit)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Words inputs = repeat_word(x[r][g].digits[digit] + 4 * row);
-        products[digit][r][0] = add_bytes<Wide>(products[digit][r][0], first, inputs);
-        products[digit][r][1] = add_bytes<Wide>(products[digit][r][1], second, inputs);
-      }
-  });
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      vf sum = sums[r][i];
-      if (weights.has_m) sum = vfma(vset(x[r][g].offset[Part]), weights.m[i], sum);
-      if constexpr (N == 3) {  // two digits in one integer, and the third apart: so all bytes are within 32 bits
-        const Words high = add(shift_left<8>(products[0][r][i]), products[1][r][i]);
-        sum = vfma(vmul(to_float(high), vset(x[r][g].scale * 256.0f)), weights.d[i], sum);
-      }
-      sums[r][i] = vfma(vmul(to_float(products[N - 1][r][i]), vset(x[r][g].scale)), weights.d[i], sum);
-    }
-}
-
-template <int N, int R>
-struct GroupsOfRows {
-  const Group<N>* of[R];
-
-  GroupsOfRows(const Product& product, int64_t first_row) {
-    const int64_t num_groups = product.in_features / kGroup;
-    for (int r = 0; r < R; ++r)
-      of[r] = static_cast<const Group<N>*>(product.rounded) + (first_row + r) * num_groups;
-  }
-};
 
 // ---- one row: codes out of the planes -------------------------------------------------------------------------------
 
 template <Format F>
 struct CodesOfPlanes {
-  PlaneCodes<F> first, second;
+  CodesOf<F> first, second;
 
-  OCTAVO_INLINE CodesOfPlanes(const uint8_t* block, int group, int column)
-      : first(block, group, column), second(block, group, column + W) {}
+  OCTAVO_INLINE CodesOfPlanes(const uint8_t* block, int group, int column, const uint8_t* grid)
+      : first(block, group, column, grid), second(block, group, column + W, grid) {}
   template <Part16 Part, class Use>
   OCTAVO_INLINE void each_row(Use&& use) const {
     if constexpr (Part != kSecondHalf) {
@@ -126,12 +43,12 @@ struct CodesOfPlanes {
 
 // The m that is left when the centre is taken off the codes.
 OCTAVO_INLINE vf centred_m(const PlaneScale& scale, int centre) {
-  return vfma(scale.d, vset(static_cast<float>(centre)), scale.m);
+  return centre == 0 ? scale.m : vfma(scale.d, vset(static_cast<float>(centre)), scale.m);
 }
 
 template <Format F>
-OCTAVO_INLINE Scales load_scales(const uint8_t* block, int group, int half, int column) {
-  Scales scales{{}, {}, planes_of(F).centre, planes_of(F).minimum};
+OCTAVO_INLINE PlaneScales load_scales(const uint8_t* block, int group, int half, int column) {
+  PlaneScales scales{{}, {}, planes_of(F).centre, planes_of(F).minimum};
   for (int i = 0; i < 2; ++i) {
     const PlaneScale scale = plane_scale<F>(block, group, half, column + i * W);
     scales.d[i] = scale.d;
@@ -140,9 +57,28 @@ OCTAVO_INLINE Scales load_scales(const uint8_t* block, int group, int half, int 
   return scales;
 }
 
+template <Format F>
+OCTAVO_INLINE PairScales load_pair(const uint8_t* block, int group, int column) {
+  const auto* units = reinterpret_cast<const uint16_t*>(block) + column;
+  const uint8_t* numbers = block + start_of_scales(planes_of(F)) + 2 * group * kPanel + column;
+  PairScales scales;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    scales.d[i] = vload_f16(units + i * W);
+    scales.m[i] = vload_f16(units + kPanel + i * W);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      scales.number[half][i] = vload_nibbles(numbers + half * kPanel + i * W, false);
+      scales.minimum[half][i] = vload_nibbles(numbers + half * kPanel + i * W, true);
+    }
+  }
+  return scales;
+}
+
 template <Format F, int N>
 void one_row(const Product& product, const Part& part) {
   constexpr Planes kPlanes = planes_of(F);
+  constexpr bool kWide = is_wide(kPlanes);
   const GroupsOfRows<N, 1> rows(product, part.first_row);
   const int64_t num_groups = product.in_features / kGroup;
   const uint8_t* block = product.weight + part.first_panel * bytes_of_panel(kPlanes, product.in_features);
@@ -155,14 +91,18 @@ void one_row(const Product& product, const Part& part) {
         for (int group = 0; group < kPlanes.groups_of_block; ++group) {
           if (column == 0)
             prefetch(at + kBytesAhead + start_of_codes(kPlanes) + group * bytes_of_codes(kPlanes), bytes_of_codes(kPlanes));
-          const CodesOfPlanes<F> codes(at, group, column);
-          const Scales scales = load_scales<F>(at, group, 0, column);
+          const CodesOfPlanes<F> codes(at, group, column, product.grid);
+          if constexpr (kIsPair<F, N>) {
+            add_pair<N, 1>(codes, load_pair<F>(at, group, column), rows.of, first + group, sums);
+            continue;
+          }
+          const PlaneScales scales = load_scales<F>(at, group, 0, column);
           if constexpr (kPlanes.scales_of_group == 2) {
-            const Scales second = load_scales<F>(at, group, 1, column);
-            add_part<N, 1, kPlanes.levels, kFirstHalf>(codes, scales, rows.of, first + group, sums);
-            add_part<N, 1, kPlanes.levels, kSecondHalf>(codes, second, rows.of, first + group, sums);
+            const PlaneScales second = load_scales<F>(at, group, 1, column);
+            add_part<N, 1, kWide, kFirstHalf>(codes, scales, rows.of, first + group, sums);
+            add_part<N, 1, kWide, kSecondHalf>(codes, second, rows.of, first + group, sums);
           } else {
-            add_part<N, 1, kPlanes.levels, kWhole>(codes, scales, rows.of, first + group, sums);
+            add_part<N, 1, kWide, kWhole>(codes, scales, rows.of, first + group, sums);
           }
         }
       }
@@ -186,6 +126,18 @@ OneRowFunction<N> one_row_of(Format format) {
       case Format::kQ6_K: return &one_row<Format::kQ6_K, N>;
       case Format::kIQ4_NL: return &one_row<Format::kIQ4_NL, N>;
       case Format::kIQ4_XS: return &one_row<Format::kIQ4_XS, N>;
+      case Format::kMXFP4: return &one_row<Format::kMXFP4, N>;
+      case Format::kNVFP4: return &one_row<Format::kNVFP4, N>;
+      case Format::kQ8_K: return &one_row<Format::kQ8_K, N>;
+      case Format::kTQ2_0: return &one_row<Format::kTQ2_0, N>;
+      case Format::kTQ1_0: return &one_row<Format::kTQ1_0, N>;
+      case Format::kIQ2_XXS: return &one_row<Format::kIQ2_XXS, N>;
+      case Format::kIQ2_XS: return &one_row<Format::kIQ2_XS, N>;
+      case Format::kIQ2_S: return &one_row<Format::kIQ2_S, N>;
+      case Format::kIQ3_XXS: return &one_row<Format::kIQ3_XXS, N>;
+      case Format::kIQ3_S: return &one_row<Format::kIQ3_S, N>;
+      case Format::kIQ1_S: return &one_row<Format::kIQ1_S, N>;
+      case Format::kIQ1_M: return &one_row<Format::kIQ1_M, N>;
       default: break;
     }
   return nullptr;
@@ -205,7 +157,7 @@ struct UnpackedCodes {
 };
 
 // R rows times some unpacked groups; m is what the centre leaves. `next` as in matmul_codes.cpp.
-template <int N, int R, bool Wide, bool Halves>
+template <int N, int R, bool Wide, bool Halves, bool Pair>
 void tile(const Product& product, const UnpackedGroup* groups, int64_t first_group, int64_t num_groups, int64_t first_row,
           float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   const GroupsOfRows<N, R> rows(product, first_row);
@@ -224,9 +176,20 @@ void tile(const Product& product, const UnpackedGroup* groups, int64_t first_gro
       const UnpackedCodes codes{group.codes + 4 * column};
       const auto scales = [&](int half) OCTAVO_INLINE_LAMBDA {
         const float *d = group.d[half] + column, *m = group.m[half] + column;
-        return Scales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}, planes.centre, planes.minimum};
+        return PlaneScales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}, planes.centre, planes.minimum};
       };
-      if constexpr (Halves) {
+      if constexpr (Pair) {
+        PairScales pair;
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int at = column + i * W;
+          pair.d[i] = vload(group.units[0] + at), pair.m[i] = vload(group.units[1] + at);
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half)
+            pair.number[half][i] = vload(group.d[half] + at), pair.minimum[half][i] = vload(group.m[half] + at);
+        }
+        add_pair<N, R>(codes, pair, rows.of, first_group + g, sums);
+      } else if constexpr (Halves) {
         add_part<N, R, Wide, kFirstHalf>(codes, scales(0), rows.of, first_group + g, sums);
         add_part<N, R, Wide, kSecondHalf>(codes, scales(1), rows.of, first_group + g, sums);
       } else {
@@ -244,19 +207,39 @@ void tile(const Product& product, const UnpackedGroup* groups, int64_t first_gro
 
 using TileFunction = void (*)(const Product&, const UnpackedGroup*, int64_t, int64_t, int64_t, float*, int64_t,
                               const uint8_t*, int64_t);
-template <int N, int R, bool Wide, bool Halves>
+template <int N, int R, bool Wide, bool Halves, bool Pair>
 constexpr TileFunction tile_of() {
-  if constexpr (R <= kMaxTileRows<N>) return &tile<N, R, Wide, Halves>;
+  if constexpr (R <= kMaxTileRows<N>) return &tile<N, R, Wide, Halves, Pair>;
   return nullptr;
 }
 
-void unpack_for_products(const PlaneFormat& format, const uint8_t* panel, int64_t first, int64_t num_groups,
+void store_pair(const uint8_t* block, int group, int column, UnpackedGroup& out) {
+  const PairScales scales = load_pair<Format::kQ2_K>(block, group, column);
+  for (int i = 0; i < 2; ++i) {
+    const int at = column + i * W;
+    vstore(out.units[0] + at, scales.d[i]);
+    vstore(out.units[1] + at, scales.m[i]);
+    for (int half = 0; half < 2; ++half) {
+      vstore(out.d[half] + at, scales.number[half][i]);
+      vstore(out.m[half] + at, scales.minimum[half][i]);
+    }
+  }
+}
+
+template <bool Pair>
+void unpack_for_products(const Product& product, const uint8_t* panel, int64_t first, int64_t num_groups,
                          UnpackedGroup* groups) {
+  const PlaneFormat& format = *product.planes;
   const Planes& planes = format.planes;
   for (int64_t g = 0; g < num_groups; ++g) {
     const int64_t index = first + g;
-    format.unpack(panel + index / planes.groups_of_block * bytes_of_block(planes),
-                  static_cast<int>(index % planes.groups_of_block), groups[g]);
+    const uint8_t* block = panel + index / planes.groups_of_block * bytes_of_block(planes);
+    const auto place = static_cast<int>(index % planes.groups_of_block);
+    format.unpack(block, place, product.grid, groups[g]);
+    if constexpr (Pair) {
+      for (int column = 0; column < kPanel; column += 2 * W) store_pair(block, place, column, groups[g]);
+      continue;
+    }
     for (int half = 0; half < (planes.scales_of_group == 2 ? 2 : 1); ++half)
       for (int column = 0; column < kPanel; column += W) {
         float* m = groups[g].m[half] + column;
@@ -265,15 +248,15 @@ void unpack_for_products(const PlaneFormat& format, const uint8_t* panel, int64_
   }
 }
 
-template <int N, bool Wide, bool Halves>
+template <int N, bool Wide, bool Halves, bool Pair>
 void many_rows(const Product& product, const Part& part, UnpackedGroup* groups) {
   static constexpr TileFunction kTiles[] = {nullptr,
-                                            tile_of<N, 1, Wide, Halves>(),
-                                            tile_of<N, 2, Wide, Halves>(),
-                                            tile_of<N, 3, Wide, Halves>(),
-                                            tile_of<N, 4, Wide, Halves>(),
-                                            tile_of<N, 5, Wide, Halves>(),
-                                            tile_of<N, 6, Wide, Halves>()};
+                                            tile_of<N, 1, Wide, Halves, Pair>(),
+                                            tile_of<N, 2, Wide, Halves, Pair>(),
+                                            tile_of<N, 3, Wide, Halves, Pair>(),
+                                            tile_of<N, 4, Wide, Halves, Pair>(),
+                                            tile_of<N, 5, Wide, Halves, Pair>(),
+                                            tile_of<N, 6, Wide, Halves, Pair>()};
   const Planes& planes = product.planes->planes;
   const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
   const int64_t num_groups = product.in_features / kGroup;
@@ -283,7 +266,7 @@ void many_rows(const Product& product, const Part& part, UnpackedGroup* groups) 
     const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
-      unpack_for_products(*product.planes, weights, first, count, groups);
+      unpack_for_products<Pair>(product, weights, first, count, groups);
       const uint8_t* next = weights + panel_bytes * (first + count) / num_groups;
       const int64_t next_bytes = (panel_bytes / num_groups / num_tiles + 63) / 64 * 64;
       for (int64_t t = 0; t < num_tiles; ++t) {  // tiles of nearly equal height
@@ -302,10 +285,12 @@ void rounded(const Product& product, const Part& part, void* scratch) {
   if (part.num_rows == 1 && kTakesRegisters) return one_row_of<N>(product.planes->format)(product, part);
   const Planes& planes = product.planes->planes;
   auto* groups = static_cast<UnpackedGroup*>(scratch);
-  if (planes.scales_of_group == 2) return many_rows<N, kUnsignedBytes, true>(product, part, groups);
+  if constexpr (kIsPair<Format::kQ2_K, N>)
+    if (product.planes->format == Format::kQ2_K) return many_rows<N, false, true, true>(product, part, groups);
+  if (planes.scales_of_group == 2) return many_rows<N, kUnsignedBytes, true, false>(product, part, groups);
   if constexpr (!kUnsignedBytes)
-    if (!planes.levels) return many_rows<N, false, false>(product, part, groups);
-  return many_rows<N, true, false>(product, part, groups);  // where any byte is multiplied as it is, all may be wide
+    if (!is_wide(planes)) return many_rows<N, false, false, false>(product, part, groups);
+  return many_rows<N, true, false, false>(product, part, groups);  // where any byte is multiplied as it is, all may be wide
 }
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
@@ -317,7 +302,7 @@ int32_t sum_of_half(const int8_t* digits) {
 }
 
 template <int N>
-void round_group(const float* values, Group<N>& group) {
+void round_group(const float* values, PlaneGroup<N>& group) {
   const Inputs inputs(values);
   const float largest = inputs.largest();
   if (largest < INFINITY) {
@@ -344,15 +329,15 @@ void round_group(const float* values, Group<N>& group) {
 template <int N>
 void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows, void* out) {
   const int64_t num_groups = in_features / kGroup;
-  Group<N>* groups = static_cast<Group<N>*>(out) + first_row * num_groups;
+  PlaneGroup<N>* groups = static_cast<PlaneGroup<N>*>(out) + first_row * num_groups;
   for (int64_t row = first_row; row < first_row + num_rows; ++row)
     for (int64_t g = 0; g < num_groups; ++g) round_group(x + row * x_stride + g * kGroup, *groups++);
 }
 
 template <int N>
 constexpr Method method_of() {
-  static_assert(sizeof(Group<N>) <= 128, "the workspace has no more");
-  return {&rounded<N>, &round_rows<N>, sizeof(Group<N>)};
+  static_assert(sizeof(PlaneGroup<N>) <= 128, "the workspace has no more");
+  return {&rounded<N>, &round_rows<N>, sizeof(PlaneGroup<N>)};
 }
 
 }  // namespace

@@ -39,6 +39,18 @@ enum class WeightFormat : int64_t {
   kQ6_K = 12,
   kIQ4_NL = 13,
   kIQ4_XS = 14,
+  kMXFP4 = 15,
+  kNVFP4 = 16,
+  kQ8_K = 17,
+  kTQ2_0 = 18,
+  kTQ1_0 = 19,
+  kIQ2_XXS = 20,  // from here on formats whose codes are points of a grid, see grid_codes.h
+  kIQ2_XS = 21,
+  kIQ2_S = 22,
+  kIQ3_XXS = 23,
+  kIQ3_S = 24,
+  kIQ1_S = 25,
+  kIQ1_M = 26,
 };
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -54,6 +66,7 @@ struct PackWeightArgs {  // rows: none
 struct PackedLinearArgs {  // rows: of x and out
   const float* x;          // [rows, in_features]
   const void* weight;
+  const void* grid;        // of formats whose codes are points of one, see grid_codes.h; else null
   const float* bias;       // [out_features] or null
   float* out;              // [rows, out_features]
   void* workspace;         // 128 bytes for every group of 32 inputs, 160 for grouped weights; may be null for dense formats
@@ -67,6 +80,7 @@ struct PackedLinearArgs {  // rows: of x and out
 
 struct PackedEmbeddingArgs {  // rows: of token_ids and out
   const void* weight;
+  const void* grid;        // of formats whose codes are points of one, see grid_codes.h; else null
   const int64_t* token_ids;
   float* out;  // [rows, in_features]
   int64_t out_stride;
@@ -78,6 +92,7 @@ struct PackedEmbeddingArgs {  // rows: of token_ids and out
 struct PackedArgmaxArgs {  // rows: of x, ids and best
   const float* x;          // [rows, in_features]
   const void* weight;
+  const void* grid;        // of formats whose codes are points of one, see grid_codes.h; else null
   int64_t* ids;            // [rows]
   float* best;             // [rows]
   void* workspace;

@@ -1,5 +1,6 @@
 // Weights whose codes lie in planes: how a file's blocks are packed, how groups are unpacked, and lookups of rows.
 
+#include "pack_grids.h"
 #include "pack_planes.h"
 #include "plane_codes.h"
 
@@ -28,6 +29,18 @@ constexpr int bytes_of_stored(Format f) {
     case Format::kQ6_K: return 210;
     case Format::kIQ4_NL: return 18;
     case Format::kIQ4_XS: return 136;
+    case Format::kMXFP4: return 17;
+    case Format::kNVFP4: return 36;
+    case Format::kQ8_K: return 292;
+    case Format::kTQ2_0: return 66;
+    case Format::kTQ1_0: return 54;
+    case Format::kIQ2_XXS: return 66;
+    case Format::kIQ2_XS: return 74;
+    case Format::kIQ2_S: return 82;
+    case Format::kIQ3_XXS: return 98;
+    case Format::kIQ3_S: return 110;
+    case Format::kIQ1_S: return 50;
+    case Format::kIQ1_M: return 56;
     default: return 0;
   }
 }
@@ -96,6 +109,20 @@ void read_block(const uint8_t* block, Stored& out) {
     std::memcpy(out.scales, block + 192, 16);
     read_codes<F, 64, 32>(block, block + 128, out);
   }
+  if constexpr (F == Format::kMXFP4) {
+    out.scales[0] = block[0];
+    read_codes<F, 16>(block + 1, nullptr, out);
+  }
+  if constexpr (F == Format::kNVFP4) {
+    for (int i = 0; i < 4; ++i) out.scales[i] = block[i] == 0x7F ? 0 : block[i];  // which the file means by it
+    read_codes<F, 8>(block + 4, nullptr, out);
+  }
+  if constexpr (F == Format::kQ8_K)
+    for (int i = 0; i < kBlock; ++i) out.codes[i] = static_cast<uint8_t>(block[4 + i] ^ 0x80u);
+  if constexpr (F == Format::kTQ2_0) {
+    out.d = block + 64;
+    read_codes<F, 32>(block, nullptr, out);
+  }
   if constexpr (F == Format::kIQ4_XS) {
     for (int i = 0; i < 8; ++i)
       out.scales[i] = static_cast<uint8_t>((field<4, 1>(block + 4, i) | field<2, 1>(block + 2, i) << 4) - 32);
@@ -123,7 +150,8 @@ void write_plane(const uint8_t* codes, uint8_t* plane, int column) {
 template <Format F>
 void write_block(const Stored& stored, uint8_t* block, int column) {
   constexpr Planes kPlanes = planes_of(F);
-  std::memcpy(block + 2 * column, stored.d, 2);
+  if constexpr (kPlanes.unit == UnitType::kHalf) std::memcpy(block + 2 * column, stored.d, 2);
+  if constexpr (kPlanes.unit == UnitType::kFloat) std::memcpy(block + 4 * column, stored.d, 4);
   if constexpr (kPlanes.minimum) std::memcpy(block + 2 * kPanel + 2 * column, stored.m, 2);
   for (int i = 0; i < kPlanes.groups_of_block * kPlanes.scales_of_group; ++i) {
     block[start_of_scales(kPlanes) + i * kPanel + column] = stored.scales[i];
@@ -141,15 +169,21 @@ void write_block(const Stored& stored, uint8_t* block, int column) {
 
 template <Format F>
 void pack_block(const uint8_t* stored, uint8_t* block, int column) {
-  Stored fields;
-  read_block<F>(stored, fields);
-  write_block<F>(fields, block, column);
+  if constexpr (F == Format::kTQ1_0) {
+    pack_digits(stored, block, column);
+  } else if constexpr (planes_of(F).code == Code::kGrid) {
+    pack_grid<F>(stored, block, column);
+  } else {
+    Stored fields;
+    read_block<F>(stored, fields);
+    write_block<F>(fields, block, column);
+  }
 }
 
 template <Format F>
-void unpack_group(const uint8_t* block, int group, UnpackedGroup& out) {
+void unpack_group(const uint8_t* block, int group, const uint8_t* grid, UnpackedGroup& out) {
   for (int column = 0; column < kPanel; column += W) {
-    const PlaneCodes<F> codes(block, group, column);
+    const CodesOf<F> codes(block, group, column, grid);
     uint8_t* words = out.codes + 4 * column;
     const auto store = [&](int row, Words code) { store_words(words + row * 4 * kPanel, code); };
     store(0, codes.template row<0>()), store(1, codes.template row<1>());
@@ -183,14 +217,15 @@ void pack_panel(const PackWeightArgs& args, int64_t panel) {
 }
 
 // The weights of an output, as the file means them.
-void read_row(const PlaneFormat& format, const void* weight, int64_t in_features, int64_t output, float* out) {
+void read_row(const PlaneFormat& format, const void* weight, const uint8_t* grid, int64_t in_features, int64_t output,
+              float* out) {
   const Planes& planes = format.planes;
   const auto* panel = static_cast<const uint8_t*>(weight) + output / kPanel * bytes_of_panel(planes, in_features);
   const int64_t column = output % kPanel;
   for (int64_t g = 0; g < in_features / kGroup; ++g) {
     UnpackedGroup group;
     format.unpack(panel + g / planes.groups_of_block * bytes_of_block(planes),
-                  static_cast<int>(g % planes.groups_of_block), group);
+                  static_cast<int>(g % planes.groups_of_block), grid, group);
     for (int k = 0; k < kGroup; ++k) {
       const int half = planes.scales_of_group == 2 ? k / (kGroup / 2) : 0;
       const int code = group.codes[(k / 4 * kPanel + column) * 4 + k % 4];
@@ -205,9 +240,14 @@ void read_row(const PlaneFormat& format, const void* weight, int64_t in_features
 }  // namespace
 
 const PlaneFormat& plane_format(int64_t format) {
-  static constexpr PlaneFormat kFormats[] = {kFormat<Format::kQ5_0>, kFormat<Format::kQ5_1>,  kFormat<Format::kQ2_K>,
-                                             kFormat<Format::kQ3_K>, kFormat<Format::kQ4_K>,  kFormat<Format::kQ5_K>,
-                                             kFormat<Format::kQ6_K>, kFormat<Format::kIQ4_NL>, kFormat<Format::kIQ4_XS>};
+  static constexpr PlaneFormat kFormats[] = {
+      kFormat<Format::kQ5_0>, kFormat<Format::kQ5_1>, kFormat<Format::kQ2_K>,
+      kFormat<Format::kQ3_K>, kFormat<Format::kQ4_K>, kFormat<Format::kQ5_K>,
+      kFormat<Format::kQ6_K>, kFormat<Format::kIQ4_NL>, kFormat<Format::kIQ4_XS>,
+      kFormat<Format::kMXFP4>, kFormat<Format::kNVFP4>, kFormat<Format::kQ8_K>,
+      kFormat<Format::kTQ2_0>, kFormat<Format::kTQ1_0>, kFormat<Format::kIQ2_XXS>,
+      kFormat<Format::kIQ2_XS>, kFormat<Format::kIQ2_S>, kFormat<Format::kIQ3_XXS>,
+      kFormat<Format::kIQ3_S>, kFormat<Format::kIQ1_S>, kFormat<Format::kIQ1_M>};
   return kFormats[format - static_cast<int64_t>(Format::kQ5_0)];
 }
 
@@ -216,7 +256,8 @@ void pack_planes(const PackWeightArgs& args, Team& team) {
 }
 
 void read_planes(const PackedEmbeddingArgs& args, int64_t row) {
-  read_row(plane_format(args.format), args.weight, args.in_features, args.token_ids[row], args.out + row * args.out_stride);
+  read_row(plane_format(args.format), args.weight, static_cast<const uint8_t*>(args.grid), args.in_features,
+           args.token_ids[row], args.out + row * args.out_stride);
 }
 
 }  // namespace octavo

@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 struct Job {
   const Op* ops;

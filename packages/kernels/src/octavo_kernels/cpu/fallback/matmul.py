@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo_kernels.packed_planes import GroupValues, group_values, read_panels, read_stored, write_panels
+from octavo_kernels.packed_parts import fill_panels, panel_values
+from octavo_kernels.packed_planes import GroupValues
 from octavo_kernels.packed_weight import (
     CODE_OFFSET,
     GROUP,
@@ -35,8 +36,8 @@ def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
     for part in _parts(weight):
         rows = stored[part.start * PANEL : part.stop * PANEL]
-        if weight.format.planes is not None:
-            write_panels(read_stored(rows, weight.format.planes), weight.format.planes, plane_panels(weight)[part])
+        if weight.format.layout is not None:
+            fill_panels(rows, weight.format.layout, plane_panels(weight)[part])
             continue
         if len(rows) < PANEL * (part.stop - part.start):
             rows = F.pad(rows, (0, 0, 0, PANEL * (part.stop - part.start) - len(rows)))
@@ -97,7 +98,7 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     if weight.format.dtype is not None:
         out.copy_(dense_panels(weight)[panels, :, places])
         return
-    if weight.format.planes is not None:
+    if weight.format.layout is not None:
         for row, panel, place in zip(out, panels.tolist(), places.tolist(), strict=True):
             row.copy_(_plane_values(weight, slice(panel, panel + 1)).weights()[0, place].flatten())
         return
@@ -162,16 +163,16 @@ def _values(weight: PackedWeight, part: slice) -> Tensor:
     """Return the values of some panels, filling rows included: [num_panels * 32, in_features] fp32."""
     if weight.format.dtype is not None:
         return dense_panels(weight)[part].transpose(1, 2).float().reshape(-1, weight.in_features)
-    if weight.format.planes is not None:
-        return _plane_values(weight, part).weights().view(-1, weight.in_features)
+    if weight.format.layout is not None:
+        return _plane_values(weight, part).weights().reshape(-1, weight.in_features)
     return _panel_blocks(weight, part).values(weight.format).view(-1, weight.in_features)
 
 
 def _plane_values(weight: PackedWeight, part: slice) -> GroupValues:
     """Return the values of some panels by [panel, output]."""
-    layout = weight.format.planes
+    layout = weight.format.layout
     assert layout is not None
-    return group_values(read_panels(plane_panels(weight)[part], layout), layout)
+    return panel_values(plane_panels(weight)[part], layout)
 
 
 def _parts(weight: PackedWeight) -> Iterator[slice]:
@@ -187,7 +188,7 @@ def _products(x: Tensor, weight: PackedWeight, int8_activations: bool) -> Iterat
     for part in _parts(weight):
         columns = slice(part.start * PANEL, min(part.stop * PANEL, weight.out_features))
         if isinstance(rows, _Int8Rows):
-            by_format = _int8_product if weight.format.planes is None else _int8_plane_product
+            by_format = _int8_product if weight.format.layout is None else _int8_plane_product
             product = by_format(rows, weight, part)
         else:
             product = F.linear(rows, _values(weight, part))

@@ -5,17 +5,15 @@ most often. A point's coordinates stand here as indices into the type's levels, 
 lowest bits first, as base85 text; a grid is expanded when a file that uses it is read.
 """
 
-from __future__ import annotations
-
 import base64
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Grid:
     """A grid as text: `num_points` of `num_dims` coordinates, each one of `levels`, by an index of `num_bits`."""
 
@@ -27,13 +25,12 @@ class Grid:
 
 
 @cache
-def grid_points(grid: Grid) -> npt.NDArray[np.float32]:
-    """Return a grid's points: [num_points, num_dims] float32, made once; do not write to it."""
-    bits = np.unpackbits(np.frombuffer(base64.b85decode(grid.text), np.uint8), bitorder="little")
-    weights = np.uint8(1) << np.arange(grid.num_bits, dtype=np.uint8)
-    indices = (bits.reshape(-1, grid.num_bits) * weights).sum(axis=1)
-    points: npt.NDArray[np.float32] = np.array(grid.levels, np.float32)[indices]
-    return points.reshape(grid.num_points, grid.num_dims)
+def grid_points(grid: Grid) -> Tensor:
+    """Return a grid's points: [num_points, num_dims] int8 on the CPU, made once; do not write to it."""
+    packed = torch.frombuffer(bytearray(base64.b85decode(grid.text)), dtype=torch.uint8)
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).view(-1, grid.num_bits)
+    indices = (bits.long() << torch.arange(grid.num_bits)).sum(dim=-1)
+    return torch.tensor(grid.levels, dtype=torch.int8)[indices].view(grid.num_points, grid.num_dims)
 
 
 _IQ2_XXS_TEXT = (
