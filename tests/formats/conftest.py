@@ -120,12 +120,6 @@ def published(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{layer}block_sparse_moe.experts.{expert}.{part}.weight", rows
 
 
-def linears_of(modules: nn.Module) -> dict[str, Any]:
-    """Return the linears of a model that are quantised: of attention, MLPs and experts."""
-    ends = ("_proj", ".w1", ".w2", ".w3")
-    return {name: module for name, module in modules.named_modules() if name.endswith(ends)}
-
-
 class Published(nn.Module):
     """The modules of a published Mixtral by their names, whose experts are linears, for libraries that look for those.
 
@@ -141,7 +135,10 @@ class Published(nn.Module):
                 if step not in parent._modules:
                     parent.add_module(step, nn.Module())
                 parent = parent._modules[step]
-            module = nn.Linear(*reversed(weight.shape), bias=False) if weight.dim() == 2 else nn.Module()
+            module = nn.Module()
+            if weight.dim() == 2:
+                is_table = last == "embed_tokens"
+                module = nn.Embedding(*weight.shape) if is_table else nn.Linear(*reversed(weight.shape), bias=False)
             module.register_parameter(part, nn.Parameter(weight.clone(), requires_grad=False))
             parent.add_module(last, module)
 

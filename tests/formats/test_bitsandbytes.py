@@ -55,26 +55,20 @@ class Library:
         return model
 
     def by_itself(self, model: Any, folder: Path) -> nn.Module:
-        weights = {f"{name}.weight": module.weight.data for name, module in model.named_modules() if is_linear(module)}
-        kept = ["lm_head", *(name.removesuffix(".weight") for name in weights if name.endswith("moe.gate.weight"))]
+        weights = {name: module.weight.data for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        kept = ["lm_head", *(name for name in weights if name.endswith("moe.gate"))]
         replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=self.config)
         for name, module in model.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.weight = bitsandbytes.nn.Params4bit(
-                    weights[f"{name}.weight"], requires_grad=False, **module.weight.__dict__
-                ).to("cpu")
+                settings = {**module.weight.__dict__, "requires_grad": False}
+                module.weight = bitsandbytes.nn.Params4bit(weights[name], **settings).to("cpu")
             elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-                weight = weights[f"{name}.weight"]
-                module.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
+                module.weight = bitsandbytes.nn.Int8Params(weights[name], requires_grad=False).to("cpu")
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
         described = json.loads((folder / "config.json").read_text())
         described["quantization_config"] = self.config.to_dict()
         (folder / "config.json").write_text(json.dumps(described))
         return model
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

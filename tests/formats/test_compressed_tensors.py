@@ -27,7 +27,6 @@ from octavo_engine.errors import UnsupportedModel
 from octavo_engine.weights.source import FolderSource
 
 ASYMMETRIC = {"symmetric": False}
-INT8_INPUTS = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
 OF_OUR_OWN = {
     "W4A16 by channel, asymmetric": {"num_bits": 4, "strategy": "channel", **ASYMMETRIC},
     "W4A16 by tensor, asymmetric": {"num_bits": 4, "strategy": "tensor", **ASYMMETRIC},
@@ -76,9 +75,7 @@ class Library:
         self.schemes = schemes
 
     def __call__(self, model: Any, folder: Path) -> dict[str, Tensor]:
-        config = QuantizationConfig(
-            config_groups=self.schemes, ignore=["lm_head", r"re:.*embed_tokens", r"re:.*block_sparse_moe\.gate"]
-        )
+        config = QuantizationConfig(config_groups=self.schemes, ignore=["lm_head", r"re:.*block_sparse_moe\.gate"])
         apply_quantization_config(model, config, show_progress=False)
         linears = {name: module for name, module in model.named_modules() if hasattr(module, "quantization_scheme")}
         for linear in linears.values():
