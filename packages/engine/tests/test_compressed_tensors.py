@@ -93,7 +93,8 @@ class Packer:
         if self.format == "pack-quantized":
             parts |= {"weight_packed": stream(numbers - low, bits), "weight_shape": np.array(weight.shape)}
             if not self.arguments["symmetric"]:
-                parts["weight_zero_point"] = stream((zeros - low).T, bits).T
+                packed = self.arguments["strategy"] != "tensor"
+                parts["weight_zero_point"] = stream((zeros - low).T, bits).T if packed else zeros[0].astype(np.int8)
         else:
             parts["weight"] = numbers.astype(np.int8)
             if not self.arguments["symmetric"]:
@@ -139,6 +140,8 @@ PACKERS = {
     "W4A16, asymmetric": Packer("pack-quantized", **W4, symmetric=False),
     "W8A16 by channel": Packer("pack-quantized", strategy="channel", group_size=-1, symmetric=False),
     "W3A16": Packer("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=False),
+    "W4A16 by tensor, asymmetric": Packer("pack-quantized", num_bits=4, strategy="tensor", symmetric=False),
+    "W4A8 in bytes": Packer("int-quantized", **W4, symmetric=False),
     "W8A8 by channel": Packer("int-quantized", strategy="channel"),
     "W8A8 by tensor, asymmetric": Packer("int-quantized", strategy="tensor", symmetric=False),
     "int8 by group": Packer("naive-quantized", strategy="group", group_size=32, symmetric=False),
@@ -279,7 +282,7 @@ def changed(packer: Packer, key: str, value: Any) -> dict[str, Any]:
         ("config_groups", {"g": {"targets": ["re:["], "weights": {}}}, r"targets: expected a regular expression"),
         ("config_groups", {"g": {"targets": 3, "weights": {}}}, r"targets: expected a list of strings, found 3"),
         ("num_bits", 9, r"weights: num_bits 9 is not supported; these are: 2, 3, 4"),
-        ("format", "int-quantized", r"weights: num_bits 4 is not supported; 'int-quantized' does not hold such"),
+        ("format", "float-quantized", r"weights: num_bits 4 is not supported; 'float-quantized' does not hold such"),
         ("num_bits", 8, r"tensor '\S+.weight_packed': expected codes of 8 bits of the shape \[\d+, \d+\], found"),
         ("strategy", "token", r"strategy 'token' is not supported"),
         ("strategy", "channel", r"group_size: expected a number for groups alone, as the strategy is 'channel'"),
