@@ -270,13 +270,16 @@ void round_group(const float* values, Group<N>& group) {
     group.scale = NAN;
     std::memset(group.digits, 0, sizeof group.digits);
   }
-  group.base = -kMiddle * group.scale;
   group.offset = group.scale * static_cast<float>(sum);
-  group.moved = -8 * sum;
-  group.moved_high = -8 * ((sum - sum_low) / 256);
-  group.moved_low = -8 * sum_low;
-  group.begin[0] = kMiddleBits - 8 * sum;
-  group.begin[1] = kMiddleBits - 128 * sum;
+  if constexpr (kSumsAreFloats<N>) {
+    group.base = -kMiddle * group.scale;
+    group.begin[0] = kMiddleBits - 8 * sum;
+    group.begin[1] = kMiddleBits - 128 * sum;
+  } else {
+    group.moved = -8 * sum;
+    group.moved_high = -8 * ((sum - sum_low) / 256);
+    group.moved_low = -8 * sum_low;
+  }
 }
 
 template <int N>
