@@ -52,8 +52,9 @@ class Ahead {
   OCTAVO_INLINE void fetch(int count) {
     for (; count > 0 && next_ != end_; --count, ++next_) {
       const char* at = reinterpret_cast<const char*>(*next_);
-      // Read once: a line that goes past the outer caches need not be moved out of them again (locality 0).
-      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 0);
+      // Into all caches: a tile and the next one are more than the first cache holds, and a line that has passed by the
+      // second one (locality 0) is read from memory again once it has left the first.
+      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 3);
     }
   }
 
