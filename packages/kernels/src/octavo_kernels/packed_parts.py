@@ -153,14 +153,16 @@ def _plane(codes: Tensor, bits: int) -> Tensor:
     """Return codes [..., inputs] as bytes of rows of words, as many inputs to a byte as fit."""
     rows = codes.unflatten(-1, (-1, 8 // bits, 4))  # [..., row, field, byte]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (rows << shifts[:, None]).sum(dim=-2, dtype=torch.uint8).flatten(-2)
+    packed: Tensor = (rows << shifts[:, None]).sum(dim=-2, dtype=torch.uint8).flatten(-2)
+    return packed
 
 
 def _codes(plane: Tensor, bits: int) -> Tensor:
     """Return what `_plane` was given, in groups: [..., groups, 32] fp32."""
     rows = plane.unflatten(-1, (-1, 1, 4))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)
-    return (rows >> shifts[:, None] & ((1 << bits) - 1)).flatten(-3).unflatten(-1, (-1, _GROUP)).float()
+    codes: Tensor = (rows >> shifts[:, None] & ((1 << bits) - 1)).flatten(-3).unflatten(-1, (-1, _GROUP)).float()
+    return codes
 
 
 # ---- floats of 4 bits, whole numbers, digits ------------------------------------------------------------------------
@@ -254,7 +256,8 @@ def _sevens(numbers: Tensor) -> Tensor:
 
 def _halves(codes: Tensor) -> Tensor:
     """Cut groups of 32 in two: [..., 8, 32] -> [..., 16, 16]."""
-    return codes.unflatten(-1, (2, -1)).flatten(-3, -2)
+    halves: Tensor = codes.unflatten(-1, (2, -1)).flatten(-3, -2)
+    return halves
 
 
 def _nibbles(scales: Tensor) -> Tensor:
@@ -324,7 +327,8 @@ def _iq3_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
 def _ternary(indices: Tensor, minus: Tensor) -> Tensor:
     """Return 8 times the coordinates of IQ1's points, and 1 more, or less where `minus` [..., points] is set."""
     points = _points(IQ1_GRID, indices).unflatten(-1, (4, 8)) * 8
-    return (points + (1 - 2 * minus[..., None])).flatten(-2)
+    moved: Tensor = (points + (1 - 2 * minus[..., None])).flatten(-2)
+    return moved
 
 
 def _pack_iq1_s(blocks: Tensor) -> Tensor:
