@@ -202,7 +202,7 @@ def codes_of_scale_one(weight_format, out_features, in_features):
     return packed, ok.unpack_weight(packed).double()
 
 
-@pytest.mark.skipif(ok.cpu_isa() == "none", reason="about native code")
+@pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize("weight_format", [WeightFormat.Q4_0, WeightFormat.Q8_0], ids=lambda item: item.value)
 @pytest.mark.parametrize("num_tokens", [3, 40])
 def test_the_sum_of_a_group_in_8_bits_is_rounded_once(weight_format, num_tokens):
@@ -225,7 +225,7 @@ def test_8_bit_products_by_inputs_of_any_size_have_the_same_digits(device, weigh
     assert torch.equal(far, product * 2.0**exponent)
 
 
-@pytest.mark.skipif(ok.cpu_isa() == "none", reason="about native code")
+@pytest.mark.usefixtures("native_library")
 @block_formats
 def test_an_input_in_8_bits_that_is_too_large_counts_as_not_finite(weight_format):
     weight = random_weight(weight_format, 40, 64)
