@@ -27,7 +27,7 @@ import nox
 nox.needs_version = ">=2025.10.14"
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "layers", "docs", "tests", "sanitize", "isolation", "e2e"]
+nox.options.sessions = ["lint", "types", "layers", "docs", "tests", "sanitize", "isolation", "e2e", "formats"]
 
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -255,7 +255,7 @@ def soak(session: nox.Session) -> None:
     (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(ran, indent=1) + "\n")
 
 
-@nox.session(default=False, venv_backend="none", requires=["env"])
+@nox.session(venv_backend="none", requires=["env"])
 def formats(session: nox.Session) -> None:
     """Hold what we read in quantised checkpoints against the libraries that write them, beside the shared environment.
 
