@@ -95,16 +95,10 @@ def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> No
     made.check_tokens(2, expert_parallel=True)
 
 
-TIMES_AT_REST = {  # of formats that take over 1.05 times the bytes of their file
-    "gemm": 1.19,
-    "gemm, one group": 1.14,
-}
-
-
-@pytest.mark.parametrize(("name", "packer"), PACKERS.items(), ids=PACKERS)
-def test_memory_at_rest_is_about_that_of_the_file(name: str, packer: Packer, make_quantised: MakeQuantised) -> None:
+@pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
+def test_memory_at_rest_is_that_of_the_file(packer: Packer, make_quantised: MakeQuantised) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    make_quantised(packer, packer.settings, **sizes).check_memory(TIMES_AT_REST.get(name, 1.05))
+    make_quantised(packer, packer.settings, **sizes).check_memory()
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)

@@ -121,19 +121,10 @@ def test_experts_of_a_mixture_stay_in_codes(name: str, make_quantised: MakeQuant
         made.check_tokens(**options)
 
 
-TIMES_AT_REST = {  # of formats that take over 1.05 times the bytes of their file
-    "4 bits, v2, asymmetric": 1.17,
-    "4 bits, asymmetric, desc_act": 1.21,
-    "4 bits, one group": 1.08,
-    "2 bits": 1.13,
-    "3 bits, desc_act": 1.14,
-}
-
-
-@pytest.mark.parametrize(("name", "packer"), PACKERS.items(), ids=PACKERS)
-def test_memory_at_rest_is_about_that_of_the_file(name: str, packer: Packer, make_quantised: MakeQuantised) -> None:
+@pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
+def test_memory_at_rest_is_that_of_the_file(packer: Packer, make_quantised: MakeQuantised) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    make_quantised(packer, packer.settings, **sizes).check_memory(TIMES_AT_REST.get(name, 1.05))
+    make_quantised(packer, packer.settings, **sizes).check_memory()
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
