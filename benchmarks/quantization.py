@@ -124,7 +124,7 @@ def plot(found: dict[str, float], path: Path) -> None:
 
     base = found["transformers"]
     names = [name for name in found if name != "transformers"]
-    losses = [100 * (found[name] / base - 1) for name in names]
+    losses = [round(100 * (found[name] / base - 1), 2) + 0.0 for name in names]  # no -0.00
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.bar_label(axes.barh(names[::-1], losses[::-1]), fmt="%.2f", padding=3, fontsize=8)
     axes.set(xlabel="% more perplexity than Transformers in float32", title="What rounding linears costs")

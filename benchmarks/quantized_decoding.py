@@ -3,9 +3,9 @@
     python benchmarks/quantized_decoding.py --out benchmarks/results/quantized_decoding
 
 The linears of one model are rounded to the nearest code of each format, in groups that divide its inputs; what it says
-then does not matter here. Embedding and head stay float32 in all of them, a fifth of the demo model. Contestants run
-one after the other, in rounds; figures are medians over the steps of all rounds. `memory` is what the linears take
-beside their bytes in a file.
+then does not matter here. Embedding and head stay float32 in all of them, a fifth of the demo model. All formats are in
+one process and compute a token each in turn, so that what else the machine does falls on all alike; figures are medians
+over steps. `memory` is what the linears take beside their bytes in a file.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _ABOVE = (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1)
 NF4 = torch.tensor([*_BELOW, 0, *_ABOVE])
 E2M1_LEVELS = torch.tensor([*E2M1, *(-value for value in E2M1)])
 TARGET_SPEED, TARGET_MEMORY = 2.0, 1.05
+WARM_STEPS = 3  # the prompt's, and two more
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -144,20 +145,22 @@ FORMATS: dict[str, tuple[int, Change]] = {  # bits of a code, and what rounds
 
 
 class Rounded:
-    """A source whose linears come in a format; what it lacks is the other source's."""
+    """A source whose linears come in a format; what it lacks is the other source's.
 
-    def __init__(self, source: Source, change: Change) -> None:
-        self._source, self._change = source, change
+    values: its weights by name, in float32.
+    """
+
+    def __init__(self, source: Source, values: dict[str, Tensor], change: Change) -> None:
+        self._source, self._values, self._change = source, values, change
         self.is_quantized = True
         self.file_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def weights(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+    def weights(self) -> Iterator[tuple[str, Any]]:
         """Yield float32 values, those of linears rounded."""
-        for name, weight in self._source.weights(*arguments, **options):
-            values = weight.float() if isinstance(weight, Tensor) else weight.values()
+        for name, values in self._values.items():
             changed = self._change(values) if name.endswith("_proj.weight") else values
             if isinstance(changed, QuantizedTensor):
                 self.file_bytes += in_file(changed)
@@ -173,47 +176,67 @@ def in_file(weight: QuantizedTensor) -> int:
     return weight.words.nbytes + weight.scales.nbytes + weight.zeros.numel() * weight.bits // 8 + order
 
 
-def decode(change: Change, model: str | None, num_steps: int) -> tuple[list[float], float | None]:
-    """Decode one sequence; return the seconds of its steps, and memory beside the file's."""
-    gc.collect()
-    source = Rounded(open_source(model), change)
-    config = EngineConfig(model=model, max_num_seqs=2)
-    numerics = resolve_numerics(config, source.config)
-    method = choose_method(numerics.device, numerics.dtype)
-    make_model = partial(load_model, device=numerics.device, dtype=numerics.dtype, quant=method)
-    other: Any = source
-    built = assemble(config, other, numerics, Place(make_model, KVStorage), None, time.monotonic())
-    streams = submit(built, 1, num_steps)
-    steps: list[float] = []
-    while built.engine.has_work:
+class Contestant:
+    """An engine on a model in a format, with one sequence to decode.
+
+    Attributes:
+        memory: of its linears beside their bytes in a file; None for float32.
+        seconds: of its steps so far.
+    """
+
+    def __init__(self, source: Rounded, num_steps: int) -> None:
+        config = EngineConfig(max_num_seqs=2, num_blocks=64)
+        numerics = resolve_numerics(config, source.config)
+        method = choose_method(numerics.device, numerics.dtype)
+        make_model = partial(load_model, device=numerics.device, dtype=numerics.dtype, quant=method)
+        before = grouped_bytes()
+        other: Any = source
+        self._built = assemble(config, other, numerics, Place(make_model, KVStorage), None, time.monotonic())
+        self._streams = submit(self._built, 1, num_steps)
+        self.memory = (grouped_bytes() - before) / source.file_bytes if source.file_bytes else None
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """Compute one token."""
         started = time.perf_counter()
-        for one in built.engine.step():
-            streams[one.request_id].push(one)
-        steps.append(time.perf_counter() - started)
-    held = sum(item.num_bytes for item in gc.get_objects() if isinstance(item, GroupedWeight))
-    built.engine.close()
-    return steps[2:-1], held / source.file_bytes if source.file_bytes else None
+        for one in self._built.engine.step():
+            self._streams[one.request_id].push(one)
+        self.seconds.append(time.perf_counter() - started)
+
+
+def grouped_bytes() -> int:
+    """Return the bytes of all grouped weights that there are."""
+    gc.collect()
+    return sum(item.num_bytes for item in gc.get_objects() if type(item) is GroupedWeight)
+
+
+def as_float32(weight: Any) -> Tensor:
+    """Return a weight's values."""
+    values: Tensor = weight.float() if isinstance(weight, Tensor) else weight.values()
+    return values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="GGUF file; the demo model if left out")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--out", type=Path, help="write OUT.json")
     arguments = parser.parse_args()
-    steps: dict[str, list[float]] = {name: [] for name in ["float32", *arguments.formats]}
-    memory: dict[str, float | None] = {}
-    for _ in range(arguments.rounds):
-        for name in steps:
-            taken, memory[name] = decode(FORMATS[name][1], arguments.model, arguments.steps)
-            steps[name] += taken
-            print(f"{name}: {1000 * statistics.median(taken):.2f} ms a step", flush=True)
+    source = open_source(arguments.model)
+    values = {name: as_float32(weight) for name, weight in source.weights()}
+    contestants = {}
+    for name in dict.fromkeys(["float32", *arguments.formats]):
+        contestants[name] = Contestant(Rounded(source, values, FORMATS[name][1]), arguments.steps + WARM_STEPS)
+        print(f"made {name}", flush=True)
+    for _ in range(arguments.steps + WARM_STEPS):
+        for contestant in contestants.values():
+            contestant.step()
+    steps = {name: item.seconds[WARM_STEPS:] for name, item in contestants.items()}
     plain = statistics.median(steps["float32"])
     rows = []
     for name, taken in steps.items():
-        step, held, bits = statistics.median(taken), memory[name], FORMATS[name][0]
+        step, held, bits = statistics.median(taken), contestants[name].memory, FORMATS[name][0]
         row = {"format": name, "bits": bits, "step_ms": 1000 * step, "tokens_per_s": 1 / step}
         rows.append({**row, "times_float32": plain / step, "memory": held})
         kept = verdict = ""

@@ -185,3 +185,95 @@ def test_the_program_says_what_it_wants(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tune.main(["--shape", "64"])
     assert "'64' is no shape, expected two numbers as in 4096x14336" in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_an_h100(monkeypatch, tmp_path):
+    """Have launches ask what is shipped, as on an H100 whose user has measured nothing."""
+    tuned = pytest.importorskip("octavo_kernels.triton._tuned")
+    cache = TuningCache(tmp_path / "tuned.json")
+    monkeypatch.setattr(tuned, "tuning_cache", lambda: cache)
+    monkeypatch.setattr(tuned, "interpreted", lambda: False)
+    monkeypatch.setattr(tuned, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    return cache
+
+
+def int_weight():
+    codes = torch.randint(16, (256, 96))
+    return ok.int_weight_from_codes(codes, torch.rand(2, 96).half(), bits=4, group_size=128)
+
+
+def test_products_of_integers_and_mixtures_ask_the_cache_but_not_in_fp32(on_an_h100, monkeypatch):
+    moe, weight_only = (pytest.importorskip(f"octavo_kernels.triton.{name}") for name in ("moe", "weight_only"))
+    tuned = pytest.importorskip("octavo_kernels.triton._tuned")
+    weight, x = int_weight(), torch.zeros(3, 256, dtype=torch.bfloat16)
+    assert weight_only._tuned_tile(x, weight)[1:] == (64, 16, 4, 4)
+    assert moe._tuned_tile(x, 16, 8, 512) == (16, 128, 4, 4)
+    assert moe._tuned_tile(x.float(), 16, 8, 512) == moe.choose_tile(16, torch.float32)
+    key = tuned.tuning_key("weight_only_linear", rows=3, shape="int4 96x256", dtype=x.dtype, device=x.device)
+    on_an_h100.keep(key, Measured({"columns": 32, "num_stages": 2}, 1e-6))
+    assert weight_only._tuned_tile(x, weight)[1:] == (32, 16, 4, 2)
+    on_an_h100.keep(key._replace(dtype="float32"), Measured({"columns": 64}, 1e-6))
+    default = weight_only.choose_tile(3, weight, torch.float32)
+    assert weight_only._tuned_tile(x.float(), weight) == default
+    with pytest.raises(
+        ok.OptionError, match=r"weight_only_linear \(triton\): a tuned configuration has rows, expected"
+    ):
+        tuned.with_config("weight_only_linear", default, weight_only.TUNABLE, {"rows": 32})
+
+
+def attention_call(*, batch_invariant, dtype=torch.bfloat16, head_dim=128):
+    call = pytest.importorskip("octavo_kernels.triton._attention_call")
+    options = pytest.importorskip("octavo_kernels._options").AttentionOptions
+    q, k = torch.zeros(4, 8, head_dim, dtype=dtype), torch.zeros(2, 2, 16, head_dim, dtype=dtype)
+    starts, lens = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    table = torch.zeros(1, 2, dtype=torch.int32)
+    chosen = options(scale=1.0, causal=True, batch_invariant=batch_invariant)
+    return call.AttentionCall(q, k, k, starts, lens, chosen, torch.empty_like(q), None, table)
+
+
+def test_attention_asks_the_cache_unless_its_sums_must_keep_their_order(on_an_h100, monkeypatch):
+    call_of = pytest.importorskip("octavo_kernels.triton._attention_call")
+    monkeypatch.setattr(call_of, "interpreted", lambda: False)
+    free, fixed = (attention_call(batch_invariant=invariant) for invariant in (False, True))
+    assert free.split_tile(4) == (16, 64, 4, 3)  # the kernel's own has five stages
+    assert free.prefill_tile(400) == (128, 64, 8, 3)
+    tuned = pytest.importorskip("octavo_kernels.triton._tuned")
+    for rows, kind in ((16, "decode"), (64, "decode"), (128, "prefill")):
+        key = tuned.tuning_key(
+            "paged_attention", rows=rows, shape=f"{kind} 128", dtype=torch.bfloat16, device=torch.device("cpu")
+        )
+        on_an_h100.keep(key, Measured({"num_warps": 2}, 1e-6))
+    assert (free.split_tile(4).num_warps, free.prefill_tile(400).num_warps) == (2, 2)
+    assert [fixed.split_tile(4), fixed.prefill_tile(400)] == [(64, 64, 4, 5), (128, 64, 8, 3)]
+
+
+def test_a_device_without_configurations_is_named_once_for_an_op(on_an_h100, monkeypatch, caplog):
+    tuned = pytest.importorskip("octavo_kernels.triton._tuned")
+    weight_only = pytest.importorskip("octavo_kernels.triton.weight_only")
+    monkeypatch.setattr(tuned, "device_name", lambda device: "NVIDIA L4")
+    tuned._say_missing.cache_clear()
+    weight, x = int_weight(), torch.zeros(3, 256, dtype=torch.bfloat16)
+    default = weight_only.choose_tile(3, weight, torch.bfloat16)
+    for _ in range(2):
+        assert weight_only._tuned_tile(x, weight) == default
+    assert caplog.messages == [
+        "weight_only_linear: no launch configuration for NVIDIA L4, the kernel's own serves; "
+        "python -m octavo_kernels.tune measures some"
+    ]
+
+
+def test_tuning_a_product_by_integers_keeps_what_launches_find(on_an_h100, monkeypatch):
+    weight_only = pytest.importorskip("octavo_kernels.triton.weight_only")
+    launched = []
+    monkeypatch.setattr(weight_only, "weight_only_linear", lambda *arguments: launched.append(arguments[-1]))
+
+    def seconds(launch):
+        launch()
+        return 1e-6 if launched[-1][1:] == (128, 16, 8, 3) else 2e-6
+
+    weight, x = int_weight(), torch.zeros(3, 256, dtype=torch.bfloat16)
+    best = tune.tune_weight_only_linear(x, weight, on_an_h100, seconds)
+    assert best == Measured({"columns": 128, "num_warps": 8, "num_stages": 3}, 1e-6)
+    assert len(launched) == len(set(launched)) == 12
+    assert weight_only._tuned_tile(x, weight)[1:] == (128, 16, 8, 3)

@@ -39,6 +39,7 @@ KERNELS = {
     "decode with all options": _attention(64, 32, 8, split=True, rich=True),
     "decode of fp8": _attention(64, 64, 4, split=True, cache="*fp8e4nv"),
     "decode with the lowest tile": _attention(16, 64, 4, split=True, chunked=False),
+    "decode as shipped for Hopper": _attention(64, 64, 4, split=True) | {"num_stages": 3},
     "decode on CDNA3": _attention(64, 64, 4, split=True) | _CDNA3,
     "prefill": _attention(128, 64, 8, split=False),
     "prefill with all options": _attention(64, 32, 8, split=False, rich=True),

@@ -162,6 +162,8 @@ KERNELS: dict[str, Any] = {
     "FP8 by blocks, many rows": _scaled((128, 64, 8, 4), "fp8e4nv", blocks=True, wgmma=True),
     "W8A8, many rows": _scaled((128, 128, 8, 3), "i8", wgmma=True),
     "MoE gate and up, many rows": _grouped("moe:_gate_up", (128, 64, 8, 3), wgmma=True),
+    "MoE gate and up as shipped for Hopper, few rows": _grouped("moe:_gate_up", (16, 128, 4, 4), wgmma=False),
+    "MoE down as shipped for Hopper, few rows": _grouped("moe:_down", (16, 128, 4, 4), wgmma=False),
     "MoE down, many rows": _grouped("moe:_down", (128, 64, 8, 3), wgmma=True),
     "LoRA shrink": _grouped("lora:_shrink", (16, 16, 4, 3), wgmma=False),
     "LoRA expand": _grouped("lora:_expand", (16, 64, 4, 2), wgmma=False),

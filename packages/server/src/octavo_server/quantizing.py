@@ -122,7 +122,7 @@ def _cut(
     assert own is not None
     return cut_text(
         own,
-        num_sequences=max(wanted.num_sequences, wanted.num_tuned_sequences),
+        num_sequences=len(own) if wanted.tune_steps else wanted.num_sequences,  # tuning takes from all of the text
         length=wanted.sequence_length,
         num_evaluation=num_evaluation,
         evaluation_ids=other,

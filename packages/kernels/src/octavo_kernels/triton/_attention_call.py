@@ -10,6 +10,10 @@ from torch import Tensor
 from octavo_kernels._options import AttentionOptions
 from octavo_kernels._split_workspace import SPLIT_ROWS
 from octavo_kernels.triton._launch import interpreted, next_power_of_2
+from octavo_kernels.triton._tuned import tuned
+
+TUNABLE = ("num_warps", "num_stages")
+"""What a tuned configuration says of a tile, but for batch-invariant calls; the order of sums depends on the rest."""
 
 
 class Tile(NamedTuple):
@@ -63,8 +67,10 @@ class AttentionCall:
         if self.q.dtype == torch.float32 or self.options.batch_invariant:
             return self._invariant_tile(128, self._num_stages(3))
         if num_rows <= SPLIT_ROWS or torch.version.hip is not None:
-            return Tile(max(least, 16 if num_rows <= 16 else 64), self._num_keys(), 4, self._num_stages(3))
-        return Tile(max(least, 64 if block_d > 128 else 128), self._num_keys(), 8, self._num_stages(3))
+            small = max(least, 16 if num_rows <= 16 else 64)
+            return self._tuned("prefill", Tile(small, self._num_keys(), 4, self._num_stages(3)))
+        large = max(least, 64 if block_d > 128 else 128)
+        return self._tuned("prefill", Tile(large, self._num_keys(), 8, self._num_stages(3)))
 
     def split_tile(self, max_query_len: int) -> Tile:
         """Return the tile for short queries, whose time goes into reading keys."""
@@ -72,7 +78,14 @@ class AttentionCall:
             return self._invariant_tile(SPLIT_ROWS, self._num_stages(5))
         num_rows = max(16, min(SPLIT_ROWS, next_power_of_2(max_query_len * self.group)))
         num_warps = 8 if self._block_d() > 128 else 4
-        return Tile(max(next_power_of_2(self.group), num_rows), self._num_keys(), num_warps, self._num_stages(5))
+        num_rows = max(next_power_of_2(self.group), num_rows)
+        return self._tuned("decode", Tile(num_rows, self._num_keys(), num_warps, self._num_stages(5)))
+
+    def _tuned(self, kind: str, default: Tile) -> Tile:
+        return tuned(
+            "paged_attention", default, TUNABLE, rows=default.rows, shape=f"{kind} {self._block_d()}",
+            dtype=self.q.dtype, device=self.q.device,
+        )  # fmt: skip
 
     def _invariant_tile(self, num_rows: int, num_stages: int) -> Tile:
         """Return a tile of about num_rows rows: sums have one order in all of them, four warps to 64 rows."""

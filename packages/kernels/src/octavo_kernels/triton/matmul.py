@@ -12,7 +12,6 @@ second kernel adds their sums in order; for many rows one program adds all spans
 # ruff: noqa: N803
 # Triton has no types, and its compile-time parameters are written in capitals.
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from octavo_kernels.triton._codes import codes_of, inverse_of, largest_magnitude
 from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 from octavo_kernels.triton._planes import group_numbers, group_scales, plane_constants, plane_layout
 from octavo_kernels.triton._tiles import dot_precision, sum_spans, tile_of
+from octavo_kernels.triton._tuned import device_name as _device_name
 from octavo_kernels.tuning import Config, Key, row_bucket, tuning_cache
 
 _GROUP = tl.constexpr(GROUP)
@@ -143,11 +143,6 @@ def tile_from(default: Tile, config: Config | None) -> Tile:
             "measure again with python -m octavo_kernels.tune"
         )
     return tile
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _operand_dtype(x: Tensor, weight: PackedWeight) -> torch.dtype:

@@ -7,6 +7,8 @@ A row is a pair of a token and one of its experts, token * top_k + place; see `o
 # ruff: noqa: N803
 # Triton has no types, and its compile-time parameters are written in capitals.
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,23 @@ from octavo_kernels.moe import moe_tile_rows
 from octavo_kernels.row_groups import num_row_tiles
 from octavo_kernels.triton._launch import check_dtypes, interpreted, next_power_of_2
 from octavo_kernels.triton._tiles import dot_precision, tile_of
+from octavo_kernels.triton._tuned import tuned
 from octavo_kernels.triton.row_groups import group_rows
 
 _BLOCK_K = 64  # of every product, so that the order of its sums does not follow the batch
 _COLUMNS = 64
+
+TUNABLE = ("columns", "num_warps", "num_stages")
+"""What a tuned configuration says of a tile; rows and inputs stay, and with them a row's bits."""
+
+
+class Tile(NamedTuple):
+    """How both products are cut: rows and outputs of a tile, warps and stages."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
 
 
 def fused_moe(
@@ -32,8 +47,9 @@ def fused_moe(
     activation: str,
     out: Tensor,
     workspace: Tensor,
+    tile: Tile | None = None,
 ) -> None:
-    """Fill out as `octavo_kernels.fused_moe` says."""
+    """Fill out as `octavo_kernels.fused_moe` says; the tile is the one for the call unless it is given."""
     check_dtypes("fused_moe", x=x)
     num_tokens, hidden = x.shape
     num_experts, _, intermediate = w2.shape
@@ -46,11 +62,11 @@ def fused_moe(
     gated, offset = take(workspace, offset, x.dtype, num_rows, intermediate)
     results, offset = take(workspace, offset, x.dtype, num_rows, hidden)
     group_rows(topk_ids.view(-1), num_experts, rows, groups, workspace[offset:])
-    num_warps, num_stages = (8, 3) if block_m == 128 else (4, 4)
+    tile = tile or _tuned_tile(x, block_m, num_experts, intermediate)
     options = {
-        "BLOCK_M": block_m, "BLOCK_N": 32 if x.dtype == torch.float32 else _COLUMNS, "BLOCK_K": _BLOCK_K,
+        "BLOCK_M": block_m, "BLOCK_N": tile.columns, "BLOCK_K": _BLOCK_K,
         "WIDE_DOT": interpreted() and x.dtype == torch.bfloat16, "PRECISION": dot_precision(x.dtype),
-        "num_warps": num_warps, "num_stages": num_stages,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     _gate_up[(num_tiles * triton.cdiv(intermediate, options["BLOCK_N"]),)](
         x, w13, gated, rows, groups, num_rows, num_tiles, intermediate, hidden, top_k,
@@ -65,6 +81,18 @@ def fused_moe(
         results, topk_ids, out, hidden, num_experts, results.stride(0), out.stride(0),
         TOP_K=top_k, BLOCK=block, num_warps=4,
     )  # fmt: skip
+
+
+def choose_tile(num_rows: int, dtype: torch.dtype) -> Tile:
+    """Return the tile of a mixture whose tiles have so many rows."""
+    columns = 32 if dtype == torch.float32 else _COLUMNS
+    return Tile(num_rows, columns, *((8, 3) if num_rows == 128 else (4, 4)))
+
+
+def _tuned_tile(x: Tensor, num_rows: int, num_experts: int, intermediate: int) -> Tile:
+    shape = f"{num_experts} {intermediate}x{x.shape[1]}"
+    default = choose_tile(num_rows, x.dtype)
+    return tuned("fused_moe", default, TUNABLE, rows=num_rows, shape=shape, dtype=x.dtype, device=x.device)
 
 
 @triton.jit

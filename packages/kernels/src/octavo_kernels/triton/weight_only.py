@@ -28,8 +28,13 @@ from octavo_kernels._workspace import take
 from octavo_kernels.int_weight import ROWS, IntWeight
 from octavo_kernels.triton._launch import check_dtypes, interpreted
 from octavo_kernels.triton._tiles import dot_precision, sum_spans, tile_of
+from octavo_kernels.triton._tuned import tuned
 
 _ROWS = tl.constexpr(ROWS)
+
+
+TUNABLE = ("columns", "num_warps", "num_stages")
+"""What a tuned configuration says of a tile; rows and inputs stay, and with them a row's bits."""
 
 
 class Tile(NamedTuple):
@@ -42,14 +47,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def weight_only_linear(x: Tensor, weight: IntWeight, bias: Tensor | None, out: Tensor, workspace: Tensor) -> None:
-    """Fill out as `octavo_kernels.weight_only_linear` says."""
+def weight_only_linear(
+    x: Tensor, weight: IntWeight, bias: Tensor | None, out: Tensor, workspace: Tensor, tile: Tile | None = None
+) -> None:
+    """Fill out as `octavo_kernels.weight_only_linear` says; the tile is the one for the call unless it is given."""
     check_dtypes("weight_only_linear", x=x)
     num_tokens, out_features = out.shape
     spans = num_spans(out_features, weight.num_blocks)
     split = spans > 1 and splits_rows(num_tokens)
     target = take(workspace, 0, torch.float32, spans, num_tokens, out_features)[0] if split else out
-    tile = choose_tile(num_tokens, weight, x.dtype)
+    tile = tile or _tuned_tile(x, weight)
     tiles = triton.cdiv(num_tokens, tile.rows) * triton.cdiv(out_features, tile.columns)
     _product[(tiles, spans if split else 1)](
         x, weight.words, weight.scales, weight.zeros, weight.minimums, None if split else bias, target,
@@ -78,6 +85,17 @@ def choose_tile(num_tokens: int, weight: IntWeight, dtype: torch.dtype) -> Tile:
     if splits_rows(num_tokens):
         return Tile(32, 32 if fine else 64, ROWS, 4, 3)
     return Tile(64, 64, step, 8, 3) if fine or num_tokens <= 64 else Tile(128, 64, step, 8, 3)
+
+
+def tuning_shape(weight: IntWeight) -> str:
+    """Return what distinguishes launches beside dtype and rows."""
+    fine = " fine" if step_inputs(weight) < weight.block_inputs else ""
+    return f"int{weight.bits}{fine} {weight.out_features}x{weight.in_features}"
+
+
+def _tuned_tile(x: Tensor, weight: IntWeight) -> Tile:
+    default, shape = choose_tile(len(x), weight, x.dtype), tuning_shape(weight)
+    return tuned("weight_only_linear", default, TUNABLE, rows=len(x), shape=shape, dtype=x.dtype, device=x.device)
 
 
 def step_inputs(weight: IntWeight) -> int:

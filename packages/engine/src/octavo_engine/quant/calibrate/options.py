@@ -69,8 +69,3 @@ class QuantizeOptions:
             raise InvalidConfig(f"num_sequences must be at least 1, got {self.num_sequences}")
         if self.sequence_length < 2:
             raise InvalidConfig(f"sequence_length must be at least 2, got {self.sequence_length}")
-
-    @property
-    def num_tuned_sequences(self) -> int:
-        """How many sequences the steps of tuning take."""
-        return self.tune_steps * TUNED_ROWS
