@@ -4,6 +4,7 @@ nox -s demo                          the main job on a real model; `-- --serve` 
 nox -s tests                         every package on every backend this machine has
 nox -s "tests(kvcache, cpu)"         one package on one backend; `-- -k name` goes to pytest
 nox -s soak                          the large checks at full size
+nox -s formats                       quantised checkpoints against the libraries that write them
 nox -s network                       a model on two machines, whose link is cut and restored
 nox -s clients                       real clients of others, each in an environment of its own, against a server
 nox -s "isolation(kernels)"          one wheel with what it declares and nothing else
@@ -252,6 +253,23 @@ def soak(session: nox.Session) -> None:
         if case.find("skipped") is None
     ]
     (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(ran, indent=1) + "\n")
+
+
+@nox.session(default=False, venv_backend="none", requires=["env"])
+def formats(session: nox.Session) -> None:
+    """Hold what we read in quantised checkpoints against the libraries that write them, beside the shared environment.
+
+    In it Transformers would find them, and other tests would run otherwise.
+    """
+    folder = Path(session.create_tmp()).resolve() / "libraries"
+    wanted = hashlib.sha256("".join([sys.version, *requirements("formats"), CONSTRAINTS.read_text()]).encode())
+    stamp = folder / "requirements.sha256"
+    if not stamp.exists() or stamp.read_text() != wanted.hexdigest():
+        shutil.rmtree(folder, ignore_errors=True)
+        install = [shared_python(session), "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        session.run(*install, *requirements("formats"), external=True)
+        stamp.write_text(wanted.hexdigest())
+    pytest(session, "tests/formats", *session.posargs, env={"PYTHONPATH": str(folder), "REQUIRE_FORMATS": "1"})
 
 
 @nox.session(default=False, venv_backend="none", requires=["env"])

@@ -374,7 +374,7 @@ class QuantisedLlama:
             assert list(output.outputs[0].token_ids) == expected[0, len(prompt) :].tolist()
         llm.close()
 
-    def check_memory(self, times: float = 1.05) -> None:
+    def check_memory(self) -> None:
         """Hold what the loaded linears take on a CPU, whatever holds it, against their bytes in the file."""
         from safetensors import safe_open
 
@@ -387,7 +387,7 @@ class QuantisedLlama:
             names = [name for name in file.keys() if name.startswith(tuple(f"{linear}." for linear in self.linears))]  # noqa: SIM118 - no dict
             parts = [file.get_tensor(name) for name in names]
         in_file = sum(part.nbytes for part in parts)
-        assert 0.5 * in_file < held_bytes(found) <= times * in_file, held_bytes(found) / in_file
+        assert 0.5 * in_file < held_bytes(found) <= 1.05 * in_file, held_bytes(found) / in_file
 
     def check_mutations(self, num_mutations: int = 12) -> None:
         """Load copies whose settings, headers or bytes are damaged: they load, or end in a typed error."""

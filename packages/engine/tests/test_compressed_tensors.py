@@ -93,7 +93,8 @@ class Packer:
         if self.format == "pack-quantized":
             parts |= {"weight_packed": stream(numbers - low, bits), "weight_shape": np.array(weight.shape)}
             if not self.arguments["symmetric"]:
-                parts["weight_zero_point"] = stream((zeros - low).T, bits).T
+                packed = self.arguments["strategy"] != "tensor"
+                parts["weight_zero_point"] = stream((zeros - low).T, bits).T if packed else zeros[0].astype(np.int8)
         else:
             parts["weight"] = numbers.astype(np.int8)
             if not self.arguments["symmetric"]:
@@ -139,6 +140,8 @@ PACKERS = {
     "W4A16, asymmetric": Packer("pack-quantized", **W4, symmetric=False),
     "W8A16 by channel": Packer("pack-quantized", strategy="channel", group_size=-1, symmetric=False),
     "W3A16": Packer("pack-quantized", num_bits=3, strategy="group", group_size=32, symmetric=False),
+    "W4A16 by tensor, asymmetric": Packer("pack-quantized", num_bits=4, strategy="tensor", symmetric=False),
+    "W4A8 in bytes": Packer("int-quantized", **W4, symmetric=False),
     "W8A8 by channel": Packer("int-quantized", strategy="channel"),
     "W8A8 by tensor, asymmetric": Packer("int-quantized", strategy="tensor", symmetric=False),
     "int8 by group": Packer("naive-quantized", strategy="group", group_size=32, symmetric=False),
@@ -194,15 +197,14 @@ def test_experts_of_a_mixture_stay_in_codes(make_quantised: MakeQuantised) -> No
     made.check_tokens(2, expert_parallel=True)
 
 
-TIMES_AT_REST = {  # of formats that take over 1.05 times the bytes of their file
-    "FP8 by block": 1.11,
-}
+# Scales of blocks are held once for each output: a part of the codes that counts in blocks smaller than models have.
+LARGE_BLOCKS = {"FP8 by block": AsFloat8("float-quantized", type="float", strategy="block", block_structure=[128, 128])}
 
 
-@pytest.mark.parametrize(("name", "packer"), PACKERS.items(), ids=PACKERS)
-def test_memory_at_rest_is_about_that_of_the_file(name: str, packer: Packer, make_quantised: MakeQuantised) -> None:
+@pytest.mark.parametrize("packer", (PACKERS | LARGE_BLOCKS).values(), ids=PACKERS)
+def test_memory_at_rest_is_that_of_the_file(packer: Packer, make_quantised: MakeQuantised) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
-    make_quantised(packer, packer.settings, **sizes).check_memory(TIMES_AT_REST.get(name, 1.05))
+    make_quantised(packer, packer.settings, **sizes).check_memory()
 
 
 @pytest.mark.parametrize("packer", PACKERS.values(), ids=PACKERS)
@@ -274,7 +276,7 @@ def changed(packer: Packer, key: str, value: Any) -> dict[str, Any]:
         ("config_groups", {"g": {"targets": ["re:["], "weights": {}}}, r"targets: expected a regular expression"),
         ("config_groups", {"g": {"targets": 3, "weights": {}}}, r"targets: expected a list of strings, found 3"),
         ("num_bits", 9, r"weights: num_bits 9 is not supported; these are: 2, 3, 4"),
-        ("format", "int-quantized", r"weights: num_bits 4 is not supported; 'int-quantized' does not hold such"),
+        ("format", "float-quantized", r"weights: num_bits 4 is not supported; 'float-quantized' does not hold such"),
         ("num_bits", 8, r"tensor '\S+.weight_packed': expected codes of 8 bits of the shape \[\d+, \d+\], found"),
         ("strategy", "token", r"strategy 'token' is not supported"),
         ("strategy", "channel", r"group_size: expected a number for groups alone, as the strategy is 'channel'"),

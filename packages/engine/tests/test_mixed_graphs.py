@@ -35,6 +35,7 @@ from octavo_engine.runner.graphs import GraphInputs
 from octavo_engine.runner.late_device import LateDevice
 from octavo_engine.runner.model_input import GroupInput, ModelInput
 from octavo_engine.testing import random_model, tiny_config
+from octavo_kernels import attention_workspace
 
 _SHARED = runpy.run_path(str(Path(__file__).with_name("test_graphs.py")))
 RecordingDevice, native, setup, graphs_of, answers_of, setup_of, plan_of, FakeMeter = (
@@ -282,6 +283,10 @@ def test_memory_is_set_aside_for_both_kinds_of_graphs(model: Llama) -> None:
     assert meter.num_tries == 1 + 2
     assert both.mixed_sizes == (16, 32, 64)
     assert both.shapes[-1] == GraphShape(64, 8, 64)
-    assert both.num_bytes - without.num_bytes > 3 * (8 << 20)
+    decode, mixed = (attention_workspace(8, 256, 4, 2, 16, max_query_len=most) for most in (1, 64))
+    tables, outputs = 8 * (256 // 16) * 4, sum(both.sizes + both.mixed_sizes) * 32 * 4
+    assert decode < mixed
+    assert both.num_bytes == 2 * ((1 << 20) + mixed) + tables + outputs + (len(both.sizes) + 3) * (8 << 20)
+    assert both.num_bytes > without.num_bytes
     with pytest.raises(InvalidConfig, match="max_num_mixed_graphs must be at least 0, got -1"):
         EngineConfig(max_num_mixed_graphs=-1)

@@ -192,6 +192,50 @@ def test_8_bit_products_of_whole_numbers_are_exact(device, weight_format):
     torch.testing.assert_close(ok.packed_linear(x, weight, int8_activations=True).double(), expected, **TOLERANCE)
 
 
+def codes_of_scale_one(weight_format, out_features, in_features):
+    """A weight whose values are its codes, those of Q4_1 up to 15, and these values."""
+    weight = random_stored(weight_format, out_features, in_features).view(out_features, in_features // 32, -1)
+    weight[..., :2] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
+    if weight_format is WeightFormat.Q4_1:
+        weight[..., 2:4] = 0
+    packed = ok.pack_weight(weight.flatten(1), weight_format, in_features=in_features)
+    return packed, ok.unpack_weight(packed).double()
+
+
+@pytest.mark.skipif(ok.cpu_isa() == "none", reason="about native code")
+@pytest.mark.parametrize("weight_format", [WeightFormat.Q4_0, WeightFormat.Q8_0], ids=lambda item: item.value)
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_the_sum_of_a_group_in_8_bits_is_rounded_once(weight_format, num_tokens):
+    weight, codes = codes_of_scale_one(weight_format, 40, 32)
+    x = random_rows(num_tokens, 32, "cpu").contiguous()
+    scale = (x.abs().amax(1, keepdim=True).numpy() / np.float32(127)).astype(np.float32)
+    rounded = torch.from_numpy(x.numpy() * (np.float32(1) / scale)).round().double()  # half to even
+    scale_of_22_bits = ((scale.view(np.uint32) + 2) & np.uint32(0xFFFFFFFC)).view(np.float32)
+    expected = ((rounded @ codes.T) * torch.from_numpy(scale_of_22_bits).double()).float()
+    assert torch.equal(ok.packed_linear(x, weight, int8_activations=True), expected)
+
+
+@block_formats
+@pytest.mark.parametrize("exponent", [-90, 108])
+def test_8_bit_products_by_inputs_of_any_size_have_the_same_digits(device, weight_format, exponent):
+    weight = random_weight(weight_format, 40, 64, device=device)
+    x = random_rows(17, 64, device)
+    product = ok.packed_linear(x, weight, int8_activations=True)
+    far = ok.packed_linear(x * 2.0**exponent, weight, int8_activations=True)
+    assert torch.equal(far, product * 2.0**exponent)
+
+
+@pytest.mark.skipif(ok.cpu_isa() == "none", reason="about native code")
+@block_formats
+def test_an_input_in_8_bits_that_is_too_large_counts_as_not_finite(weight_format):
+    weight = random_weight(weight_format, 40, 64)
+    x = random_rows(17, 64, "cpu").contiguous()
+    x[3, 5] = 2.0**111
+    product = ok.packed_linear(x, weight, int8_activations=True)
+    assert product[3].isnan().all()
+    assert product[[*range(3), *range(4, 17)]].isfinite().all()
+
+
 @block_formats
 @pytest.mark.parametrize("sign", [1, -1], ids=["largest", "least"])
 @pytest.mark.usefixtures("not_triton")

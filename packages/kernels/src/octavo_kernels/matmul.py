@@ -77,7 +77,8 @@ def packed_linear(
     With `int8_activations` each group of 32 inputs of a row is rounded to 8 bits first: s = max|x| / 127 in fp32, and
     code = x * (1 / s), rounded half to even; code = 0 where s or 1 / s is not finite. The product is then the sum over
     groups of s * (d * sum(code * q) + m * sum(code)), whose inner sums are exact; an input that is not finite makes
-    every output of its row NaN.
+    every output of its row NaN. Natively, with Q4_0, Q4_1 and Q8_0, the s that multiplies is rounded to 22 bits, and
+    inputs of 2**111 and more count as not finite.
 
     Without it the product is exact to fp32: a chain of fp32 additions, or, for block formats where bytes are multiplied
     fast, inputs as three digits of 8 bits in groups of 32 whose sums are exact (the scheme of Ootomo, Ozaki and Yokota,

@@ -97,7 +97,8 @@ def panel_values(panels: Tensor, layout: PlaneLayout | PartLayout) -> GroupValue
     if isinstance(layout, PlaneLayout):
         return packed_planes.group_values(packed_planes.read_panels(panels, layout), layout)
     words = [
-        _split(panels[..., _PANEL * start : _PANEL * (start + size)], _PANEL, size) for start, size in _places(layout)
+        panels[..., _PANEL * start : _PANEL * (start + size)].unflatten(-1, (_PANEL, size))
+        for start, size in _places(layout)
     ]
     codes, d = layout.values(torch.cat(words, dim=-1).transpose(1, 2))
     return GroupValues(codes.flatten(2, 3), d.flatten(2), None)
@@ -123,11 +124,6 @@ def _places(layout: PartLayout) -> list[tuple[int, int]]:
 # ---- fields ---------------------------------------------------------------------------------------------------------
 
 
-def _split(tensor: Tensor, *sizes: int) -> Tensor:
-    """Cut the last dimension into several."""
-    return tensor.reshape(*tensor.shape[:-1], *sizes)
-
-
 def _float16(halves: Tensor) -> Tensor:
     """Return the number in bytes [..., 2]: [..., 1] fp32."""
     return halves.contiguous().view(torch.float16).float()
@@ -150,21 +146,23 @@ def _bits(numbers: Tensor, starts: range, count: int) -> Tensor:
 
 def _in_groups(*parts: Tensor) -> Tensor:
     """Put parts [..., 8 * size] side by side, group by group of 8."""
-    return torch.cat([_split(part, 8, -1) for part in parts], dim=-1).flatten(-2)
+    return torch.cat([part.unflatten(-1, (8, -1)) for part in parts], dim=-1).flatten(-2)
 
 
 def _plane(codes: Tensor, bits: int) -> Tensor:
     """Return codes [..., inputs] as bytes of rows of words, as many inputs to a byte as fit."""
-    rows = _split(codes, -1, 8 // bits, 4)  # [..., row, field, byte]
+    rows = codes.unflatten(-1, (-1, 8 // bits, 4))  # [..., row, field, byte]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (rows << shifts[:, None]).sum(dim=-2, dtype=torch.uint8).flatten(-2)
+    packed: Tensor = (rows << shifts[:, None]).sum(dim=-2, dtype=torch.uint8).flatten(-2)
+    return packed
 
 
 def _codes(plane: Tensor, bits: int) -> Tensor:
     """Return what `_plane` was given, in groups: [..., groups, 32] fp32."""
-    rows = _split(plane, -1, 1, 4)
+    rows = plane.unflatten(-1, (-1, 1, 4))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=plane.device)
-    return _split((rows >> shifts[:, None] & ((1 << bits) - 1)).flatten(-3), -1, _GROUP).float()
+    codes: Tensor = (rows >> shifts[:, None] & ((1 << bits) - 1)).flatten(-3).unflatten(-1, (-1, _GROUP)).float()
+    return codes
 
 
 # ---- floats of 4 bits, whole numbers, digits ------------------------------------------------------------------------
@@ -194,7 +192,7 @@ def _nvfp4_values(words: Tensor) -> tuple[Tensor, Tensor]:
     exponents, mantissas = numbers >> 3 & 15, (numbers & 7).float()
     normal = torch.ldexp(1 + mantissas / 8, exponents - 8)
     d = torch.where(exponents == 0, mantissas * 2.0**-10, normal)
-    return _split(_levels(_codes(words[..., 4:], 4)), 2, -1).flatten(-3, -2), d
+    return _levels(_codes(words[..., 4:], 4)).unflatten(-1, (2, -1)).flatten(-3, -2), d
 
 
 def _pack_q8_k(blocks: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ def _digits(packed: Tensor, count: int) -> Tensor:
 def _pack_tq1_0(blocks: Tensor) -> Tensor:
     runs = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
     digits = torch.cat([_digits(blocks[..., start:stop], count).flatten(-2) for start, stop, count in runs], dim=-1)
-    rows = _split(torch.nn.functional.pad(digits, (0, 4)), 13, 5, 4)
+    rows = torch.nn.functional.pad(digits, (0, 4)).unflatten(-1, (13, 5, 4))
     powers = 3 ** torch.arange(4, -1, -1, device=blocks.device)
     numbers = (rows * powers[:, None]).sum(dim=-2)
     packed = ((numbers * 256 + 242) // 243).to(torch.uint8)
@@ -232,9 +230,9 @@ def _pack_tq1_0(blocks: Tensor) -> Tensor:
 
 
 def _tq1_0_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    digits = _digits(_split(words[..., 2:], 13, 4), 5).flatten(-3)[..., :256]
+    digits = _digits(words[..., 2:].unflatten(-1, (13, 4)), 5).flatten(-3)[..., :256]
     d = _float16(words[..., :2])
-    return _split(digits, 8, _GROUP).float() - 1, d.expand(*d.shape[:-1], 8)
+    return digits.unflatten(-1, (8, _GROUP)).float() - 1, d.expand(*d.shape[:-1], 8)
 
 
 # ---- points of grids ------------------------------------------------------------------------------------------------
@@ -258,7 +256,8 @@ def _sevens(numbers: Tensor) -> Tensor:
 
 def _halves(codes: Tensor) -> Tensor:
     """Cut groups of 32 in two: [..., 8, 32] -> [..., 16, 16]."""
-    return _split(codes, 2, -1).flatten(-3, -2)
+    halves: Tensor = codes.unflatten(-1, (2, -1)).flatten(-3, -2)
+    return halves
 
 
 def _nibbles(scales: Tensor) -> Tensor:
@@ -266,14 +265,14 @@ def _nibbles(scales: Tensor) -> Tensor:
 
 
 def _iq2_xxs_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 2:], 8, 8)
+    groups = words[..., 2:].unflatten(-1, (8, 8))
     numbers = _integer(groups[..., 4:])
     codes = _signed(_points(IQ2_XXS_GRID, groups[..., :4].long()), _sevens(numbers))
     return codes, _float16(words[..., :2]) * ((numbers >> 28) + 0.5) * 0.25
 
 
 def _pack_iq2_xs(blocks: Tensor) -> Tensor:
-    points = _integer(_split(blocks[..., 2:66], 8, 4, 2))
+    points = _integer(blocks[..., 2:66].unflatten(-1, (8, 4, 2)))
     place = torch.arange(4, device=blocks.device)
     numbers = (points >> 9 << 7 * place | (points >> 8 & 1) << 28 + place).sum(dim=-1)
     low = (points & 255).to(torch.uint8).flatten(-2)
@@ -282,7 +281,7 @@ def _pack_iq2_xs(blocks: Tensor) -> Tensor:
 
 
 def _iq2_xs_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 10:], 8, 8)
+    groups = words[..., 10:].unflatten(-1, (8, 8))
     numbers = _integer(groups[..., 4:])
     indices = groups[..., :4].long() | _bits(numbers, range(28, 32), 1) << 8
     codes = _signed(_points(IQ2_XS_GRID, indices), _sevens(numbers))
@@ -295,7 +294,7 @@ def _pack_iq2_s(blocks: Tensor) -> Tensor:
 
 
 def _iq2_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 10:], 8, 9)
+    groups = words[..., 10:].unflatten(-1, (8, 9))
     indices = groups[..., :4].long() | _bits(groups[..., 8], range(0, 8, 2), 2) << 8
     codes = _signed(_points(IQ2_S_GRID, indices), groups[..., 4:8].long())
     return _halves(codes), _float16(words[..., :2]) * (_nibbles(words[..., 2:10]) + 0.5) * 0.25
@@ -306,7 +305,7 @@ def _pack_iq3_xxs(blocks: Tensor) -> Tensor:
 
 
 def _iq3_xxs_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 2:], 8, 12)
+    groups = words[..., 2:].unflatten(-1, (8, 12))
     numbers = _integer(groups[..., 8:])
     codes = _signed(_points(IQ3_XXS_GRID, groups[..., :8].long()), _sevens(numbers))
     return codes, _float16(words[..., :2]) * ((numbers >> 28) + 0.5) * 0.5
@@ -319,7 +318,7 @@ def _pack_iq3_s(blocks: Tensor) -> Tensor:
 
 
 def _iq3_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 10:], 8, 13)
+    groups = words[..., 10:].unflatten(-1, (8, 13))
     indices = groups[..., :8].long() | _bits(groups[..., 12], range(8), 1) << 8
     codes = _signed(_points(IQ3_S_GRID, indices), groups[..., 8:12].long())
     return codes, _float16(words[..., :2]) * words[..., 2:10]
@@ -327,8 +326,9 @@ def _iq3_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ternary(indices: Tensor, minus: Tensor) -> Tensor:
     """Return 8 times the coordinates of IQ1's points, and 1 more, or less where `minus` [..., points] is set."""
-    points = _split(_points(IQ1_GRID, indices), 4, 8) * 8
-    return (points + (1 - 2 * minus[..., None])).flatten(-2)
+    points = _points(IQ1_GRID, indices).unflatten(-1, (4, 8)) * 8
+    moved: Tensor = (points + (1 - 2 * minus[..., None])).flatten(-2)
+    return moved
 
 
 def _pack_iq1_s(blocks: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ def _pack_iq1_s(blocks: Tensor) -> Tensor:
 
 
 def _iq1_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 2:], 8, 6)
+    groups = words[..., 2:].unflatten(-1, (8, 6))
     numbers = _integer(groups[..., 4:])
     indices = groups[..., :4].long() | _bits(numbers, range(0, 12, 3), 3) << 8
     minus = (numbers >> 15)[..., None].expand(*numbers.shape, 4)
@@ -344,16 +344,16 @@ def _iq1_s_values(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_iq1_m(blocks: Tensor) -> Tensor:
-    numbers = _integer(_split(blocks[..., 48:], 4, 2))
+    numbers = _integer(blocks[..., 48:].unflatten(-1, (4, 2)))
     d = (numbers >> 12 << torch.arange(0, 16, 4, device=blocks.device)).sum(dim=-1)
-    scales = 2 * _split(_bits(numbers, range(0, 12, 3), 3), 2, 2).flatten(-3, -2) + 1  # [..., group, half]
+    scales = 2 * _bits(numbers, range(0, 12, 3), 3).unflatten(-1, (2, 2)).flatten(-3, -2) + 1  # [..., group, half]
     both = (scales[..., 0] | scales[..., 1] << 4).to(torch.uint8)
     groups = _in_groups(blocks[..., :32], blocks[..., 32:48])
     return torch.cat([_bytes(d, 2), both, groups], dim=-1)
 
 
 def _iq1_m_values(words: Tensor) -> tuple[Tensor, Tensor]:
-    groups = _split(words[..., 10:], 8, 6)
+    groups = words[..., 10:].unflatten(-1, (8, 6))
     fours = _bits(_integer(groups[..., 4:]), range(0, 16, 4), 4)
     codes = _ternary(groups[..., :4].long() | (fours & 7) << 8, fours >> 3)
     return _halves(codes), _float16(words[..., :2]) * _nibbles(words[..., 2:10]) * 0.125

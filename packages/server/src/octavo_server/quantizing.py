@@ -32,7 +32,7 @@ Symmetric = Annotated[bool, typer.Option("--symmetric", help="Zero is the middle
 ActOrder = Annotated[bool, typer.Option("--act-order", help="Of gptq: round the largest inputs' weights first.")]
 Damping = Annotated[float, typer.Option(help="Of gptq: share of its mean that is added to the Hessian's diagonal.")]
 TuneSteps = Annotated[
-    int, typer.Option(help="Of gptq: steps of 4 sequences in which codes, scales and norms are then learnt together.")
+    int, typer.Option(help="Of gptq: steps of 4 sequences in which scales and norms are then learnt together.")
 ]
 NumSequences = Annotated[int, typer.Option(help="Sequences that linears are rounded by, at most.")]
 SequenceLength = Annotated[int, typer.Option(help="Tokens of each sequence.")]

@@ -28,7 +28,7 @@ class QuantizeOptions:
             and kernels elsewhere take them more often; the others fit the weights better.
         act_order: of `gptq`, whether inputs are rounded in the order of their size, and groups made of them so.
         damping: of `gptq`, what is added to the Hessian's diagonal, as a share of its mean.
-        tune_steps: of `gptq`, steps in which codes, scales and norms are then learnt together; see `tune`.
+        tune_steps: of `gptq`, steps in which scales and norms are then learnt together; see `tune`.
         num_sequences: sequences of the text that linears are rounded by.
         sequence_length: tokens of each.
 

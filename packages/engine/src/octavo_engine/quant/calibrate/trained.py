@@ -60,7 +60,8 @@ class TrainedCodes:
         found = self._grouped(codes.codes.T.float())
         places = self._grouped(weight).div_(self._scales).add_(self._zeros)
         self._places = torch.clamp(places, found - _REACH, found + _REACH)
-        self._of_places, self._of_scales = Moments(self._places), Moments(self._stretch)
+        self._of_places: Moments | None = None  # until codes may change
+        self._of_scales = Moments(self._stretch)
         self.weight = torch.empty(weight.shape, dtype=dtype, requires_grad=True)
         self._fill()
 
@@ -79,6 +80,7 @@ class TrainedCodes:
         by_scale = (gradient * (self._codes() - self._zeros)).sum(dim=-1, keepdim=True).mul_(scales)
         self._stretch.sub_(self._of_scales.direction(by_scale), alpha=scale_rate)
         if rate:
+            self._of_places = self._of_places or Moments(self._places)
             moved = self._places.sub_(self._of_places.direction(gradient.mul_(scales)), alpha=rate)
             moved.clamp_(-_REACH, self._most + _REACH)
         self._fill()

@@ -5,9 +5,11 @@ A linear [out_features, in_features] is stored as::
     pack-quantized         weight_packed      [out_features, in_features * bits / 32] int32, a stream of codes along the
                                               inputs, lowest bits first; a code is the number + 2**(bits - 1)
                            weight_shape       [2]: out_features, in_features
-                           weight_zero_point  [out_features * bits / 32, num_groups] int32, likewise along the outputs
+                           weight_zero_point  [out_features * bits / 32, num_groups] int32, likewise along the outputs;
+                                              of a whole tensor [1] int8
                            weight_g_idx       [in_features] int32, the group of every input; seldom there
-    int-, naive-quantized  weight             int8; weight_zero_point like weight_scale
+    int-, naive-quantized  weight             int8, numbers of fewer bits too (W4A8)
+                           weight_zero_point  int8, like weight_scale
     float-quantized        weight             float8_e4m3fn
     mxfp8-quantized        weight             float8_e4m3fn; scales are uint8, 2**(byte - 127), per 32 inputs
     nvfp4-pack-quantized   weight_packed      [out_features, in_features / 2] uint8, 4-bit floats, the first low
@@ -39,12 +41,13 @@ from octavo_engine.weights.scaled_floats import Float4, ScaledFloats
 
 _WORD_BITS = 32
 _INT8_ZERO = 128
-_INT8, _FLOAT8, _FLOAT4 = ("int", 8), ("float", 8), ("float", 4)
+_FLOAT8, _FLOAT4 = ("float", 8), ("float", 4)
+_INTEGERS = tuple(("int", bits) for bits in range(2, 9))
 _NUMBERS = MappingProxyType(
     {
-        "pack-quantized": tuple(("int", bits) for bits in range(2, 9)),
-        "int-quantized": (_INT8,),
-        "naive-quantized": (_INT8, _FLOAT8),
+        "pack-quantized": _INTEGERS,
+        "int-quantized": _INTEGERS,
+        "naive-quantized": (*_INTEGERS, _FLOAT8),
         "float-quantized": (_FLOAT8,),
         "mxfp8-quantized": (_FLOAT8,),
         "nvfp4-pack-quantized": (_FLOAT4,),
@@ -221,13 +224,21 @@ def _packed(linear: StoredLinear, arguments: _Arguments) -> QuantizedTensor:
     if len(words) != out_features or -(-in_features * bits // _WORD_BITS) != words.shape[1] or in_features < 1:
         linear.corrupt("weight_packed", f"codes of {bits} bits of the shape {shape}", list(words.shape))
     scales, group_size = _scales(linear, out_features, in_features, arguments)
-    zeros = None
-    if not arguments.symmetric:
-        num_words = -(-out_features * bits // _WORD_BITS)
-        stored = linear.tensor("weight_zero_point", torch.int32, shape=(num_words, len(scales)))
-        zeros = fields_of_words(stored, bits)[:out_features].T.to(torch.int16).contiguous()
+    zeros = None if arguments.symmetric else _packed_zeros(linear, out_features, len(scales), arguments)
     groups = groups_of_inputs(linear, "weight_g_idx", in_features, arguments.group_size, len(scales))
     return PackedRows((out_features, in_features), bits, group_size, scales, zeros, 1 << (bits - 1), groups, words)
+
+
+def _packed_zeros(linear: StoredLinear, out_features: int, num_groups: int, arguments: _Arguments) -> Tensor:
+    """Return as [num_groups, out_features] the codes that stand for 0."""
+    bits = arguments.bits
+    if arguments.strategy == "tensor":
+        stored = linear.tensor("weight_zero_point", torch.int8)
+        zeros = _by_group(linear, "weight_zero_point", stored, out_features, num_groups).to(torch.int16)
+        return zeros + (1 << (bits - 1))
+    num_words = -(-out_features * bits // _WORD_BITS)
+    stored = linear.tensor("weight_zero_point", torch.int32, shape=(num_words, num_groups))
+    return fields_of_words(stored, bits)[:out_features].T.to(torch.int16).contiguous()
 
 
 def _bytes(linear: StoredLinear, numbers: Tensor, arguments: _Arguments) -> QuantizedTensor:

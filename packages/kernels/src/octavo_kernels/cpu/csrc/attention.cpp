@@ -248,17 +248,22 @@ class Walk {
     } else {
       scores<R>(q, memory_.keys, head_dim_, weights);
     }
-    const bool scaled = a_.k_scale != nullptr;
+    const auto scoring = [&](int r) {
+      const bool scaled = a_.k_scale != nullptr;
+      return Scoring{a_,
+                     scaled ? visit.tile.k_scale : nullptr,
+                     scaled ? visit.tile.v_scale : nullptr,
+                     rows[r].slope,
+                     static_cast<float>(rows[r].position - tile * kTile),
+                     begin[r],
+                     end[r]};
+    };
     for (int r = 0; r < R; ++r) {
-      const Scoring how{a_,
-                        scaled ? visit.tile.k_scale : nullptr,
-                        scaled ? visit.tile.v_scale : nullptr,
-                        rows[r].slope,
-                        static_cast<float>(rows[r].position - tile * kTile),
-                        begin[r],
-                        end[r]};
       visit.following.fetch(16 / R);
-      soften(how, weights + r * kTile, &maximum[r], &sum[r]);
+      maximum[r] = score_all(scoring(r), weights + r * kTile);
+    }
+    for (int r = 0; r < R; ++r) {
+      sum[r] = soften(scoring(r), weights + r * kTile, maximum[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
     weigh_rows<R>(visit, weights, begin, end, sums);

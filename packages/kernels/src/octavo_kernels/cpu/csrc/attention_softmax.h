@@ -103,27 +103,30 @@ OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
   return vselect_less(lane, vset(static_cast<float>(how.end)), x, nothing);
 }
 
-// Turns products [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the maximum and the sum.
-OCTAVO_OUTLINE void soften(const Scoring& how, float* products, float* maximum, float* sum) {
-  constexpr int N = kTile / W;
-  vf x[N];
+// Turns products [kTile] into scores, in place. Returns the largest.
+OCTAVO_OUTLINE float score_all(const Scoring& how, float* products) {
   vf largest = vset(kNothing);
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
-    x[i] = score(how, vload(products + i * W), i * W);
-    largest = vmax(largest, x[i]);
+  for (int i = 0; i < kTile; i += W) {
+    const vf x = score(how, vload(products + i), i);
+    vstore(products + i, x);
+    largest = vmax(largest, x);
   }
-  *maximum = vmax_of(largest);
-  const vf base = vset(*maximum == kNothing ? 0.0f : *maximum);
+  return vmax_of(largest);
+}
+
+// Turns scores [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the sum.
+OCTAVO_OUTLINE float soften(const Scoring& how, float* scores, float maximum) {
+  const vf base = vset(maximum == kNothing ? 0.0f : maximum);
   vf total = vzero();
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
-    x[i] = vexp(vsub(x[i], base));
-    total = vadd(total, x[i]);
-    if (how.v_scale != nullptr) x[i] = vmul(x[i], vload(how.v_scale + i * W));
-    vstore(products + i * W, x[i]);
+  for (int i = 0; i < kTile; i += W) {
+    vf x = vexp(vsub(vload(scores + i), base));
+    total = vadd(total, x);
+    if (how.v_scale != nullptr) x = vmul(x, vload(how.v_scale + i));
+    vstore(scores + i, x);
   }
-  *sum = vsum(total);
+  return vsum(total);
 }
 
 }  // namespace octavo

@@ -52,8 +52,9 @@ class Ahead {
   OCTAVO_INLINE void fetch(int count) {
     for (; count > 0 && next_ != end_; --count, ++next_) {
       const char* at = reinterpret_cast<const char*>(*next_);
-      // Read once: a line that goes past the outer caches need not be moved out of them again (locality 0).
-      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 0);
+      // Into all caches: a tile and the next one are more than the first cache holds, and a line that has passed by the
+      // second one (locality 0) is read from memory again once it has left the first.
+      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 3);
     }
   }
 
@@ -162,32 +163,58 @@ void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, f
   }
 }
 
+// Whether N vectors of values are taken two at a time as one of pairs, whose even and odd elements take one instruction
+// each to widen; sums then stand by even and odd dimensions.
+template <class T, int N>
+constexpr bool kByPairs = std::is_same<T, BF16>::value && W > 4 && N % 2 == 0;
+
+template <int N, class T>
+OCTAVO_INLINE void load_values(const T* from, vf* to) {
+  if constexpr (kByPairs<T, N>) {
+    for (int i = 0; i < N; i += 2) {
+      vf pairs;
+      std::memcpy(&pairs, from + i * W, sizeof pairs);
+      to[i] = even_bf16(pairs);
+      to[i + 1] = odd_bf16(pairs);
+    }
+  } else {
+    for (int i = 0; i < N; ++i) to[i] = load(from + i * W);
+  }
+}
+
 // Adds weights[r][j] * v[j] to sums [R][kMaxHeadDim] for j = begin .. end - 1 in order, in N vectors from dimension d on.
 template <class T, int R, int N>
 OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin, int end, int d, float* sums,
                               Ahead<T>& keys) {
   vf sum[R][N];
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
+    if constexpr (kByPairs<T, N>)
+      for (int i = 0; i < N; i += 2) split_pairs(sum[r][i], sum[r][i + 1]);
+  }
   for (int j = begin; j < end; ++j) {
     const T* at = v[j] + d;
     if (j % 2 == 1) keys.fetch(1);
     vf x[N];
-    for (int i = 0; i < N; ++i) x[i] = load(at + i * W);
+    load_values<N>(at, x);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const vf weight = vset(weights[r * kTile + j]);
       for (int i = 0; i < N; ++i) sum[r][i] = vfma(weight, x[i], sum[r][i]);
     }
   }
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    if constexpr (kByPairs<T, N>)
+      for (int i = 0; i < N; i += 2) join_pairs(sum[r][i], sum[r][i + 1]);
     for (int i = 0; i < N; ++i) vstore(sums + r * kMaxHeadDim + d + i * W, sum[r][i]);
+  }
 }
 
 template <class T, int R>
 void weigh(const T* const* v, const float* weights, int begin, int end, int head_dim, float* sums,
            Ahead<T>& keys) {
   constexpr int N = vectors_per_row<R>();
+  if (begin >= end) return;
   int d = 0;
   for (; d + N * W <= head_dim; d += N * W) weigh_part<T, R, N>(v, weights, begin, end, d, sums, keys);
   for (; d < head_dim; d += W) weigh_part<T, R, 1>(v, weights, begin, end, d, sums, keys);

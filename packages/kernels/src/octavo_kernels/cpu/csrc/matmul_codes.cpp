@@ -21,15 +21,31 @@ constexpr int kMaxFewRows = 12;  // up to here every tile reads codes from the p
 
 constexpr int64_t kBytesAhead = 8192;  // how far ahead of its use memory is asked for
 
+// With one digit a group's sum is at most 2**19 large. Begun at the bits of kMiddle it ends as those of kMiddle plus the
+// sum, a float without conversion, and one fused product takes kMiddle off and applies the scale. Both products of the
+// scale are exact, so that this rounds as a product of the converted sum does: kMiddle has two bits, the scale 22.
+#if defined(__AVX512VNNI__)
+template <int N>
+constexpr bool kSumsAreFloats = N == 1;
+#else
+template <int N>
+constexpr bool kSumsAreFloats = false;
+#endif
+constexpr float kMiddle = 12582912.0f;  // 3 * 2**22
+constexpr int32_t kMiddleBits = 0x4B400000;
+constexpr float kTooLarge = 0x1p111f;  // inputs of one digit whose scale times kMiddle might not be finite
+
 // 32 inputs of a row as numbers of N digits.
 template <int N>
 struct Group {
   int8_t digits[N][kGroup];  // highest first
   float scale;
+  float base;          // minus the scale times kMiddle
   float offset;        // the scale times the sum of the numbers
   int32_t moved;       // minus 8 times the sum of the numbers
   int32_t moved_high;  // the same of the numbers without their lowest digit, as if the next one were the lowest
   int32_t moved_low;   // and of the lowest digit alone
+  int32_t begin[2];    // where sums begin that are floats, with codes of 4 and of 8 bits
 };
 
 // ---- a group of inputs times 2W outputs -----------------------------------------------------------------------------
@@ -48,9 +64,19 @@ constexpr bool ends_chain(int digit) {
 // What takes back, in the chain that ends with a digit, that codes are too large.
 template <Format F, int N>
 OCTAVO_INLINE Words correction(const Group<N>& x, int digit) {
+  if constexpr (kSumsAreFloats<N>) return repeat(x.begin[F == Format::kQ8_0]);
   if constexpr (!kCodesAreMoved<F>) return repeat(0);
   if constexpr (F != Format::kQ8_0) return repeat(x.moved);
   return shift_left<4>(repeat(N == 1 ? x.moved : digit == 1 ? x.moved_high : x.moved_low));
+}
+
+// The sum of a group's products as a float, times the scale.
+template <int N>
+OCTAVO_INLINE vf scaled(Words sum, const Group<N>& x, bool last) {
+#if defined(__AVX512VNNI__)
+  if constexpr (kSumsAreFloats<N>) return vfma(_mm512_castsi512_ps(sum), vset(x.scale), vset(x.base));
+#endif
+  return vmul(to_float(sum), vset(last ? x.scale : x.scale * 256.0f));
 }
 
 // Adds a group to the sums: the same operations whatever R is, and wherever codes and scales were read from.
@@ -85,8 +111,7 @@ OCTAVO_INLINE void add_group(const Codes& codes, const Scales& weights, const Gr
       for (int digit = 0; digit < N; ++digit) {
         chain = begins_chain<F>(digit) ? products[digit][r][i] : add(shift_left<8>(chain), products[digit][r][i]);
         if (!ends_chain<F, N>(digit)) continue;
-        const vf scale = vset(digit == N - 1 ? x[r][g].scale : x[r][g].scale * 256.0f);
-        sum = vfma(vmul(to_float(chain), scale), weights.d[i], sum);
+        sum = vfma(scaled<N>(chain, x[r][g], digit == N - 1), weights.d[i], sum);
       }
       sums[r][i] = sum;
     }
@@ -223,23 +248,38 @@ void rounded(const Product& product, const Part& part, void* scratch) {
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
+// A scale of 22 bits, at most 2**-22 of it away.
+float rounded_scale(float scale) {
+  uint32_t bits;
+  std::memcpy(&bits, &scale, sizeof bits);
+  bits = (bits + 2) & ~3u;
+  std::memcpy(&scale, &bits, sizeof bits);
+  return scale;
+}
+
 template <int N>
 void round_group(const float* values, Group<N>& group) {
   const Inputs inputs(values);
   const float largest = inputs.largest();
   int32_t sum = 0, sum_low = 0;
-  if (largest < INFINITY) {
+  if (largest < (N == 1 ? kTooLarge : INFINITY)) {
     const Unit unit = unit_of<N>(largest);
-    group.scale = unit.scale;
+    group.scale = N == 1 ? rounded_scale(unit.scale) : unit.scale;
     inputs.round(unit.inverse, group.digits, sum, sum_low);
   } else {  // what is not a number has no digits; the scale makes every output of the row NaN
     group.scale = NAN;
     std::memset(group.digits, 0, sizeof group.digits);
   }
   group.offset = group.scale * static_cast<float>(sum);
-  group.moved = -8 * sum;
-  group.moved_high = -8 * ((sum - sum_low) / 256);
-  group.moved_low = -8 * sum_low;
+  if constexpr (kSumsAreFloats<N>) {
+    group.base = -kMiddle * group.scale;
+    group.begin[0] = kMiddleBits - 8 * sum;
+    group.begin[1] = kMiddleBits - 128 * sum;
+  } else {
+    group.moved = -8 * sum;
+    group.moved_high = -8 * ((sum - sum_low) / 256);
+    group.moved_low = -8 * sum_low;
+  }
 }
 
 template <int N>

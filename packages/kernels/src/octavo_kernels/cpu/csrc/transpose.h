@@ -48,6 +48,20 @@ OCTAVO_INLINE vf odd_bf16(vf pairs) {
   return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
 }
 
+// Two vectors in a row to their even and their odd elements, and back.
+OCTAVO_INLINE void split_pairs(vf& a, vf& b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const vf first = a;
+  a = _mm512_permutex2var_ps(first, even, b);
+  b = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+OCTAVO_INLINE void join_pairs(vf& a, vf& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const vf even = a;
+  a = _mm512_permutex2var_ps(even, low, b);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+}
+
 #elif defined(__AVX2__)
 
 OCTAVO_INLINE vf vpairs(vf a, vf b, bool high) {
@@ -81,6 +95,17 @@ OCTAVO_INLINE void transpose(vf* r) {
 OCTAVO_INLINE vf even_bf16(vf pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
 OCTAVO_INLINE vf odd_bf16(vf pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(-65536)));
+}
+
+OCTAVO_INLINE void split_pairs(vf& a, vf& b) {
+  const vf low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+  a = _mm256_shuffle_ps(low, high, 0x88);
+  b = _mm256_shuffle_ps(low, high, 0xDD);
+}
+OCTAVO_INLINE void join_pairs(vf& a, vf& b) {
+  const vf low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
 #else
