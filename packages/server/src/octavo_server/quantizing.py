@@ -31,6 +31,9 @@ GroupSize = Annotated[int, typer.Option(help="Inputs that share a scale; -1 is a
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="Zero is the middle of the codes; not of awq.")]
 ActOrder = Annotated[bool, typer.Option("--act-order", help="Of gptq: round the largest inputs' weights first.")]
 Damping = Annotated[float, typer.Option(help="Of gptq: share of its mean that is added to the Hessian's diagonal.")]
+DescentRounds = Annotated[
+    int, typer.Option(help="Of gptq: how often each linear's codes and scales are looked at again.")
+]
 TuneSteps = Annotated[
     int, typer.Option(help="Of gptq: steps of 4 sequences in which scales and norms are then learnt together.")
 ]
@@ -48,6 +51,7 @@ def quantize(
     symmetric: Symmetric = False,
     act_order: ActOrder = False,
     damping: Damping = 0.01,
+    descent_rounds: DescentRounds = 3,
     tune_steps: TuneSteps = 0,
     text: Text = None,
     eval_text: EvalText = None,
@@ -68,6 +72,7 @@ def quantize(
         symmetric=symmetric,
         act_order=act_order,
         damping=damping,
+        descent_rounds=descent_rounds,
         tune_steps=tune_steps,
         num_sequences=num_sequences,
         sequence_length=sequence_length,

@@ -59,6 +59,12 @@ def gptq(weight: Tensor, hessian: Tensor, settings: GPTQSettings) -> Codes:
     return Codes(codes, scales, zeros, groups, settings.bits)
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Return a Hessian with a share of its diagonal's mean added to the diagonal."""
+    mean = float(hessian.diagonal().mean()) or 1.0
+    return hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
+
+
 def _round_block(
     work: Tensor, span: slice, upper: Tensor, settings: GPTQSettings, codes: Tensor, grids: list[Grid]
 ) -> Tensor:
@@ -97,11 +103,9 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         raise UnsupportedModel("a linear is given inputs that are not finite, so nothing can be learnt from them")
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean
+    diagonal[diagonal == 0] = float(diagonal.mean()) or 1.0
     while damping <= _MOST_DAMPING:
-        damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:

@@ -86,6 +86,7 @@ class GPTQLayout(Layout):
                 "method": options.method,
                 "num_sequences": options.num_sequences,
                 "sequence_length": options.sequence_length,
+                "descent_rounds": options.descent_rounds,
                 "tune_steps": options.tune_steps,
             },
         }

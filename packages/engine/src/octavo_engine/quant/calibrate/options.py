@@ -28,6 +28,7 @@ class QuantizeOptions:
             and kernels elsewhere take them more often; the others fit the weights better.
         act_order: of `gptq`, whether inputs are rounded in the order of their size, and groups made of them so.
         damping: of `gptq`, what is added to the Hessian's diagonal, as a share of its mean.
+        descent_rounds: of `gptq`, how often each linear's codes and scales are then looked at again; see `descend`.
         tune_steps: of `gptq`, steps in which scales and norms are then learnt together; see `tune`.
         num_sequences: sequences of the text that linears are rounded by.
         sequence_length: tokens of each.
@@ -42,6 +43,7 @@ class QuantizeOptions:
     symmetric: bool = False
     act_order: bool = False
     damping: float = 0.01
+    descent_rounds: int = 3
     tune_steps: int = 0
     num_sequences: int = 64
     sequence_length: int = 512
@@ -59,6 +61,8 @@ class QuantizeOptions:
             raise InvalidConfig(f"act_order goes with method 'gptq', got {self.method!r}; leave it out")
         if self.tune_steps and self.method != "gptq":
             raise InvalidConfig(f"tune_steps go with method 'gptq', got {self.method!r}; leave them out")
+        if self.descent_rounds < 0:
+            raise InvalidConfig(f"descent_rounds must be 0 or more, got {self.descent_rounds}")
         if self.tune_steps < 0:
             raise InvalidConfig(f"tune_steps must be 0 or more, got {self.tune_steps}")
         if self.group_size is not None and not 1 <= self.group_size <= _MOST_GROUP:

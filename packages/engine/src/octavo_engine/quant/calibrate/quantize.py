@@ -13,8 +13,9 @@ from octavo_engine.errors import CorruptModelFile, InvalidConfig, UnsupportedMod
 from octavo_engine.models.registry import Model
 from octavo_engine.quant.calibrate.awq import scale_layers
 from octavo_engine.quant.calibrate.batches import check_length, make_batches
+from octavo_engine.quant.calibrate.descent import descend
 from octavo_engine.quant.calibrate.folder import FolderWriter, check_new, describe, write_description
-from octavo_engine.quant.calibrate.gptq import GPTQSettings, gptq
+from octavo_engine.quant.calibrate.gptq import GPTQSettings, damped, gptq
 from octavo_engine.quant.calibrate.grid import Codes, round_to_nearest
 from octavo_engine.quant.calibrate.layouts import Layout, layout_of
 from octavo_engine.quant.calibrate.observed import Observed
@@ -157,7 +158,8 @@ def _gptq(halt: Halt, options: QuantizeOptions, statistics: InputStatistics) -> 
         options.act_order,
         options.damping,
     )
-    return gptq(weight, statistics.hessian, settings)
+    codes = gptq(weight, statistics.hessian, settings)
+    return descend(codes, weight, damped(statistics.hessian, options.damping), options.descent_rounds)
 
 
 def _nearest(weight: Tensor, options: QuantizeOptions, importance: Tensor | None = None) -> Codes:
