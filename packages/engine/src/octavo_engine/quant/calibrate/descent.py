@@ -52,7 +52,6 @@ def _nearer_codes(found: Codes, target: Tensor, hessian: Tensor) -> Tensor:
             change = grid.values(chosen) - values[place]
             codes[place], moved[row] = chosen, change
             near[row:].addr_(own[row:, row], change, alpha=-1)
-        values[block] += moved
         pull.addmm_(hessian[:, block], moved, alpha=-1)
     return codes.to(torch.uint8)
 
