@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.errors import UnsupportedModel
-from octavo_engine.quant.calibrate.gptq import GPTQSettings, gptq
+from octavo_engine.quant.calibrate.gptq import NEARER, SHIFTS, SHRINKS, GPTQSettings, gptq
 from octavo_engine.quant.calibrate.grid import Grid, round_to_nearest
 from octavo_engine.quant.calibrate.statistics import InputStatistics
 
@@ -29,19 +29,35 @@ def output_error(difference: Tensor, hessian: Tensor) -> float:
     return float(((difference.double() @ hessian.double()) * difference).sum())
 
 
+def stated_grid(work: np.ndarray, inverses: list[np.ndarray], settings: GPTQSettings) -> Grid:
+    """Return for each output the grid of least cost, by rounding the group [out_features, size] by each of them."""
+    found = Grid.around(torch.from_numpy(work.astype(np.float32)), settings.bits, symmetric=settings.symmetric)
+    for shrinks, shifts in ((SHRINKS, SHIFTS), (NEARER, (0,))):
+        tried = found.others(shrinks, shifts)
+        costs = []
+        for scales, zeros in zip(tried.scales.numpy(), tried.zeros.numpy(), strict=True):
+            left, cost = work.copy(), np.zeros(len(work))
+            for column, inverse in enumerate(inverses):
+                values = (np.rint(left[:, column] / scales) + zeros).clip(0, found.most) - zeros
+                error = left[:, column] - values * scales
+                cost += error**2 / inverse[0, 0]
+                left[:, column:] -= np.outer(error / inverse[0, 0], inverse[0, : len(inverses) - column])
+            costs.append(cost)
+        least = torch.from_numpy(np.argmin(costs, axis=0))[None]
+        found = Grid(tried.scales.gather(0, least)[0], tried.zeros.gather(0, least)[0], found.most)
+    return found
+
+
 def stated_gptq(weight: np.ndarray, hessian: np.ndarray, settings: GPTQSettings) -> np.ndarray:
     """Round as the paper's equations 2 and 3 say, by the inverse Hessian of what is left: no Cholesky, no blocks."""
     work, size = weight.astype(np.float64), weight.shape[1]
     damped = hessian + settings.damping * np.diag(hessian).mean() * np.eye(size)
     inverses = [np.linalg.inv(damped[column:, column:]) for column in range(size)]
-    costs = np.array([1 / inverse[0, 0] for inverse in inverses], np.float32)
     values = np.zeros_like(work)
     for column, inverse in enumerate(inverses):
         if column % settings.group_size == 0:
             inputs = slice(column, column + settings.group_size)
-            group = torch.from_numpy(work[:, inputs].astype(np.float32))
-            cost = torch.from_numpy(costs[inputs] / costs[inputs].max())
-            grid = Grid.fitting(group, settings.bits, symmetric=settings.symmetric, importance=cost)
+            grid = stated_grid(work[:, inputs], inverses[inputs], settings)
         found = grid.codes(torch.from_numpy(work[:, column].astype(np.float32)))
         values[:, column] = grid.values(found).numpy()
         error = (work[:, column] - values[:, column]) / inverse[0, 0]
@@ -84,8 +100,10 @@ def test_gptq_changes_outputs_less_than_rounding_to_nearest(bits: int, symmetric
 def test_gptq_without_correlation_is_rounding_to_nearest() -> None:
     weight = weight_of(16, 64)
     found = gptq(weight, torch.eye(64, dtype=torch.float64), GPTQSettings(4, 32, symmetric=False))
-    nearest = round_to_nearest(weight, 4, 32, symmetric=False, importance=torch.ones(64))
-    assert torch.equal(found.values(), nearest.values())
+    by_group = Grid(found.scales.float()[found.groups].T, found.zeros.float()[found.groups].T, 15)
+    assert torch.equal(by_group.codes(weight), found.codes.T.float())
+    nearest = round_to_nearest(weight, 4, 32, symmetric=False)
+    assert (found.values() - weight).square().sum() < 0.95 * (nearest.values() - weight).square().sum()
 
 
 def test_a_few_huge_tokens_do_not_drown_the_others() -> None:

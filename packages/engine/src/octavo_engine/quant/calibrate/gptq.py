@@ -13,6 +13,14 @@ from octavo_engine.quant.calibrate.grid import Codes, Grid
 
 _BLOCK = 128  # columns that are corrected at once: the paper's lazy batches
 _MOST_DAMPING = 1.0
+_CHUNK_OUTPUTS = 256  # whose grids are chosen at once: all that are tried fit into a core's cache
+
+SHRINKS = tuple(1.05 - 0.025 * step for step in range(13))
+SHIFTS = (-1, 0, 1)
+"""Of the scales and zeros of the grid that spans a group's weights: which others are tried."""
+
+NEARER = (1.0, 0.99, 0.995, 1.005, 1.01)
+"""Of the best of these scales: which are tried then."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,16 +90,53 @@ def _round_block(
     for row in range(span.start, span.stop):
         if row % settings.group_size == 0:
             inputs = slice(row, row + settings.group_size)
-            # What an error of 1 in an input costs once the inputs that follow have made up for it (equation 2).
-            cost = upper.diagonal()[inputs].square().reciprocal()
-            cost /= cost.max()
-            grids.append(Grid.fitting(work[inputs].T, settings.bits, symmetric=settings.symmetric, importance=cost))
+            grids.append(_grid_of(work[inputs], upper[inputs, inputs], settings))
         found = grids[-1].codes(work[row])
         codes[row] = found.to(torch.uint8)
         error = errors[row - span.start]
         torch.sub(work[row], grids[-1].values(found), out=error).div_(float(upper[row, row]))
         work[row : span.stop].addr_(upper[row, row : span.stop], error, alpha=-1)
     return errors
+
+
+def _grid_of(work: Tensor, upper: Tensor, settings: GPTQSettings) -> Grid:
+    """Return a group's grid: for each output the one, of those tried, by which rounding the group in turn costs least.
+
+    Costs are those of equation 2, once inputs that follow have made up for an error. So a zero that moves all weights
+    of a group the same way is found out where inputs have a mean.
+
+    Args:
+        work: [group_size, out_features] fp32; not modified.
+        upper: [group_size, group_size] fp32, the group's part of the factor.
+        settings: how grids are chosen.
+    """
+    span = Grid.around(work.T, settings.bits, symmetric=settings.symmetric)
+    scales, zeros = span.scales.clone(), span.zeros.clone()
+    for start in range(0, work.shape[1], _CHUNK_OUTPUTS):
+        part = slice(start, start + _CHUNK_OUTPUTS)
+        near = Grid(span.scales[part], span.zeros[part], span.most)
+        for shrinks, shifts in ((SHRINKS, (0,) if settings.symmetric else SHIFTS), (NEARER, (0,))):
+            near = _cheapest(near.others(shrinks, shifts), work[:, None, part], upper)
+        scales[part], zeros[part] = near.scales, near.zeros
+    return Grid(scales, zeros, span.most)
+
+
+def _cheapest(grids: Grid, work: Tensor, upper: Tensor) -> Grid:
+    """Return for each output the grid by which rounding a group costs least.
+
+    Args:
+        grids: scales and zeros of [num_grids, out_features].
+        work: [group_size, 1, out_features] fp32; not modified.
+        upper: [group_size, group_size] fp32.
+    """
+    work = work.expand(-1, *grids.scales.shape).clone()
+    cost = torch.zeros_like(grids.scales)
+    for row in range(len(work)):
+        error = (work[row] - grids.values(grids.codes(work[row]))).div_(float(upper[row, row]))
+        cost.addcmul_(error, error)
+        work[row + 1 :].sub_(upper[row, row + 1 :, None, None] * error)
+    least = cost.argmin(dim=0, keepdim=True)
+    return Grid(grids.scales.gather(0, least)[0], grids.zeros.gather(0, least)[0], grids.most)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -80,6 +81,12 @@ class Grid(NamedTuple):
                 scales = torch.where(better, grid.scales, best.scales)
                 best = cls(scales, torch.where(better, zeros, best.zeros), span.most)
         return best
+
+    def others(self, shrinks: Sequence[float], shifts: Sequence[int]) -> Self:
+        """Return grids near this one, side by side: scales and zeros of [num_grids, ...]."""
+        scales = representable(torch.stack([self.scales * shrink for shrink in shrinks]).repeat(len(shifts), 1))
+        zeros = torch.stack([(self.zeros + shift).clamp(1, self.most) for shift in shifts])
+        return self._replace(scales=scales, zeros=zeros.repeat_interleave(len(shrinks), dim=0))
 
     def error(self, weight: Tensor, importance: Tensor) -> Tensor:
         """Return the sum of each group's squared errors, weighed: [...]."""
