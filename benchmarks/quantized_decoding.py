@@ -1,11 +1,14 @@
-"""Decoding at batch 1 in Hugging Face's quantised formats, beside float32: tokens per second, and memory.
+"""Decoding at batch 1 in quantised formats, Hugging Face's and GGUF's, beside float32: tokens per second, and memory.
 
     python benchmarks/quantized_decoding.py --out benchmarks/results/quantized_decoding
+    python benchmarks/quantized_decoding.py --wide --out benchmarks/results/quantized_decoding_wide
 
 The linears of one model are rounded to the nearest code of each format, in groups that divide its inputs; what it says
-then does not matter here. Embedding and head stay float32 in all of them, a fifth of the demo model. All formats are in
-one process and compute a token each in turn, so that what else the machine does falls on all alike; figures are medians
-over steps. `memory` is what the linears take beside their bytes in a file.
+then does not matter here. Embedding and head stay float32 in all of them, a fifth of the demo model. Blocks of 256
+inputs do not divide the demo model: `--wide` takes random weights for as many layers a third wider, and random blocks
+of those of GGUF's types that the gguf package can only read. All formats are in one process and compute a token each
+in turn, so that what else the machine does falls on all alike; figures are medians over steps. `memory` is what the
+linears take beside their bytes in a file.
 """
 
 from __future__ import annotations
@@ -16,34 +19,40 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from quantization import stored_as
 from step_profile import submit
 from torch import Tensor
 
 from octavo_engine import EngineConfig
 from octavo_engine.assembly import Place, assemble
+from octavo_engine.models.config import ModelConfig
 from octavo_engine.numerics import resolve_numerics
 from octavo_engine.quant.choose import choose_method
 from octavo_engine.quant.schemes.bitsandbytes import RowBytes, Table4
 from octavo_engine.quant.schemes.gptq import GPTQTensor
+from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.scaled_floats import E2M1, Float4, ScaledFloats
 from octavo_engine.weights.source import Source, open_source
-from octavo_kernels import GroupedWeight
+from octavo_engine.weights.stored import StoredTensor
+from octavo_kernels import GroupedWeight, PackedWeight, WeightFormat
 from octavo_kvcache.storage import KVStorage
 
-Change = Callable[[Tensor], Tensor | QuantizedTensor]
+Change = Callable[[Tensor], Tensor | QuantizedTensor | StoredTensor]
 _BELOW = (-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911)
 _ABOVE = (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1)
 NF4 = torch.tensor([*_BELOW, 0, *_ABOVE])
 E2M1_LEVELS = torch.tensor([*E2M1, *(-value for value in E2M1)])
 TARGET_SPEED, TARGET_MEMORY = 2.0, 1.05
 WARM_STEPS = 3  # the prompt's, and two more
+WIDER = {576: 768, 1536: 2048, 192: 256}  # the demo model's sizes: hidden, intermediate, of keys and values
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -130,6 +139,18 @@ def int8(values: Tensor) -> RowBytes:
     return RowBytes((values.shape[0], values.shape[1]), codes, largest)
 
 
+def gguf_type(name: str) -> Change:
+    """Return what makes random blocks of one of GGUF's types; every scale in them is small and finite."""
+    tensor_type = TensorType[name]
+
+    def change(values: Tensor) -> StoredTensor:
+        num_bytes = values.shape[1] // tensor_type.block_elements * tensor_type.block_bytes
+        rows = torch.randint(0x10, 0x30, (len(values), num_bytes), dtype=torch.uint8)
+        return StoredTensor(rows.numpy(), tensor_type, (values.shape[0], values.shape[1]))
+
+    return change
+
+
 FORMATS: dict[str, tuple[int, Change]] = {  # bits of a code, and what rounds
     "float32": (32, lambda values: values),
     "GPTQ, groups of 64, zeros": (4, integers),
@@ -141,17 +162,39 @@ FORMATS: dict[str, tuple[int, Change]] = {  # bits of a code, and what rounds
     "NVFP4": (4, nvfp4),
     "FP8 by channel": (8, fp8),
     "int8 of bitsandbytes": (8, int8),
+    **{f"GGUF {name}": (4, stored_as(TensorType[name])) for name in ("Q4_0", "Q4_1", "IQ4_NL", "MXFP4", "NVFP4")},
+    "GGUF Q8_0": (8, stored_as(TensorType.Q8_0)),
 }
+WIDE_FORMATS: dict[str, tuple[int, Change]] = {  # of blocks of 256
+    "GGUF Q4_K": (4, gguf_type("Q4_K")),
+    "GGUF IQ4_XS": (4, gguf_type("IQ4_XS")),
+    "GGUF Q5_K": (5, gguf_type("Q5_K")),
+    "GGUF Q6_K": (6, gguf_type("Q6_K")),
+}
+
+
+def wider(config: ModelConfig, values: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the demo model's layers a third wider, with random weights."""
+    config = replace(
+        config,
+        hidden_size=WIDER[config.hidden_size],
+        intermediate_size=WIDER[config.intermediate_size],
+        num_heads=WIDER[config.hidden_size] // config.head_dim,
+        num_kv_heads=WIDER[config.num_kv_heads * config.head_dim] // config.head_dim,
+    )
+    shapes = {name: [WIDER.get(size, size) for size in tensor.shape] for name, tensor in values.items()}
+    return config, {name: torch.randn(shape).mul_(0.02) for name, shape in shapes.items()}
 
 
 class Rounded:
     """A source whose linears come in a format; what it lacks is the other source's.
 
-    values: its weights by name, in float32.
+    config: its sizes. values: its weights by name, in float32.
     """
 
-    def __init__(self, source: Source, values: dict[str, Tensor], change: Change) -> None:
+    def __init__(self, source: Source, config: ModelConfig, values: dict[str, Tensor], change: Change) -> None:
         self._source, self._values, self._change = source, values, change
+        self.config = config
         self.is_quantized = True
         self.file_bytes = 0
 
@@ -162,7 +205,9 @@ class Rounded:
         """Yield float32 values, those of linears rounded."""
         for name, values in self._values.items():
             changed = self._change(values) if name.endswith("_proj.weight") else values
-            if isinstance(changed, QuantizedTensor):
+            if isinstance(changed, StoredTensor):
+                self.file_bytes += changed.rows.nbytes
+            elif isinstance(changed, QuantizedTensor):
                 self.file_bytes += in_file(changed)
             yield name, changed
 
@@ -189,11 +234,11 @@ class Contestant:
         numerics = resolve_numerics(config, source.config)
         method = choose_method(numerics.device, numerics.dtype)
         make_model = partial(load_model, device=numerics.device, dtype=numerics.dtype, quant=method)
-        before = grouped_bytes()
+        before = packed_bytes()
         other: Any = source
         self._built = assemble(config, other, numerics, Place(make_model, KVStorage), None, time.monotonic())
         self._streams = submit(self._built, 1, num_steps)
-        self.memory = (grouped_bytes() - before) / source.file_bytes if source.file_bytes else None
+        self.memory = (packed_bytes() - before) / source.file_bytes if source.file_bytes else None
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -204,10 +249,11 @@ class Contestant:
         self.seconds.append(time.perf_counter() - started)
 
 
-def grouped_bytes() -> int:
-    """Return the bytes of all grouped weights that there are."""
+def packed_bytes() -> int:
+    """Return the bytes of all quantised weights that there are."""
     gc.collect()
-    return sum(item.num_bytes for item in gc.get_objects() if type(item) is GroupedWeight)
+    weights = (item for item in gc.get_objects() if type(item) in (GroupedWeight, PackedWeight))
+    return sum(item.num_bytes for item in weights if getattr(item, "format", None) is not WeightFormat.F32)
 
 
 def as_float32(weight: Any) -> Tensor:
@@ -220,14 +266,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="GGUF file; the demo model if left out")
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--wide", action="store_true", help="layers a third wider, of random weights")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS | WIDE_FORMATS), metavar="FORMAT")
     parser.add_argument("--out", type=Path, help="write OUT.json")
     arguments = parser.parse_args()
     source = open_source(arguments.model)
-    values = {name: as_float32(weight) for name, weight in source.weights()}
+    config, values = source.config, {name: as_float32(weight) for name, weight in source.weights()}
+    formats = FORMATS
+    if arguments.wide:
+        config, values = wider(config, values)
+        formats = FORMATS | WIDE_FORMATS
     contestants = {}
-    for name in dict.fromkeys(["float32", *arguments.formats]):
-        contestants[name] = Contestant(Rounded(source, values, FORMATS[name][1]), arguments.steps + WARM_STEPS)
+    for name in dict.fromkeys(["float32", *(arguments.formats or formats)]):
+        rounded = Rounded(source, config, values, formats[name][1])
+        contestants[name] = Contestant(rounded, arguments.steps + WARM_STEPS)
         print(f"made {name}", flush=True)
     for _ in range(arguments.steps + WARM_STEPS):
         for contestant in contestants.values():
@@ -236,7 +288,7 @@ def main() -> None:
     plain = statistics.median(steps["float32"])
     rows = []
     for name, taken in steps.items():
-        step, held, bits = statistics.median(taken), contestants[name].memory, FORMATS[name][0]
+        step, held, bits = statistics.median(taken), contestants[name].memory, formats[name][0]
         row = {"format": name, "bits": bits, "step_ms": 1000 * step, "tokens_per_s": 1 / step}
         rows.append({**row, "times_float32": plain / step, "memory": held})
         kept = verdict = ""
