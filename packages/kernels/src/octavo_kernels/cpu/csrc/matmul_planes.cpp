@@ -13,7 +13,7 @@ constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
 template <int N>
 constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : (W == 4 ? 2 : 3);
 constexpr int kChunkGroups = 16;         // unpacked at once: 28 KiB
-constexpr int64_t kBytesAhead = 8192;    // how far ahead of its use memory is asked for
+constexpr int64_t kBytesAhead = 3072;    // how far ahead of its use memory is asked for
 constexpr bool kTakesRegisters = W > 4;  // otherwise one row is unpacked as several are
 
 // ---- one row: codes out of the planes -------------------------------------------------------------------------------
@@ -59,17 +59,23 @@ OCTAVO_INLINE PlaneScales load_scales(const uint8_t* block, int group, int half,
 
 template <Format F>
 OCTAVO_INLINE PairScales load_pair(const uint8_t* block, int group, int column) {
+  constexpr Planes kPlanes = planes_of(F);
   const auto* units = reinterpret_cast<const uint16_t*>(block) + column;
-  const uint8_t* numbers = block + start_of_scales(planes_of(F)) + 2 * group * kPanel + column;
-  PairScales scales;
+  const uint8_t* numbers = block + start_of_scales(kPlanes) + 2 * group * kPanel + column;
+  PairScales scales{{}, {}, {}, {}, kPlanes.centre, kPlanes.minimum};
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     scales.d[i] = vload_f16(units + i * W);
-    scales.m[i] = vload_f16(units + kPanel + i * W);
+    if constexpr (kPlanes.minimum) scales.m[i] = vload_f16(units + kPanel + i * W);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      scales.number[half][i] = vload_nibbles(numbers + half * kPanel + i * W, false);
-      scales.minimum[half][i] = vload_nibbles(numbers + half * kPanel + i * W, true);
+      const uint8_t* at = numbers + half * kPanel + i * W;
+      if constexpr (kPlanes.minimum) {
+        scales.number[half][i] = vload_nibbles(at, false);
+        scales.minimum[half][i] = vload_nibbles(at, true);
+      } else {
+        scales.number[half][i] = vload_i8(reinterpret_cast<const int8_t*>(at));
+      }
     }
   }
   return scales;
@@ -179,7 +185,7 @@ void tile(const Product& product, const UnpackedGroup* groups, int64_t first_gro
         return PlaneScales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}, planes.centre, planes.minimum};
       };
       if constexpr (Pair) {
-        PairScales pair;
+        PairScales pair{{}, {}, {}, {}, planes.centre, planes.minimum};
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const int at = column + i * W;
@@ -213,8 +219,9 @@ constexpr TileFunction tile_of() {
   return nullptr;
 }
 
+template <Format F>
 void store_pair(const uint8_t* block, int group, int column, UnpackedGroup& out) {
-  const PairScales scales = load_pair<Format::kQ2_K>(block, group, column);
+  const PairScales scales = load_pair<F>(block, group, column);
   for (int i = 0; i < 2; ++i) {
     const int at = column + i * W;
     vstore(out.units[0] + at, scales.d[i]);
@@ -237,7 +244,8 @@ void unpack_for_products(const Product& product, const uint8_t* panel, int64_t f
     const auto place = static_cast<int>(index % planes.groups_of_block);
     format.unpack(block, place, product.grid, groups[g]);
     if constexpr (Pair) {
-      for (int column = 0; column < kPanel; column += 2 * W) store_pair(block, place, column, groups[g]);
+      const auto store = format.format == Format::kQ2_K ? &store_pair<Format::kQ2_K> : &store_pair<Format::kQ3_K>;
+      for (int column = 0; column < kPanel; column += 2 * W) store(block, place, column, groups[g]);
       continue;
     }
     for (int half = 0; half < (planes.scales_of_group == 2 ? 2 : 1); ++half)
@@ -285,8 +293,9 @@ void rounded(const Product& product, const Part& part, void* scratch) {
   if (part.num_rows == 1 && kTakesRegisters) return one_row_of<N>(product.planes->format)(product, part);
   const Planes& planes = product.planes->planes;
   auto* groups = static_cast<UnpackedGroup*>(scratch);
-  if constexpr (kIsPair<Format::kQ2_K, N>)
-    if (product.planes->format == Format::kQ2_K) return many_rows<N, false, true, true>(product, part, groups);
+  if constexpr (N == 3)
+    if (product.planes->format == Format::kQ2_K || product.planes->format == Format::kQ3_K)
+      return many_rows<N, false, true, true>(product, part, groups);
   if (planes.scales_of_group == 2) return many_rows<N, kUnsignedBytes, true, false>(product, part, groups);
   if constexpr (!kUnsignedBytes)
     if (!is_wide(planes)) return many_rows<N, false, false, false>(product, part, groups);
@@ -295,10 +304,16 @@ void rounded(const Product& product, const Part& part, void* scratch) {
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
-int32_t sum_of_half(const int8_t* digits) {
+OCTAVO_INLINE int32_t sum_of_half(const int8_t* digits) {
+#if defined(__SSE2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(digits));
+  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());  // 128 more each
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 128 * kGroup / 2;
+#else
   int32_t sum = 0;
   for (int i = 0; i < kGroup / 2; ++i) sum += digits[i];
   return sum;
+#endif
 }
 
 template <int N>

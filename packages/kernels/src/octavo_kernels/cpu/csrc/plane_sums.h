@@ -44,24 +44,29 @@ OCTAVO_INLINE Words correction(const PlaneGroup<N>& x, int digit, Part16 part, i
   return repeat(-centre * (part == kWhole ? sums[0] + sums[1] : sums[part]));
 }
 
-// Formats whose groups are summed by add_pair: codes of two bits leave room for all digits in one integer.
+// Formats whose groups are summed by add_pair: codes of two or three bits leave room for all digits in one integer.
 template <Format F, int N>
-constexpr bool kIsPair = N == 3 && F == Format::kQ2_K;
+constexpr bool kIsPair = N == 3 && (F == Format::kQ2_K || F == Format::kQ3_K);
 
-// What turns the codes of 2W outputs into weights in both halves: d * number * code - m * minimum.
+// What turns the codes of 2W outputs into weights in both halves: d * number * (code - centre) - m * minimum.
 struct PairScales {
   vf d[2], m[2];
   vf number[2][2], minimum[2][2];  // of each half
+  int centre;
+  bool has_m;
 };
 
 // The sums of a half over all digits.
 template <int N, int R, Part16 Half, class Codes>
-OCTAVO_INLINE void dots(const Codes& codes, const PlaneGroup<N>* const* x, int64_t g, vf (&out)[R][2]) {
+OCTAVO_INLINE void dots(const Codes& codes, const PlaneGroup<N>* const* x, int64_t g, int centre, vf (&out)[R][2]) {
   Words products[N][R][2];
 #pragma GCC unroll 3
   for (int digit = 0; digit < N; ++digit)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) products[digit][r][0] = products[digit][r][1] = repeat(0);
+    for (int r = 0; r < R; ++r) {
+      const int32_t all = digit == N - 1 && centre != 0 ? 256 * x[r][g].high[Half] + x[r][g].low[Half] : 0;
+      products[digit][r][0] = products[digit][r][1] = repeat(-centre * all);
+    }
   codes.template each_row<Half>([&](int row, Words first, Words second) OCTAVO_INLINE_LAMBDA {
 #pragma GCC unroll 3
     for (int digit = 0; digit < N; ++digit)
@@ -78,7 +83,7 @@ OCTAVO_INLINE void dots(const Codes& codes, const PlaneGroup<N>* const* x, int64
     for (int i = 0; i < 2; ++i) {
       Words all = products[0][r][i];
 #pragma GCC unroll 2
-      for (int digit = 1; digit < N; ++digit) all = add(shift_left<8>(all), products[digit][r][i]);
+      for (int digit = 1; digit < N; ++digit) all = add(next_byte(all), products[digit][r][i]);
       out[r][i] = to_float(all);
     }
 }
@@ -88,16 +93,19 @@ template <int N, int R, class Codes>
 OCTAVO_INLINE void add_pair(const Codes& codes, const PairScales& weights, const PlaneGroup<N>* const* x, int64_t g,
                             vf (&sums)[R][2]) {
   vf first[R][2], second[R][2];
-  dots<N, R, kFirstHalf>(codes, x, g, first);
-  dots<N, R, kSecondHalf>(codes, x, g, second);
+  dots<N, R, kFirstHalf>(codes, x, g, weights.centre, first);
+  dots<N, R, kSecondHalf>(codes, x, g, weights.centre, second);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const vf offset = vfma(vset(x[r][g].offset[1]), weights.minimum[1][i],
-                             vmul(vset(x[r][g].offset[0]), weights.minimum[0][i]));
+      vf sum = sums[r][i];
+      if (weights.has_m) {
+        const vf offset = vfma(vset(x[r][g].offset[1]), weights.minimum[1][i],
+                               vmul(vset(x[r][g].offset[0]), weights.minimum[0][i]));
+        sum = vfnma(offset, weights.m[i], sum);
+      }
       const vf dot = vfma(second[r][i], weights.number[1][i], vmul(first[r][i], weights.number[0][i]));
-      const vf sum = vfnma(offset, weights.m[i], sums[r][i]);
       sums[r][i] = vfma(dot, vmul(weights.d[i], vset(x[r][g].scale)), sum);
     }
 }

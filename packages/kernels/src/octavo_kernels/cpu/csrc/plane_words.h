@@ -100,4 +100,14 @@ OCTAVO_INLINE Words shift(Words x) {  // to the left, or to the right where N is
   return x;
 }
 
+// The words times 256.
+OCTAVO_INLINE Words next_byte(Words x) {
+#if defined(__AVX512BW__)  // on another port than shifts, which take the one of products
+  const __m128i bytes = _mm_set_epi8(14, 13, 12, -1, 10, 9, 8, -1, 6, 5, 4, -1, 2, 1, 0, -1);
+  return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(bytes));
+#else
+  return shift_left<8>(x);
+#endif
+}
+
 }  // namespace octavo
