@@ -305,7 +305,7 @@ void rounded(const Product& product, const Part& part, void* scratch) {
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
 OCTAVO_INLINE int32_t sum_of_half(const int8_t* digits) {
-#if defined(__SSE2__)
+#if defined(__AVX2__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(digits));
   const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());  // 128 more each
   return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 128 * kGroup / 2;
