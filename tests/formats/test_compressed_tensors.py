@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +35,10 @@ OF_OUR_OWN = {
     "W4A16 in the order of importance": {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "weight"},
     "W8A16 by channel": {"num_bits": 8, "strategy": "channel"},
     "W3A16 by group, asymmetric": {"num_bits": 3, "strategy": "group", "group_size": 32, **ASYMMETRIC},
+    "W8A8 by channel, asymmetric": {"num_bits": 8, "strategy": "channel", **ASYMMETRIC},
+    "W8A8 by tensor, asymmetric": {"num_bits": 8, "strategy": "tensor", **ASYMMETRIC},
+    "W8A8 by group, asymmetric": {"num_bits": 8, "strategy": "group", "group_size": 32, **ASYMMETRIC},
+    "W4A8 by channel, asymmetric": {"num_bits": 4, "strategy": "channel", **ASYMMETRIC},
     "FP8A16 by block": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 64]},
 }
 PRESETS = (
@@ -44,7 +50,10 @@ PRESETS = (
 def scheme_of(name: str) -> QuantizationScheme:
     if name in PRESETS:
         return preset_name_to_scheme(name, ["Linear"])
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**OF_OUR_OWN[name]))
+    rounded = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if "A8" in name else None
+    return QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**OF_OUR_OWN[name]), input_activations=rounded
+    )
 
 
 def blocks_of(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -97,6 +106,18 @@ def test_values_are_those_of_the_library(name: str, made_by: Any) -> None:
     assert len(made.values) == 14
     made.check_values()
     made.check_products()
+
+
+@pytest.mark.parametrize("name", [name for name in OF_OUR_OWN if "A8" in name])
+def test_asymmetric_weights_beside_rounded_activations_are_whole_bytes(name: str, made_by: Any) -> None:
+    """Which the test of values relies on: the library leaves codes and zeros of these unpacked, and zeros differ."""
+    made = made_by(Library(linears=scheme_of(name)))
+    settings = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "int-quantized"
+    with safe_open(made.folder / "model.safetensors", "pt") as file:
+        zeros = file.get_tensor("model.layers.0.mlp.up_proj.weight_zero_point")
+    assert zeros.dtype == torch.int8
+    assert bool((zeros != 0).any())
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"])

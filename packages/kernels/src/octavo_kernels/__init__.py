@@ -52,6 +52,7 @@ from octavo_kernels.mla import mla_decode
 from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
+from octavo_kernels.packed_scales import has_finite_scales
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.penalties import apply_penalties
 from octavo_kernels.quantize import quantize_rows
@@ -112,6 +113,7 @@ __all__ = [
     "grouped_linear",
     "gumbel_noise",
     "gumbel_noise_at",
+    "has_finite_scales",
     "host_empty",
     "int_weight_from_awq",
     "int_weight_from_codes",

@@ -19,6 +19,7 @@ from octavo_kernels import (
     PackedWeight,
     WeightFormat,
     empty_result,
+    has_finite_scales,
     pack_weight,
     packed_argmax,
     packed_embedding,
@@ -87,13 +88,11 @@ class Packed(QuantMethod[PackedParameters]):
         """Pack what the slots brought: neighbours of one format as one weight. Nothing is left to do a second time."""
         if parameters.parts:
             return parameters
-        in_order = [_as_stored(parameters.stored[start]) for start in sorted(parameters.stored)]
+        in_order = [parameters.stored[start] for start in sorted(parameters.stored)]
         parts: list[PackedPart] = []
         start = 0
-        for weight_format, run in groupby(in_order, key=lambda item: item[0]):
-            rows = [tensor for _, tensor in run]
-            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-            weight = pack_weight(joined.contiguous(), weight_format, in_features=parameters.in_features)
+        for weight_format, run in groupby(in_order, key=_format_of):
+            weight = pack_shards(list(run), weight_format, parameters.in_features)
             int8 = self.int8_activations and weight_format.dtype is None
             parts.append(PackedPart(weight, slice(start, start + weight.out_features), int8))
             start += weight.out_features
@@ -126,11 +125,31 @@ class Packed(QuantMethod[PackedParameters]):
         return packed_argmax(x, part.weight, int8_activations=part.int8_activations)
 
 
-def _as_stored(tensor: Tensor | StoredTensor) -> tuple[WeightFormat, Tensor]:
-    """Return a tensor's format and its rows; a type that products do not read becomes fp32."""
+def pack_shards(shards: Sequence[Tensor | StoredTensor], weight_format: WeightFormat, in_features: int) -> PackedWeight:
+    """Pack shards of a matrix as one weight; those in another dtype than the format's are brought into it.
+
+    Raises:
+        CorruptModelFile: if a block has a scale that is NaN or infinite; names the file and the tensor.
+    """
+    rows = [_rows(tensor, weight_format) for tensor in shards]
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+    weight = pack_weight(joined.contiguous(), weight_format, in_features=in_features)
+    # Packing has put the scales side by side: they are seen there without a second walk through the file.
+    if weight_format is WeightFormat.NVFP4 or not has_finite_scales(weight):  # its NaN is packed as 0
+        for tensor in shards:
+            if isinstance(tensor, StoredTensor):
+                tensor.check_scales()
+    return weight
+
+
+def _format_of(tensor: Tensor | StoredTensor) -> WeightFormat:
+    """Return the format that a tensor is packed in; a type that products do not read becomes fp32."""
     if isinstance(tensor, StoredTensor):
-        if tensor.type in BLOCK_FORMATS:
-            return BLOCK_FORMATS[tensor.type], tensor.as_tensor()
-        tensor = tensor.values()
-    weight_format = _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
-    return weight_format, tensor.to(weight_format.dtype)
+        return BLOCK_FORMATS.get(tensor.type, WeightFormat.F32)
+    return _DENSE_FORMATS.get(tensor.dtype, WeightFormat.F32)
+
+
+def _rows(tensor: Tensor | StoredTensor, weight_format: WeightFormat) -> Tensor:
+    if isinstance(tensor, StoredTensor):
+        return tensor.as_tensor() if tensor.type in BLOCK_FORMATS else tensor.values()
+    return tensor.to(weight_format.dtype)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
 from octavo_engine.quant.onednn import linear
-from octavo_engine.quant.packed import BLOCK_FORMATS
+from octavo_engine.quant.packed import BLOCK_FORMATS, pack_shards
 from octavo_engine.quant.unquantized import DenseParameters, Unquantized
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
-from octavo_kernels import PackedWeight, WeightFormat, pack_weight, packed_embedding, packed_linear
+from octavo_kernels import PackedWeight, WeightFormat, packed_embedding, packed_linear
 
 DEVICE_FORMATS = MappingProxyType({key: item for key, item in BLOCK_FORMATS.items() if item.parts is None})
 """GGUF's types that Triton reads as they are stored."""
@@ -167,8 +167,7 @@ def _parts(parameters: DeviceParameters) -> Iterator[DevicePart]:
         if start > end:
             yield _dense_part(parameters, slice(end, start))
         end = shards[-1][0] + shards[-1][1].shape[0]
-        rows = [tensor.as_tensor() for _, tensor in shards]
-        weight = _pack(torch.cat(rows) if len(rows) > 1 else rows[0], weight_format[0], parameters)
+        weight = _pack([tensor for _, tensor in shards], weight_format[0], parameters)
         yield DevicePart(weight, slice(start, end))
     if end < parameters.out_features:
         yield _dense_part(parameters, slice(end, parameters.out_features))
@@ -186,7 +185,7 @@ def _dense_part(parameters: DeviceParameters, rows: slice) -> DevicePart:
     return DevicePart(parameters.dense.weight[rows].clone(), rows)
 
 
-def _pack(rows: Tensor, weight_format: WeightFormat, parameters: DeviceParameters) -> PackedWeight:
+def _pack(shards: Sequence[StoredTensor], weight_format: WeightFormat, parameters: DeviceParameters) -> PackedWeight:
     """Pack rows of blocks where the file is, and move the result: the device never holds both."""
-    weight = pack_weight(rows.contiguous(), weight_format, in_features=parameters.in_features)
+    weight = pack_shards(shards, weight_format, parameters.in_features)
     return replace(weight, data=weight.data.to(parameters.device))

@@ -62,6 +62,10 @@ class GGUFParts:
         """
         return self._file_of[name].raw(name)
 
+    def path_of(self, name: str) -> Path:
+        """Return the file that a tensor is in; raises as `raw`."""
+        return self._file_of[name].path
+
 
 def _whole_number(file: GGUFFile, key: str, most: int) -> int:
     """Return a key's value, 0 where it is missing."""

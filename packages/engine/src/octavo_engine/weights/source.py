@@ -247,7 +247,7 @@ class GGUFSource(Source):
             TensorType.F64: torch.float64,
         }
         if info.type not in dtypes:
-            return StoredTensor(rows, info.type, shape)
+            return StoredTensor(rows, info.type, shape, f"{self.file.path_of(info.name)}: tensor {info.name!r}")
         return torch.from_numpy(rows.reshape(-1)).view(dtypes[info.type]).reshape(shape)
 
     def _part(self, info: TensorInfo, cut: Cut | None) -> Any:
