@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo_engine.batch import CachedRow, ScheduledBatch
 from octavo_engine.models.llama import Llama
+from octavo_engine.runner.device_rows import DeviceRows
 from octavo_engine.runner.forward import OpByOp
 from octavo_engine.runner.graph_plan import GraphPlan
 from octavo_engine.runner.late_device import LateDevice
@@ -90,6 +91,19 @@ def test_each_step_has_the_input_that_the_host_would_make(model: Llama, free: bo
         assert without_repeats(ahead.seen) == replayed.seen
     assert num_preemptions > 1
     assert (num_waited > 10) is not free
+
+
+def test_a_plan_that_did_not_arrive_is_sent_again(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no kernel")
+
+    made, expected = setup(model, LateDevice(num_late=1)), setup_of(model, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceRows, "update", fail)
+        with pytest.raises(RuntimeError, match="no kernel"):
+            made.runner.execute(ScheduledBatch(step_id=0, new=(enter(2, (1, 2), (5,)),)))
+    step = ScheduledBatch(step_id=1, new=(enter(2, (7, 8, 9), (6,)),), finished=(2,))
+    assert made.runner.execute(step) == expected.runner.execute(step)
 
 
 def without_repeats(steps: list[Any]) -> list[Any]:

@@ -260,7 +260,7 @@ def test_memory_is_set_aside_for_both_kinds_of_graphs(model: Llama) -> None:
     assert both.mixed_sizes == (16, 32, 64)
     assert both.shapes[-1] == GraphShape(64, 8, 64)
     decode, mixed = (attention_workspace(8, 256, 4, 2, 16, max_query_len=most) for most in (1, 64))
-    tables, outputs = 8 * (256 // 16) * 4, sum(both.sizes + both.mixed_sizes) * 32 * 4
+    tables, outputs = 3 * 8 * (256 // 16) * 4, sum(both.sizes + both.mixed_sizes) * 32 * 4
     assert decode < mixed
     assert both.num_bytes == 2 * ((1 << 20) + mixed) + tables + outputs + (len(both.sizes) + 3) * (8 << 20)
     assert both.num_bytes > without.num_bytes

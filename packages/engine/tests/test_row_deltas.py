@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import runpy
 from collections import Counter
@@ -35,6 +36,7 @@ _SHARED = runpy.run_path(str(Path(__file__).with_name("test_device_rows.py")))
 plain, enter, BLOCK_SIZE, VOCAB_SIZE = (_SHARED[name] for name in ("plain", "enter", "BLOCK_SIZE", "VOCAB_SIZE"))
 MAX_NUM_ROWS, MAX_LEN, MAX_NUM_BLOCKS = 7, 60, 15
 CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # thousands of times slower
 
 
 class Tables:
@@ -51,7 +53,7 @@ class Tables:
 
     def updates(self, row: int, end: int) -> tuple[TableUpdate, ...]:
         before = self._counts[row]
-        count = max(before, -(-end // BLOCK_SIZE) + self._rng.choice((0, 0, 1)))
+        count = max(before, min(MAX_NUM_BLOCKS, -(-end // BLOCK_SIZE) + self._rng.choice((0, 0, 1))))
         first = before - self._rng.choice((0, 0, 0, 1))  # copy-on-write
         if first == count:
             return ()
@@ -109,12 +111,11 @@ class Bench:
                 count = rng.randint(1, most)
                 end = self.computed[row] + count
                 cached.append(CachedRow(row, self.computed[row], count, count == most, self.tables.updates(row, end)))
-        for row in set(range(MAX_NUM_ROWS)) - set(self.computed):
-            if rng.random() < 0.3:
+        for row in range(MAX_NUM_ROWS):
+            if row not in self.computed and rng.random() < 0.3:
                 new.append(self.enter(row))
                 if new[-1].samples and row + 1 < MAX_NUM_ROWS and row + 1 not in self.computed and rng.random() < 0.7:
                     new.append(self.fork(new[-1], row + 1))
-        new = list({one.row: one for one in reversed(new)}.values())[::-1]
         return ScheduledBatch(step_id=step_id, new=tuple(new), cached=tuple(cached), finished=finished)
 
     def enter(self, row: int) -> NewRow:
@@ -194,12 +195,12 @@ class Bench:
             self.known[row] += samples
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(1 if INTERPRETED else 4))
 def test_two_groups_of_block_tables_and_tokens_that_are_read_late(seed: int) -> None:
     rng = Rng(seed)
     bench = Bench(rng)
     kinds = Counter[str]()
-    for step_id in range(150):
+    for step_id in range(40 if INTERPRETED else 150):
         batch = bench.batch(step_id)
         bench.take_in(batch)
         if not batch.num_rows:
@@ -220,5 +221,5 @@ def test_two_groups_of_block_tables_and_tokens_that_are_read_late(seed: int) -> 
                 kinds["sampled"] += 1
         bench.go_on(step)
         bench.read(rng.randint(0, 2))
-    assert all(kinds[name] > 10 for name in ("here", "decode", "mixed", "sampled")), kinds
+    assert all(kinds[name] > 3 for name in ("here", "decode", "mixed", "sampled")), kinds
     assert kinds["forks"]

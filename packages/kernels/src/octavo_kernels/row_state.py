@@ -31,6 +31,17 @@ class StepTensors(NamedTuple):
     slot_mapping: Tensor
 
 
+_OUT_DTYPES = {
+    "out.token_ids": torch.int64,
+    "out.positions": torch.int64,
+    "out.query_start_loc": torch.int32,
+    "out.seq_lens": torch.int32,
+    "out.logits_indices": torch.int64,
+    "out.block_tables": torch.int32,
+    "out.slot_mapping": torch.int64,
+}
+
+
 def update_rows(
     num_computed_tokens: Tensor,
     last_tokens: Tensor,
@@ -126,7 +137,7 @@ def expand_rows(
     op = "expand_rows"
     given = {"rows": rows, "query_start_loc": query_start_loc, "token_ids": token_ids, "logits_seqs": logits_seqs}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    results = {f"out.{name}": tensor for name, tensor in out._asdict().items()}
+    results = dict(zip(_OUT_DTYPES, out, strict=True))
     device = _check_state(op, num_computed_tokens, last_tokens, block_tables, **tensors, **results)
     _check_vector(op, **tensors)
     together = (query_start_loc is None) == (token_ids is None)
@@ -136,13 +147,14 @@ def expand_rows(
     if query_start_loc is not None:
         _check.shape(op, "query_start_loc", query_start_loc, (len(rows) + 1,))
     num_tokens = len(rows if token_ids is None else token_ids)
-    _check_out(op, out, block_tables)
-    for name, size, needed in (
-        ("token_ids", len(out.token_ids), num_tokens),
-        ("seq_lens", len(out.seq_lens), len(rows)),
-        ("logits_indices", len(out.logits_indices), len(rows if logits_seqs is None else logits_seqs)),
+    _check_out(op, out, block_tables, results)
+    for name, tensor, needed in (
+        ("token_ids", out.token_ids, num_tokens),
+        ("seq_lens", out.seq_lens, len(rows)),
+        ("logits_indices", out.logits_indices, len(rows if logits_seqs is None else logits_seqs)),
     ):
-        _check.option(op, f"the length of out.{name}", size, size >= needed, f"at least {needed}")
+        if len(tensor) < needed:
+            _check.option(op, f"the length of out.{name}", len(tensor), False, f"at least {needed}")
     implementation(op, device)(
         num_computed_tokens, last_tokens, block_tables, rows, query_start_loc, token_ids, logits_seqs, out,
         block_size, max_query_len, max_seq_len,
@@ -205,19 +217,19 @@ def _check_vector(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         _check.rank(op, name, tensor, ("num_entries",))
         _check.dtype(op, name, tensor, torch.int32)
-        _check.contiguous(op, **{name: tensor})
+    _check.contiguous(op, **tensors)
 
 
-def _check_out(op: str, out: StepTensors, block_tables: Tensor) -> None:
+def _check_out(op: str, out: StepTensors, block_tables: Tensor, results: dict[str, Tensor]) -> None:
     num_groups, _, max_num_blocks = block_tables.shape
-    for name in ("token_ids", "positions", "logits_indices"):
-        tensor: Tensor = getattr(out, name)
-        _check.shape(op, f"out.{name}", tensor, ("num_logits_rows" if "logits" in name else len(out.token_ids),))
+    _check.rank(op, "out.token_ids", out.token_ids, ("num_tokens",))
     _check.rank(op, "out.seq_lens", out.seq_lens, ("num_seqs",))
-    _check.shape(op, "out.query_start_loc", out.query_start_loc, (len(out.seq_lens) + 1,))
-    _check.shape(op, "out.block_tables", out.block_tables, (num_groups, len(out.seq_lens), max_num_blocks))
-    _check.shape(op, "out.slot_mapping", out.slot_mapping, (num_groups, len(out.token_ids)))
-    for name, tensor in out._asdict().items():
-        wide = name in ("token_ids", "positions", "logits_indices", "slot_mapping")
-        _check.dtype(op, f"out.{name}", tensor, torch.int64 if wide else torch.int32)
-        _check.last_dim_contiguous(op, **{f"out.{name}": tensor})
+    _check.rank(op, "out.logits_indices", out.logits_indices, ("num_logits_rows",))
+    num_tokens, num_seqs = len(out.token_ids), len(out.seq_lens)
+    _check.shape(op, "out.positions", out.positions, (num_tokens,))
+    _check.shape(op, "out.query_start_loc", out.query_start_loc, (num_seqs + 1,))
+    _check.shape(op, "out.block_tables", out.block_tables, (num_groups, num_seqs, max_num_blocks))
+    _check.shape(op, "out.slot_mapping", out.slot_mapping, (num_groups, num_tokens))
+    for name, tensor in results.items():
+        _check.dtype(op, name, tensor, _OUT_DTYPES[name])
+    _check.last_dim_contiguous(op, **results)
