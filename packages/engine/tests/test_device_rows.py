@@ -102,8 +102,12 @@ def test_a_plan_that_did_not_arrive_is_sent_again(model: Llama, monkeypatch: pyt
         patched.setattr(DeviceRows, "update", fail)
         with pytest.raises(RuntimeError, match="no kernel"):
             made.runner.execute(ScheduledBatch(step_id=0, new=(enter(2, (1, 2), (5,)),)))
-    step = ScheduledBatch(step_id=1, new=(enter(2, (7, 8, 9), (6,)),), finished=(2,))
-    assert made.runner.execute(step) == expected.runner.execute(step)
+    for step in (
+        ScheduledBatch(step_id=1, new=(enter(2, (7, 8, 9), (6,)),), finished=(2,)),
+        decode(2, (2, 3)),
+    ):
+        assert made.runner.execute(step) == expected.runner.execute(step)
+    assert all(cache[6].isfinite().all() for cache in made.runner.storage.layer(0))  # its own block
 
 
 def without_repeats(steps: list[Any]) -> list[Any]:
