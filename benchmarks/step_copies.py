@@ -48,6 +48,7 @@ class Copies:
     median_bytes: int
     share_without_upload: float
     median_host_us: float
+    least_host_us: float
 
 
 class _Event:
@@ -163,6 +164,7 @@ def measure(kind: str, num_seqs: int, num_steps: int) -> Copies:
         median_bytes=sorted(num_bytes)[num_steps // 2],
         share_without_upload=num_bytes.count(0) / num_steps,
         median_host_us=sorted(seconds)[num_steps // 2] * 1e6,
+        least_host_us=min(seconds) * 1e6,
     )
 
 
@@ -171,18 +173,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="a folder for step_copies.json")
+    parser.add_argument("--out", type=Path, help="where to write, without the .json")
     options = parser.parse_args()
     results = [measure(kind, num_seqs, options.steps) for kind in KINDS for num_seqs in options.num_seqs]
     for one in results:
-        print(
-            f"{one.kind:9} {one.num_seqs:4} rows: {one.mean_bytes:10.0f} bytes a step (median {one.median_bytes}), "
-            f"{one.share_without_upload:4.0%} of steps without a copy, {one.median_host_us:7.0f} us of the host"
+        copies = (
+            f"{one.mean_bytes:8.0f} bytes a step (median {one.median_bytes}), {one.share_without_upload:4.0%} without"
         )
+        host = f"{one.median_host_us:6.0f} us of the host (least {one.least_host_us:.0f})"
+        print(f"{one.kind:9} {one.num_seqs:4} rows: {copies}, {host}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps([asdict(one) for one in results], indent=1)
-        (options.out / "step_copies.json").write_text(text + "\n")
+        options.out.with_suffix(".json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
