@@ -342,7 +342,7 @@ def test_attention_whose_sums_must_keep_their_order_is_not_measured(on_an_h100):
 PROGRAM = {
     "packed_linear": (["--format", "q4_0", "--shape", "64x32", "--rows", "3"], 36),
     "weight_only_linear": (["--shape", "64x128", "--rows", "3"], 12),
-    "fused_moe": (["--shape", "32x64", "--rows", "3", "--experts", "4"], 12),
+    "fused_moe": (["--shape", "32x64", "--rows", "1", "--experts", "2", "--top-k", "1"], 12),
     "decode": (["--shape", "4x32", "--rows", "1", "--kv-heads", "2", "--num-seqs", "2", "--seq-len", "20"], 12),
     "prefill": (["--shape", "4x32", "--rows", "40", "--kv-heads", "2", "--num-seqs", "2", "--seq-len", "50"], 12),
 }

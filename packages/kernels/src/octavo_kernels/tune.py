@@ -282,7 +282,7 @@ def _attention_of(
     lens = torch.full((num_seqs,), seq_len, dtype=torch.int32, device=device)
     table = torch.arange(num_seqs * num_blocks, dtype=torch.int32, device=device).view(num_seqs, num_blocks)
     scores = AttentionOptions(scale=head_dim**-0.5, causal=True)
-    return AttentionCall(q, *cache, starts, lens, scores, torch.empty_like(q), None, table)
+    return AttentionCall(q, cache[0], cache[1], starts, lens, scores, torch.empty_like(q), None, table)
 
 
 if __name__ == "__main__":
