@@ -66,8 +66,13 @@ def plain(step: ModelInput) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("plan", [None, GraphPlan((1, 2, 4, 6), mixed_sizes=(8, 16), max_num_seqs=6)])
-@pytest.mark.parametrize("free", [pytest.param(True, id="free rows"), pytest.param(False, id="ruled rows too")])
+PLAN = GraphPlan((1, 2, 4, 6), mixed_sizes=(8, 16), max_num_seqs=6)
+
+
+@pytest.mark.parametrize(
+    ("free", "plan"),
+    [pytest.param(True, PLAN, id="free rows, graphs"), pytest.param(False, None, id="ruled rows too, op by op")],
+)
 def test_each_step_has_the_input_that_the_host_would_make(model: Llama, free: bool, plan: GraphPlan | None) -> None:
     """Over chunks, forks, hits, preemptions, aborts, rows that change hands, and steps with the host in between."""
     num_preemptions = num_waited = 0
