@@ -72,6 +72,7 @@ ON_EVERY_BACKEND = {
             "model_runner",
             "packed_on_device",
             "ranks_on_backends",
+            "row_deltas",
             "stages_on_backends",
         )
     ],

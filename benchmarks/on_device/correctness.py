@@ -14,6 +14,7 @@ from octavo_kernels.testing import make_paged_inputs, tolerance
 from on_device.backends import served_by
 from on_device.bench import Bench
 from on_device.product_kinds import packed_weight
+from on_device.row_kernels import checksums_of_a_step
 
 FP8 = torch.float8_e4m3fn
 _UNEQUAL = 0.02
@@ -108,6 +109,7 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
     yield "apply_penalties", _penalised
     yield "token_logprobs", lambda m: ok.token_logprobs(*_logits(m), 3)[0]
     yield "rejection_sample", _judged
+    yield "update_rows, expand_rows, advance_rows", checksums_of_a_step
     for rows in (1, 17, 40, 130) if not smoke else (3,):
         yield f"weight_only_linear, 4 bits, {rows} rows", lambda m, rows=rows: _weight_only(m, rows, 4, 128)
     yield "weight_only_linear, 4 bits in groups of 32", lambda m: _weight_only(m, m.size(40, 3), 4, 32)

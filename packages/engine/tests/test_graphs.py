@@ -30,11 +30,11 @@ from octavo_engine.models.llama import Llama
 from octavo_engine.overlap import GraphStats, OverlapStats
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.device import Graph
+from octavo_engine.runner.device_inputs import DeviceInputs
 from octavo_engine.runner.device_memory import FreeMemory
 from octavo_engine.runner.graph_plan import GraphPlan, GraphShape, graph_sizes
-from octavo_engine.runner.graphs import GraphInputs
 from octavo_engine.runner.late_device import LateDevice
-from octavo_engine.runner.model_input import GroupInput, ModelInput
+from octavo_engine.runner.model_input import ModelInput
 from octavo_engine.runner.overlapped_runner import OverlappedRunner
 from octavo_engine.scheduler import Scheduler
 from octavo_engine.testing import random_model, tiny_config
@@ -225,28 +225,22 @@ def test_rows_that_fill_a_step_up_change_nothing(model: Llama, kind: type[LateDe
         assert cache[5].isfinite().all()
 
 
-def test_inputs_are_filled_up_with_sequences_that_have_no_token() -> None:
-    shapes = GraphShape(4, 4, 1), GraphShape(6, 6, 1)
-    inputs = GraphInputs(shapes=shapes, max_num_blocks=5, num_groups=1, kv_layers=(), device=torch.device("cpu"))
-
-    def step(num_rows: int, num_blocks: int) -> ModelInput:
-        numbers = torch.arange(1, num_rows + 1)
-        table = 10 * numbers[:, None].int() + torch.arange(num_blocks, dtype=torch.int32)
-        starts = torch.arange(num_rows + 1, dtype=torch.int32)
-        group = GroupInput(table, numbers + 50)
-        return ModelInput(numbers + 20, numbers + 30, starts, numbers.int() + 40, 1, numbers - 1, (group,), ())
-
-    first = inputs.fill(step(4, 3), shapes[0])
-    filled = inputs.fill(step(2, 1), shapes[0])
-    assert filled is first
-    assert filled.token_ids.tolist()[:2] == [21, 22]
-    assert filled.positions.tolist()[:2] == [31, 32]
-    assert filled.seq_lens.tolist() == [41, 42, 0, 0]
-    assert filled.query_start_loc.tolist() == [0, 1, 2, 2, 2]
-    assert filled.groups[0].slot_mapping.tolist() == [51, 52, -1, -1]
-    assert filled.groups[0].block_table[:2, 0].tolist() == [10, 20]
-    assert filled.groups[0].block_table.shape == (4, 5)
-    assert inputs.fill(step(5, 5), shapes[1]).query_start_loc.tolist() == [0, 1, 2, 3, 4, 5, 5]
+def test_all_steps_find_their_input_at_the_same_addresses() -> None:
+    sizes = {"max_num_tokens": 12, "max_num_seqs": 6, "max_num_blocks": 5, "num_groups": 2, "block_size": 4}
+    inputs = DeviceInputs(**sizes, kv_layers=(), device=torch.device("cpu"))
+    shape = GraphShape(4, 4, 1)
+    small, graph = inputs.of_step(GraphShape(7, 2, 6), 9), inputs.of_graph(shape)
+    assert inputs.of_graph(GraphShape(4, 4, 1)) is graph
+    assert [tuple(table.shape) for table, _ in small.groups] == [(2, 3)] * 2
+    assert [tuple(table.shape) for table, _ in graph.groups] == [(4, 5)] * 2
+    assert [len(slots) for _, slots in small.groups + graph.groups] == [7, 7, 4, 4]
+    assert (len(small.query_start_loc), len(graph.query_start_loc), small.max_query_len) == (3, 5, 6)
+    written = inputs.tensors(shape)
+    for value, tensor in enumerate(written, 1):
+        tensor.fill_(value)
+    assert [tensor.unique().tolist() for tensor in (*graph.groups[1], graph.seq_lens)] == [[6], [7], [4]]
+    assert small.token_ids.tolist() == [1] * 4 + [0] * 3
+    assert small.groups[1].block_table.tolist() == [[6] * 3] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -350,7 +344,7 @@ def test_memory_is_set_aside_for_as_many_graphs_as_there_may_be(model: Llama) ->
     assert many.num_bytes is not None
     assert few.num_bytes is not None
     workspace = attention_workspace(64, 256, 4, 2, 16)
-    tables = 64 * (256 // 16) * 4
+    tables = 3 * 64 * (256 // 16) * 4
     outputs = 32 * 4  # of a token
     assert few.num_bytes == 2 * ((1 << 20) + workspace) + tables + 96 * outputs + 2 * (8 << 20)
     assert many.num_bytes - few.num_bytes == 9 * (8 << 20) + (sum(many.sizes) - 96) * outputs

@@ -30,12 +30,11 @@ from octavo_engine.errors import InvalidConfig
 from octavo_engine.models.llama import Llama
 from octavo_engine.overlap import GraphStats
 from octavo_engine.runner.device import Graph
+from octavo_engine.runner.device_rows import DeviceRows
 from octavo_engine.runner.graph_plan import GraphPlan, GraphShape, mixed_sizes
-from octavo_engine.runner.graphs import GraphInputs
 from octavo_engine.runner.late_device import LateDevice
-from octavo_engine.runner.model_input import GroupInput, ModelInput
 from octavo_engine.testing import random_model, tiny_config
-from octavo_kernels import attention_workspace
+from octavo_kernels import StepTensors, attention_workspace
 
 _SHARED = runpy.run_path(str(Path(__file__).with_name("test_graphs.py")))
 RecordingDevice, native, setup, graphs_of, answers_of, setup_of, plan_of, FakeMeter = (
@@ -201,49 +200,26 @@ def test_answers_are_those_of_the_inline_executor(model: Llama, num_late: int, k
     assert graphs.num_replayed > 5
 
 
-@pytest.mark.parametrize("forgotten", ["_token_ids", "_positions", "tables", "slots"])
+@pytest.mark.parametrize("forgotten", ["token_ids", "positions", "block_tables", "slot_mapping"])
 @native
 @not_interpreted
 def test_every_buffer_is_read_by_a_replay(
     model: Llama, expected_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
     """What stays in one of them from the step before shows in the tokens. (Wrong lengths would reach beyond memory.)"""
-    fill, made = GraphInputs.fill, setup(model, RecordingDevice(num_late=1), PLAN)
+    expand, made = DeviceRows.expand, setup(model, RecordingDevice(num_late=1), PLAN)
 
-    def forget(self: GraphInputs, step: ModelInput, shape: GraphShape) -> ModelInput:
-        buffer = {"tables": self._groups[0].block_table, "slots": self._groups[0].slot_mapping}.get(forgotten)
-        kept = getattr(self, forgotten) if buffer is None else buffer
+    def forget(self: DeviceRows, plan: Any, size: Any, out: StepTensors) -> None:
+        kept = getattr(out, forgotten)
         before = kept.clone()
-        found = fill(self, step, shape)
-        if shape.max_query_len > 1 and shape in made.runner._graphs._graphs:
+        expand(self, plan, size, out)
+        shape = PLAN.fit(size.num_tokens, size.num_seqs, size.max_query_len)
+        if size.max_query_len > 1 and shape in made.runner._graphs._graphs:
             kept.copy_(before)
-        return found
 
-    monkeypatch.setattr(GraphInputs, "fill", forget)
+    monkeypatch.setattr(DeviceRows, "expand", forget)
     steps = mixed_steps()
     assert [made.runner.execute(step) for step in steps] != expected_of(*steps)
-
-
-def test_tokens_and_rows_that_a_step_lacks_belong_to_no_sequence() -> None:
-    shape = GraphShape(8, 4, 8)
-    inputs = GraphInputs(shapes=(shape,), max_num_blocks=3, num_groups=1, kv_layers=(), device=torch.device("cpu"))
-
-    def step(*query_lens: int) -> ModelInput:
-        num_tokens, lens = sum(query_lens), torch.tensor(query_lens, dtype=torch.int32)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32), lens.cumsum(0).int()])
-        numbers = torch.arange(1, num_tokens + 1)
-        group = GroupInput(torch.full((len(lens), 2), 7, dtype=torch.int32), numbers + 50)
-        return ModelInput(numbers + 20, numbers + 30, starts, lens + 40, max(query_lens), numbers[:1], (group,), ())
-
-    first = inputs.fill(step(3, 1, 2, 1), shape)
-    filled = inputs.fill(step(1, 3), shape)
-    assert filled is first
-    assert filled.max_query_len == 8
-    assert filled.query_start_loc.tolist() == [0, 1, 4, 4, 4]
-    assert filled.seq_lens.tolist() == [41, 43, 0, 0]
-    assert filled.groups[0].slot_mapping.tolist() == [51, 52, 53, 54, -1, -1, -1, -1]
-    assert filled.token_ids.tolist()[:4] == [21, 22, 23, 24]
-    assert filled.groups[0].block_table.shape == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +260,7 @@ def test_memory_is_set_aside_for_both_kinds_of_graphs(model: Llama) -> None:
     assert both.mixed_sizes == (16, 32, 64)
     assert both.shapes[-1] == GraphShape(64, 8, 64)
     decode, mixed = (attention_workspace(8, 256, 4, 2, 16, max_query_len=most) for most in (1, 64))
-    tables, outputs = 8 * (256 // 16) * 4, sum(both.sizes + both.mixed_sizes) * 32 * 4
+    tables, outputs = 3 * 8 * (256 // 16) * 4, sum(both.sizes + both.mixed_sizes) * 32 * 4
     assert decode < mixed
     assert both.num_bytes == 2 * ((1 << 20) + mixed) + tables + outputs + (len(both.sizes) + 3) * (8 << 20)
     assert both.num_bytes > without.num_bytes

@@ -251,7 +251,7 @@ def test_interrupted_engine_serves_the_next_request(
 def test_parcel_that_is_packed_too_early_is_noticed(model: Llama) -> None:
     setup = setup_of(model, LateDevice(num_late=3))
     setup.runner._parcels._sources[1:] = setup.runner._parcels._sources[:1]  # type: ignore[attr-defined]
-    answers = run(setup.engine, [request("a", [1, 2, 3])], {}, random.Random(0))
+    answers = run(setup.engine, [request("a", [1, 2, 3, 4])], {}, random.Random(0))  # the next step needs a block
     assert all("was written to while its copy" in str(answer.error) for answer in answers.values())
 
 

@@ -277,3 +277,95 @@ def test_tuning_a_product_by_integers_keeps_what_launches_find(on_an_h100, monke
     assert best == Measured({"columns": 128, "num_warps": 8, "num_stages": 3}, 1e-6)
     assert len(launched) == len(set(launched)) == 12
     assert weight_only._tuned_tile(x, weight)[1:] == (128, 16, 8, 3)
+
+
+class Clock:
+    """A timer that launches, and says that one of its calls was the fastest and that the first took too much memory."""
+
+    def __init__(self, fastest):
+        self.fastest, self.num_calls = fastest, 0
+
+    def __call__(self, launch):
+        launch()
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise OutOfResources
+        return 1e-6 if self.num_calls == self.fastest else 2e-6
+
+
+class OutOfResources(Exception):
+    """Triton's has this name."""
+
+
+def test_tuning_a_mixture_keeps_what_launches_find(on_an_h100, monkeypatch):
+    moe = pytest.importorskip("octavo_kernels.triton.moe")
+    launched = []
+    monkeypatch.setattr(moe, "fused_moe", lambda *arguments: launched.append(arguments[-1]))
+    x, w13, w2 = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((40, 256), (8, 1024, 256), (8, 256, 512)))
+    weights, ids = torch.rand(40, 8).topk(2)
+    best = tune.tune_fused_moe(x, w13, w2, weights, ids.int(), on_an_h100, Clock(fastest=11))
+    assert best == Measured({"columns": 128, "num_warps": 8, "num_stages": 3}, 1e-6)
+    assert len(launched) == len(set(launched)) == 12
+    assert {tile.rows for tile in launched} == {16}
+    assert moe._tuned_tile(x, 16, 8, 512) == (16, 128, 8, 3) == launched[10]
+    assert moe._tuned_tile(x, 32, 8, 512)[1:] != (128, 8, 3)  # another height's is another entry
+
+
+@pytest.mark.parametrize(("max_query_len", "kind"), [(4, "decode"), (400, "prefill")])
+def test_tuning_attention_keeps_what_launches_find(on_an_h100, monkeypatch, max_query_len, kind):
+    call = attention_call(batch_invariant=False)
+    attention, split = (
+        pytest.importorskip(f"octavo_kernels.triton.{name}") for name in ("attention", "split_attention")
+    )
+    launched = {"decode": [], "prefill": []}
+    monkeypatch.setattr(
+        split, "split_attention", lambda call, most, _: launched["decode"].append(call.split_tile(most))
+    )
+    monkeypatch.setattr(attention, "prefill", lambda call, most, _: launched["prefill"].append(call.prefill_tile(most)))
+    best = tune.tune_paged_attention(call, max_query_len, on_an_h100, Clock(fastest=7))
+    assert best == Measured({"num_warps": 4, "num_stages": 4}, 1e-6)
+    tiles = launched.pop(kind)
+    assert len(tiles) == len(set(tiles)) == 12
+    assert {tile[:2] for tile in tiles} == {tiles[0][:2]}  # rows and keys stay, and with them the order of sums
+    assert list(launched.values()) == [[]]
+    found = call.split_tile(max_query_len) if kind == "decode" else call.prefill_tile(max_query_len)
+    assert found == tiles[6]
+    assert found[2:] == (4, 4)
+
+
+def test_attention_whose_sums_must_keep_their_order_is_not_measured(on_an_h100):
+    for call in (attention_call(batch_invariant=True), attention_call(batch_invariant=False, dtype=torch.float32)):
+        with pytest.raises(ok.OptionError, match="expected fp16 or bf16, not batch-invariant"):
+            tune.tune_paged_attention(call, 4, on_an_h100, Clock(fastest=2))
+
+
+PROGRAM = {
+    "packed_linear": (["--format", "q4_0", "--shape", "64x32", "--rows", "3"], 36),
+    "weight_only_linear": (["--shape", "64x128", "--rows", "3"], 12),
+    "fused_moe": (["--shape", "32x64", "--rows", "1", "--experts", "2", "--top-k", "1"], 12),
+    "decode": (["--shape", "4x32", "--rows", "1", "--kv-heads", "2", "--num-seqs", "2", "--seq-len", "20"], 12),
+    "prefill": (["--shape", "4x32", "--rows", "40", "--kv-heads", "2", "--num-seqs", "2", "--seq-len", "50"], 12),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAM)
+def test_what_the_program_measures_can_be_launched(interpreted, tmp_path, name):
+    """In the interpreter, where the clock stands for a GPU's."""
+    if not interpreted:
+        pytest.skip("kernels need a GPU or the interpreter")
+    arguments, num_tried = PROGRAM[name]
+    op = "paged_attention" if name in ("decode", "prefill") else name
+    options = tune._parser().parse_args(["--op", op, *arguments])
+    cache, clock = TuningCache(tmp_path / "tuned.json"), Clock(fastest=5)
+    best = tune._tune(options, options.shape[0], options.rows[0], torch.bfloat16, cache, clock, device="cpu")
+    assert (clock.num_calls, best.seconds) == (num_tried, 1e-6)
+    (entry,) = json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    assert (entry["op"], entry["device"], entry["dtype"], entry["config"]) == (op, "cpu", "bfloat16", best.config)
+    assert entry["shape"].startswith(name) is (name in ("decode", "prefill"))
+
+
+def test_sequences_shorter_than_their_queries_are_refused():
+    pytest.importorskip("triton")
+    options = tune._parser().parse_args(["--op", "paged_attention", "--shape", "8x64", "--seq-len", "10"])
+    with pytest.raises(ok.OptionError, match="--seq-len is 10, expected at least the 32 of --rows"):
+        tune._tune(options, (8, 64), 32, torch.bfloat16, None, None, device="cpu")

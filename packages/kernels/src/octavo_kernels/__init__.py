@@ -59,6 +59,7 @@ from octavo_kernels.quantize import quantize_rows
 from octavo_kernels.recording import Program, Recording, empty_result
 from octavo_kernels.rope import rope_kv_write, rope_kv_write_quant
 from octavo_kernels.row_groups import RowGroups, group_rows, group_rows_workspace, num_row_tiles
+from octavo_kernels.row_state import StepTensors, advance_rows, expand_rows, update_rows
 from octavo_kernels.sampling import sample_tokens
 from octavo_kernels.scaled_linear import scaled_linear, scaled_workspace
 from octavo_kernels.shared_attention import SharedPrefixes, shared_prefix_attention, shared_prefix_workspace
@@ -88,9 +89,11 @@ __all__ = [
     "RowGroups",
     "ShapeError",
     "SharedPrefixes",
+    "StepTensors",
     "WeightFormat",
     "add_rms_norm",
     "add_rms_norm_quant",
+    "advance_rows",
     "apply_filters",
     "apply_penalties",
     "apply_token_bitmask",
@@ -100,6 +103,7 @@ __all__ = [
     "copy_blocks",
     "cpu_isa",
     "empty_result",
+    "expand_rows",
     "fallbacks",
     "fused_moe",
     "gather_kv",
@@ -156,6 +160,7 @@ __all__ = [
     "token_logprobs",
     "unpack_grouped",
     "unpack_weight",
+    "update_rows",
     "varlen_attention",
     "weight_only_linear",
     "weight_only_workspace",

@@ -92,6 +92,9 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "token_logprobs": "logprobs",
         "rejection_sample": "speculation",
         "apply_token_bitmask": "bitmask",
+        "update_rows": "row_state",
+        "expand_rows": "row_state",
+        "advance_rows": "row_state",
     }
 )
 
@@ -113,6 +116,9 @@ _FOR_GPUS = frozenset(
         "quantize_rows",
         "scaled_linear",
         "fused_moe",
+        "update_rows",
+        "expand_rows",
+        "advance_rows",
     }
 )
 
@@ -161,6 +167,9 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "lora_shrink",
                 "lora_expand",
                 "lora_linear",
+                "update_rows",
+                "expand_rows",
+                "advance_rows",
             }
         ),
         Backend.CUDA: frozenset({"copy_blocks"}),

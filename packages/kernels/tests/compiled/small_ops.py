@@ -87,6 +87,24 @@ def _sample(*, filtered):
     }
 
 
+_STATE = ("num_computed_tokens", "tables", "rows")
+
+
+def _expand(**absent):
+    """Return a step of two KV groups with blocks of 16 tokens."""
+    given = {name: "*i32" for name in ("given_starts", "given_tokens", "logits_seqs") if name not in absent}
+    return {
+        "kernel": "octavo_kernels.triton.row_state:_expand",
+        "types": {
+            **dict.fromkeys(("last_tokens", "token_ids", "positions", "logits_indices", "slot_mapping"), "*i64"),
+            **dict.fromkeys((*_STATE, "query_start_loc", "seq_lens", "out_tables"), "*i32"),
+            **given,
+        },
+        "constants": {**absent, "NUM_GROUPS": 2, "BLOCK_SIZE": 16, "TILE": 256},
+        "num_warps": 4,
+    }
+
+
 # Each kernel is compiled for both targets in one of its variants.
 _HOPPER = {"targets": ["sm_90"]}
 
@@ -156,6 +174,27 @@ KERNELS = {
         "kernel": "octavo_kernels.triton.bitmask:_mask",
         "types": {"logits": "*fp32", "bitmask": "*i32", "rows": "*i64"},
         "constants": {"BLOCK": 4096},
+        "num_warps": 4,
+    },
+    "update_rows": {
+        "kernel": "octavo_kernels.triton.row_state:_update",
+        "types": {
+            **dict.fromkeys(("last_tokens", "new_last_tokens"), "*i64"),
+            **dict.fromkeys(_STATE, "*i32"),
+            **dict.fromkeys(("new_num_computed_tokens", "runs", "run_starts", "block_ids"), "*i32"),
+        },
+        "constants": {"TILE": 256},
+        "num_warps": 4,
+    },
+    "expand_rows for a decode step": _expand(given_starts=None, given_tokens=None, logits_seqs=None) | _HOPPER,
+    "expand_rows": _expand(),
+    "advance_rows": {
+        "kernel": "octavo_kernels.triton.row_state:_advance",
+        "types": {
+            **dict.fromkeys(("last_tokens", "token_ids"), "*i64"),
+            **dict.fromkeys(("num_computed_tokens", "rows", "seq_lens", "drawing_rows"), "*i32"),
+        },
+        "constants": {"TILE": 256},
         "num_warps": 4,
     },
 }

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo_engine.runner.rules.base import LogitChange
-from octavo_engine.runner.sampling_rows import SamplingBatch
 from octavo_kernels import sample_tokens
-
-_ARRAYS = ("temperature", "top_k", "top_p", "min_p", "seeds", "sequence_index", "positions")
 
 
 class DrawnLater(NamedTuple):
@@ -72,19 +67,3 @@ class DeviceDraw:
                 change.apply(logits)
         token_ids, best = sample_tokens(logits, source_rows=source_rows, **self.options)
         return DrawnLater(token_ids.masked_fill(~best.isfinite(), 0), best, given)
-
-
-def arrays_of(sampling: SamplingBatch | None, shared: NDArray[np.int64] | None) -> list[NDArray[Any]]:
-    """Return what a draw needs on the device, in the order of `draw_of`."""
-    arrays: list[NDArray[Any]] = [] if shared is None else [shared]
-    return arrays if sampling is None else arrays + [getattr(sampling, name) for name in _ARRAYS]
-
-
-def draw_of(sampling: SamplingBatch | None, shared: NDArray[np.int64] | None, tensors: Iterator[Tensor]) -> DeviceDraw:
-    """Make a draw, given the tensors on the device of its `arrays_of`, which are taken from the front."""
-    sources = None if shared is None else next(tensors)
-    if sampling is None:
-        return DeviceDraw(sources, {}, ())
-    assert sampling.logprobs is None, "log-probabilities are looked at on the host"
-    assert sampling.trial is None, "tokens are tried on grammars on the host"
-    return DeviceDraw(sources, {name: next(tensors) for name in _ARRAYS}, sampling.changes)

@@ -112,7 +112,7 @@ class GraphPlan:
             return plan
         max_model_len = config.max_model_len or model.config.max_position_embeddings
         num_blocks = -(-max_model_len // config.block_size) * len(group_specs(model.kv_cache_specs(kv_dtype)))
-        tables = max(shape.num_rows for shape in plan.shapes) * num_blocks * torch.int32.itemsize
+        tables = 3 * config.max_num_seqs * num_blocks * torch.int32.itemsize  # of all rows, a step, and under way
         outputs = sum(shape.num_tokens for shape in plan.shapes) * model.config.hidden_size * torch.float32.itemsize
         peak = max(
             _peak_bytes(model, shape, max_model_len, meter, kv_dtype, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,30 +20,42 @@ from octavo_engine.models.registry import Model
 from octavo_engine.overlap import GraphStats, OverlapStats
 from octavo_engine.runner.answer import Answer
 from octavo_engine.runner.broken_rows import BrokenRows, Kept
-from octavo_engine.runner.decode_step import DecodeStep
 from octavo_engine.runner.device import Device, Event
-from octavo_engine.runner.device_draw import DeviceDraw, arrays_of, draw_of
-from octavo_engine.runner.graph_plan import GraphPlan
-from octavo_engine.runner.graphs import GraphInputs, Graphs
-from octavo_engine.runner.input_builder import InputBuilder
-from octavo_engine.runner.model_input import GroupInput, ModelInput
+from octavo_engine.runner.device_draw import DeviceDraw
+from octavo_engine.runner.device_inputs import DeviceInputs
+from octavo_engine.runner.device_rows import DeviceRows
+from octavo_engine.runner.graph_plan import GraphPlan, GraphShape
+from octavo_engine.runner.graphs import Graphs
 from octavo_engine.runner.model_runner import ModelRunner, caches_of
 from octavo_engine.runner.parcel import Parcels, parcel_bytes
 from octavo_engine.runner.results import Results
+from octavo_engine.runner.row_deltas import RowDelta, RowDeltas
 from octavo_engine.runner.row_state import RowState
+from octavo_engine.runner.rules.base import LogitChange
 from octavo_engine.runner.sampler import Drawn
-from octavo_engine.runner.step_buffers import StepBuffers
+from octavo_engine.runner.step_plan import Draws, Planned, StepPlan, StepSize, plan_step
 from octavo_engine.runner.step_rows import StepRows
 from octavo_kvcache.storage import KVStorage
 
 
-class _Draws(NamedTuple):
-    """What a step draws: places in its batch, rows, positions, which of the sources each goes by; one entry each."""
+class _Work(NamedTuple):
+    """A step as the device has it.
 
-    places: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    shared: NDArray[np.int64] | None = None
+    Attributes:
+        plan: of the step.
+        delta: what it is told of its rows first; None if that is nothing.
+        size: of the step.
+        draws: whether it draws.
+        best: whether every draw is the plain arg-max.
+        changes: what is done to the logits before.
+    """
+
+    plan: StepPlan[Tensor]
+    delta: RowDelta[Tensor] | None
+    size: StepSize
+    draws: bool
+    best: bool
+    changes: tuple[LogitChange, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +66,7 @@ class _Launched:
     kept: Kept
     event: Event
     slot: int
-    draws: _Draws
+    draws: Draws
     changed: bool
     tenures: NDArray[np.int64]
     outcome: ModelOutput | Exception | None = None
@@ -71,9 +82,11 @@ class _Launched:
 class OverlappedRunner(ModelRunner):
     """A ModelRunner that launches steps ahead of their results.
 
-    The token that a row drew last stays on the device, where the next step takes it from. The host sees it once its
-    copy has come, when the step is read. A step with a row that cannot do without the host first waits for all steps
-    before it, and is over when `launch` returns: `overlap` counts those, and says what made them wait.
+    The rows live on the device, which makes a step's input out of them and lets them go on by what it computed and
+    drew. It is sent what the host alone knows, prompts, block tables and who takes part, and of that what has changed.
+    The host sees a drawn token once its copy has come, when the step is read. A step with a row that cannot do without
+    the host first waits for all steps before it, has its whole input from the host, and is over when `launch` returns:
+    `overlap` counts those, and says what made them wait.
 
     Args:
         gpu: what computes; its memory is that of `device`.
@@ -97,31 +110,23 @@ class OverlappedRunner(ModelRunner):
         kv_layers, num_groups = caches_of(model, storage)
         max_num_seqs, max_num_blocks = self._rows.block_tables[0].shape
         max_num_tokens: int = options["max_num_batched_tokens"]
-        self._staging = InputBuilder(
-            StepBuffers(
-                max_num_tokens=max_num_tokens,
-                max_num_seqs=max_num_seqs,
-                max_num_blocks=max_num_blocks,
-                num_groups=num_groups,
-            ),
-            kv_layers,
-            block_size=storage.block_size,
-            device=torch.device("cpu"),
+        sizes: dict[str, Any] = {
+            "max_num_blocks": max_num_blocks,
+            "num_groups": num_groups,
+            "block_size": storage.block_size,
+            "device": self.device,
+        }
+        self._step_inputs = DeviceInputs(
+            max_num_tokens=max_num_tokens, max_num_seqs=max_num_seqs, kv_layers=kv_layers, **sizes
         )
+        self._device_rows = DeviceRows(max_num_seqs, **sizes)
+        self._deltas = RowDeltas(max_num_seqs)
+        self._sent_rows: NDArray[np.int64] | None = None  # which the last step's plan left on the device
         num_bytes = _largest_parcel(max_num_tokens, max_num_seqs, max_num_blocks, num_groups)
         self._parcels = Parcels(gpu, self.device, num_bytes=num_bytes, num_slots=max_in_flight)
         self._results = Results(gpu, self.device, max_num_draws=max_num_seqs, num_slots=max_in_flight)
-        self._state = RowState(max_num_seqs, self.device)
-        self._graphs: Graphs | None = None
-        if graphs is not None:
-            inputs = GraphInputs(
-                shapes=graphs.shapes,
-                max_num_blocks=max_num_blocks,
-                num_groups=num_groups,
-                kv_layers=kv_layers,
-                device=self.device,
-            )
-            self._graphs = Graphs(gpu, graphs, inputs)
+        self._state = RowState(max_num_seqs)
+        self._graphs = None if graphs is None else Graphs(gpu, graphs)
         self._broken = BrokenRows()
         self._in_flight: deque[_Launched] = deque()
         self._next_slot = 0
@@ -140,8 +145,9 @@ class OverlappedRunner(ModelRunner):
 
     def launch(self, batch: ScheduledBatch) -> Pending:
         """Start a step. What it raises is kept until its result is asked for; its rows are then left out of others."""
-        self._state.hand_over(batch.finished)
-        self._state.hand_over(new.row for new in batch.new)
+        changing_hands = *batch.finished, *(new.row for new in batch.new)
+        self._state.hand_over(changing_hands)
+        self._deltas.hand_over(changing_hands)
         while len(self._in_flight) >= self.max_in_flight:
             self._read_oldest()
         kept = self._broken.leave_out(batch)
@@ -167,6 +173,7 @@ class OverlappedRunner(ModelRunner):
         if batch.copies:
             self._gpu.launch(partial(self.storage.apply, batch.copies))
         self._update(replace(batch, copies=()))
+        self._deltas.note(batch)
         step = StepRows.of(batch) if batch.num_rows else None
         obstacle = None if step is None else self._obstacle(step)
         if step is None or obstacle is not None:
@@ -190,7 +197,6 @@ class OverlappedRunner(ModelRunner):
 
     def _run_here(self, batch: ScheduledBatch) -> ModelOutput:
         """Run a step whose rows are up to date as a ModelRunner does, after all before it."""
-        self._staging.decoding.forget()  # it would not see what enters a row now
         self._read_all()
         outputs: list[ModelOutput] = []
 
@@ -207,23 +213,12 @@ class OverlappedRunner(ModelRunner):
     def _run_ahead(self, kept: Kept, step: StepRows) -> _Launched:
         """Launch a step whose rows are up to date."""
         self._inputs.decoding.forget()  # it would not see what enters a row now
-        staged, draws = self._stage(kept.batch, step)
-        sampling = self._sampling.batch(draws.rows, draws.positions) if len(draws.rows) else None
-        token_sources = np.full(len(staged.token_ids), -1, np.int64)
-        computing = np.flatnonzero(step.num_scheduled_tokens)
-        rows, last_positions = step.rows[computing], step.ends[computing] - 1
-        on_device = self._state.on_device(rows, last_positions)
-        token_sources[step.last_tokens(computing[on_device])] = rows[on_device]
-
-        slot = self._next_slot
-        arrays = [*_arrays_of(staged), token_sources, draws.rows, *arrays_of(sampling, draws.shared)]
-        tensors = iter(self._parcels.send(slot, arrays))
-        model_input = _on_device(staged, tensors)
-        sources, drawing_rows = next(tensors), next(tensors)
-        draw = draw_of(sampling, draws.shared, tensors)
-        self._gpu.launch(partial(self._work, slot, model_input, sources, drawing_rows, draw))
-        changed = bool(draw.changes)
-        if len(draws.rows):
+        planned, slot = plan_step(step, self._rows, self._state), self._next_slot
+        draws = planned.draws
+        work = self._send(slot, step, planned)
+        self._gpu.launch(partial(self._work, slot, work))
+        changed = bool(work.changes)
+        if work.draws:
             self._results.send(slot, len(draws.rows), changed=changed)
         tenures = self._state.tenures[draws.rows]
         launched = _Launched(self, kept, self._gpu.record(), slot, draws, changed, tenures)
@@ -232,40 +227,45 @@ class OverlappedRunner(ModelRunner):
         self._next_slot = (slot + 1) % self.max_in_flight  # a failed step's slot is free
         return launched
 
-    def _stage(self, batch: ScheduledBatch, step: StepRows) -> tuple[ModelInput, _Draws]:
-        """Make a step's input on the host, in which tokens that only the device knows are missing."""
-        decoding = DecodeStep.of(batch)
-        if decoding is not None:
-            places = np.arange(len(step.rows))
-            return self._staging.decode(decoding, self._rows), _Draws(places, step.rows, step.ends)
-        places = np.flatnonzero(step.samples)
-        sources, shared = step.sources[places], None
-        if step.forks:  # one row of logits serves a parent and its forks
-            sources, shared = np.unique(sources, return_inverse=True)
-        staged = self._staging.build(step, self._rows, step.last_tokens(sources))
-        return staged, _Draws(places, step.rows[places], step.ends[places], shared)
+    def _send(self, slot: int, step: StepRows, planned: Planned) -> _Work:
+        """Send the device what it lacks for a step."""
+        best = self._sampling.takes_best(planned.draws.rows.tolist())
+        changes = () if best else self._sampling.changes(planned.draws.rows, planned.draws.positions)
+        plan = planned.plan
+        if self._sent_rows is not None and np.array_equal(self._sent_rows, planned.rows):
+            plan = plan._replace(rows=None)
+        self._sent_rows = None  # until it is known that the plan was sent
+        delta = self._deltas.take(step, self._rows, self._sampling, planned.needs_token)
+        arrays = [array for array in (*(delta or ()), *plan) if array is not None]
+        tensors = iter(self._parcels.send(slot, arrays))
+        told = None if delta is None else RowDelta(*(next(tensors) for _ in delta))
+        there = StepPlan(*(None if array is None else next(tensors) for array in plan))
+        self._sent_rows = planned.rows
+        return _Work(there, told, planned.size, len(planned.draws.rows) > 0, best, changes)
 
     @torch.inference_mode()
-    def _work(
-        self, slot: int, model_input: ModelInput, sources: Tensor, drawing_rows: Tensor, draw: DeviceDraw
-    ) -> None:
-        """Compute a step on the device, from tensors that lie there.
-
-        Args:
-            slot: where the draw goes.
-            model_input: whose token_ids are completed.
-            sources: [num_tokens] int64, the row whose last token each is; -1 where `model_input` has it.
-            drawing_rows: [draws] int64.
-            draw: how they draw.
-        """
+    def _work(self, slot: int, work: _Work) -> None:
+        """Compute a step on the device; what it draws goes to a slot of the results."""
+        plan, size, rows = work.plan, work.size, self._device_rows
         with self.forward.threads():
-            last_tokens = self._state.last_tokens[sources.clamp(min=0)]
-            model_input.token_ids.copy_(torch.where(sources >= 0, last_tokens, model_input.token_ids))
-            hidden = self.model(model_input) if self._graphs is None else self._graphs(self.model, model_input)
-            if not len(drawing_rows):
+            if work.delta is not None:
+                rows.update(work.delta)
+            exact = GraphShape(size.num_tokens, size.num_seqs, size.max_query_len)
+            shape = None if self._graphs is None else self._graphs.fit(exact)
+            tensors = self._step_inputs.tensors(shape or exact)
+            rows.expand(plan, size, tensors)
+            if self._graphs is not None and shape is not None:
+                hidden = self._graphs(self.model, self._step_inputs.of_graph(shape), shape)
+            else:
+                hidden = self.model(self._step_inputs.of_step(exact, size.max_seq_len))
+            if not work.draws:
+                rows.advance(plan, size, tensors.seq_lens, None)
                 return
-            drawn = draw(hidden[model_input.logits_indices], self.model.greedy, self._make_logits)
-            self._state.last_tokens[drawing_rows] = drawn.token_ids
+            options = {} if work.best else rows.sampling(plan, size, tensors.seq_lens)
+            num_logits_rows = size.num_seqs if plan.logits_seqs is None else len(plan.logits_seqs)
+            draw = DeviceDraw(plan.shared, options, work.changes)
+            drawn = draw(hidden[tensors.logits_indices[:num_logits_rows]], self.model.greedy, self._make_logits)
+            rows.advance(plan, size, tensors.seq_lens, drawn.token_ids)
             self._results.put(slot, drawn)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -286,6 +286,7 @@ class OverlappedRunner(ModelRunner):
         staying = self._state.tenures[rows] == step.tenures
         if step.outcome is not None:
             self._broken.add(rows[staying].tolist())
+            self._sent_rows = None
             return
         drawn = self._results.drawn(step.slot, len(rows), changed=step.changed)
         answer = Answer(step.kept.batch.num_rows)
@@ -295,40 +296,12 @@ class OverlappedRunner(ModelRunner):
         self._append(rows[staying], positions[staying], Drawn(drawn.token_ids[staying], drawn.sound[staying]))
 
 
-def _arrays_of(model_input: ModelInput) -> list[NDArray[Any]]:
-    """Return a step's arrays on the host, in the order of `_on_device`."""
-    tensors = [
-        model_input.token_ids,
-        model_input.positions,
-        model_input.query_start_loc,
-        model_input.seq_lens,
-        model_input.logits_indices,
-        *(tensor for group in model_input.groups for tensor in group),
-    ]
-    return [tensor.numpy() for tensor in tensors]
-
-
-def _on_device(staged: ModelInput, tensors: Iterator[Tensor]) -> ModelInput:
-    """Return a step's input on the device, given its arrays there, which are taken from the front."""
-    token_ids, positions, query_start_loc, seq_lens, logits_indices = (next(tensors) for _ in range(5))
-    return ModelInput(
-        token_ids=token_ids,
-        positions=positions,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        max_query_len=staged.max_query_len,
-        logits_indices=logits_indices,
-        groups=tuple(GroupInput(next(tensors), next(tensors)) for _ in staged.groups),
-        kv_layers=staged.kv_layers,
-    )
-
-
 def _largest_parcel(max_num_tokens: int, max_num_seqs: int, max_num_blocks: int, num_groups: int) -> int:
-    """Return the bytes of the most that a step sends: per token, per sequence, and how each is drawn."""
-    tokens, seqs = (max_num_tokens,), (max_num_seqs,)
-    shapes: list[tuple[tuple[int, ...], type[np.generic]]] = [(tokens, np.int64)] * (3 + num_groups)
-    shapes += [((max_num_seqs + 1,), np.int32), (seqs, np.int32)]
-    shapes += [((max_num_seqs, max_num_blocks), np.int32)] * num_groups
-    shapes += [(seqs, np.int64)] * 7  # logits, rows, sources, top_k, seeds, sequence indices, positions
-    shapes += [(seqs, np.float32)] * 3  # temperature, top_p, min_p
+    """Return the bytes of the most that a step sends: of all rows what a `RowDelta` has, and a whole `StepPlan`."""
+    seqs, bounds, tables = (max_num_seqs,), (max_num_seqs + 1,), max_num_seqs * num_groups
+    shapes: list[tuple[tuple[int, ...], type[np.generic]]] = [(seqs, np.int32), (seqs, np.int32), (seqs, np.int64)]
+    shapes += [((3, max_num_seqs), np.float32), ((3, max_num_seqs), np.int64)]
+    shapes += [((tables, 3), np.int32), ((tables + 1,), np.int32), ((tables * max_num_blocks,), np.int32)]
+    shapes += [(seqs, np.int32), (bounds, np.int32), ((max_num_tokens,), np.int32)]
+    shapes += [(seqs, np.int32), (seqs, np.int32), (seqs, np.int64)]
     return parcel_bytes(shapes)

@@ -45,9 +45,12 @@ class Parcels:
             arrays: int64, int32 or float32, of any strides.
 
         Returns:
-            A tensor on the device for each array.
+            A tensor on the device for each array. Nothing is copied if there is none.
         """
-        source, tensors, offset = self._sources[slot], [], 0
+        source, offset = self._sources[slot], 0
+        tensors: list[Tensor] = []
+        if not arrays:
+            return tensors
         for array in arrays:
             np.ndarray(array.shape, array.dtype, buffer=source.numpy().data, offset=offset)[...] = array
             memory = self._destination[offset : offset + array.nbytes]

@@ -143,8 +143,7 @@ class SamplingRows:
         """
         if self.takes_best(rows.tolist()):
             return None
-        temperature, top_p, min_p = self._fractions.take(rows, axis=1)
-        top_k, seeds, sequence_index = self._integers.take(rows, axis=1)
+        (temperature, top_p, min_p), (top_k, seeds, sequence_index) = self.parameters(rows)
         return SamplingBatch(
             temperature=temperature,
             top_k=top_k,
@@ -157,6 +156,10 @@ class SamplingRows:
             changes=self._rules.of(rows, positions),
             trial=self._grammar.trial(rows),
         )
+
+    def parameters(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return how some rows draw: [3, num_rows] temperature, top_p and min_p, and top_k, seed and sequence index."""
+        return self._fractions.take(rows, axis=1), self._integers.take(rows, axis=1)
 
     def _wanted_logprobs(self, rows: NDArray[np.int64]) -> WantedLogprobs | None:
         places = np.flatnonzero(self._wants_logprobs[rows])
@@ -183,7 +186,12 @@ class SamplingRows:
             self._rules.move(moves)
 
     def changes(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> tuple[LogitChange, ...]:
-        """Return what is done to the log-probabilities of some rows that search, for their tokens at some positions."""
+        """Return what is done to some rows' logits, to the log-probabilities of those that search, for a token of each.
+
+        Args:
+            rows: [num_rows].
+            positions: [num_rows], of these tokens.
+        """
         return self._rules.of(rows, positions) if self._special else ()
 
     def forced(self, rows: NDArray[np.int64]) -> dict[int, list[int]]:

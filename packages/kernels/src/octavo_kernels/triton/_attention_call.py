@@ -10,7 +10,8 @@ from torch import Tensor
 from octavo_kernels._options import AttentionOptions
 from octavo_kernels._split_workspace import SPLIT_ROWS
 from octavo_kernels.triton._launch import interpreted, next_power_of_2
-from octavo_kernels.triton._tuned import tuned
+from octavo_kernels.triton._tuned import tuned, with_config
+from octavo_kernels.tuning import Config
 
 TUNABLE = ("num_warps", "num_stages")
 """What a tuned configuration says of a tile, but for batch-invariant calls; the order of sums depends on the rest."""
@@ -35,7 +36,8 @@ class AttentionCall:
 
     k, v: [num_blocks, num_kv_heads, block_size, head_dim]; without a block_table, one block with all keys. key_lens:
     [num_seqs] lengths with a block_table, [num_seqs + 1] starts without. The rest is as in `paged_attention`, but
-    for out, which may be fp32 whatever q's dtype is.
+    for out, which may be fp32 whatever q's dtype is. config: what tiles have instead of what the tuning cache says,
+    while configurations are measured.
     """
 
     q: Tensor
@@ -49,6 +51,7 @@ class AttentionCall:
     block_table: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    config: Config | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -82,10 +85,16 @@ class AttentionCall:
         return self._tuned("decode", Tile(num_rows, self._num_keys(), num_warps, self._num_stages(5)))
 
     def _tuned(self, kind: str, default: Tile) -> Tile:
+        if self.config is not None:
+            return with_config("paged_attention", default, TUNABLE, self.config)
         return tuned(
-            "paged_attention", default, TUNABLE, rows=default.rows, shape=f"{kind} {self._block_d()}",
-            dtype=self.q.dtype, device=self.q.device,
+            "paged_attention", default, TUNABLE, rows=default.rows, shape=self.tuning_shape(kind), dtype=self.q.dtype,
+            device=self.q.device,
         )  # fmt: skip
+
+    def tuning_shape(self, kind: str) -> str:
+        """Return what distinguishes calls in the tuning cache; kind: "decode" for `split_tile`, "prefill" else."""
+        return f"{kind} {self._block_d()}"
 
     def _invariant_tile(self, num_rows: int, num_stages: int) -> Tile:
         """Return a tile of about num_rows rows: sums have one order in all of them, four warps to 64 rows."""

@@ -89,8 +89,13 @@ def choose_tile(num_rows: int, dtype: torch.dtype) -> Tile:
     return Tile(num_rows, columns, *((8, 3) if num_rows == 128 else (4, 4)))
 
 
+def tuning_shape(num_experts: int, intermediate: int, hidden: int) -> str:
+    """Return what distinguishes mixtures in the tuning cache."""
+    return f"{num_experts} {intermediate}x{hidden}"
+
+
 def _tuned_tile(x: Tensor, num_rows: int, num_experts: int, intermediate: int) -> Tile:
-    shape = f"{num_experts} {intermediate}x{x.shape[1]}"
+    shape = tuning_shape(num_experts, intermediate, x.shape[1])
     default = choose_tile(num_rows, x.dtype)
     return tuned("fused_moe", default, TUNABLE, rows=num_rows, shape=shape, dtype=x.dtype, device=x.device)
 
