@@ -94,9 +94,9 @@ MATRIX = [
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 # The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
 NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference")
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
-# Reports need lines, not the places of variables, which take GCC minutes to work out in code that is all templates.
-SANITIZERS += " -fno-var-tracking-assignments"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
+# Reports need lines, not where variables are. That, and the best choice of registers, take GCC minutes.
+SANITIZERS += " -fno-var-tracking-assignments -fira-algorithm=priority -fira-region=one"
 
 
 def requirements(group: str) -> list[str]:
