@@ -214,6 +214,7 @@ def sanitize(session: nox.Session) -> None:
         *(f"--ignore=packages/kernels/tests/test_{name}.py" for name in NOT_NATIVE),
         "-p",
         "no:faulthandler",  # the sanitizer's own report of a crash names the line
+        "--capture=sys",  # and is lost with the process where pytest holds what goes to its standard error
         *arguments,
         env={
             "OCTAVO_BACKEND": "cpu",
