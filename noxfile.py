@@ -83,6 +83,8 @@ ON_GPUS = {
         f"packages/engine/tests/test_{name}.py" for name in ("llama", "mixture", "model_runner", "packed_on_device")
     ],
 }
+# The kernels' tests that choose themselves what computes, the same on every backend: they run with `cpu` alone.
+ON_ONE_BACKEND = [f"packages/kernels/tests/test_{name}.py" for name in ("build", "torch_attention")]
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
 ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}
 MATRIX = [
@@ -93,7 +95,7 @@ MATRIX = [
 ]
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 # The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
-NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference")
+NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference", "torch_attention")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
 # Reports need lines, not where variables are. That, and the best choice of registers, take GCC minutes.
 SANITIZERS += " -fno-var-tracking-assignments -fira-algorithm=priority -fira-region=one"
@@ -186,6 +188,8 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
     _, arguments = take_torch(session)
     selected = ON_GPUS if backend in PROBES else ON_EVERY_BACKEND
     folders = [f"packages/{package}/tests"] if backend == "cpu" else selected[package]
+    if backend != "cpu" and package == "kernels":
+        arguments += [f"--ignore={path}" for path in ON_ONE_BACKEND]
     if backend != "cpu" and package != "kernels":  # a backend without an operation falls back to another, and says so
         arguments += ["-W", "default::octavo_kernels.BackendFallbackWarning"]
     pytest(session, *folders, *arguments, env=BACKENDS[backend])
