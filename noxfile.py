@@ -84,6 +84,8 @@ ON_GPUS = {
         f"packages/engine/tests/test_{name}.py" for name in ("llama", "mixture", "model_runner", "packed_on_device")
     ],
 }
+# The kernels' tests that choose themselves what computes, the same on every backend: they run with `cpu` alone.
+ON_ONE_BACKEND = [f"packages/kernels/tests/test_{name}.py" for name in ("build", "torch_attention")]
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
 ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}
 MATRIX = [
@@ -94,8 +96,10 @@ MATRIX = [
 ]
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 # The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
-NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference")
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference", "torch_attention")
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
+# Reports need lines, not where variables are. That, and the best choice of registers, take GCC minutes.
+SANITIZERS += " -fno-var-tracking-assignments -fira-algorithm=priority -fira-region=one"
 
 
 def requirements(group: str) -> list[str]:
@@ -185,6 +189,8 @@ def tests(session: nox.Session, package: str, backend: str) -> None:
     _, arguments = take_torch(session)
     selected = ON_GPUS if backend in PROBES else ON_EVERY_BACKEND
     folders = [f"packages/{package}/tests"] if backend == "cpu" else selected[package]
+    if backend != "cpu" and package == "kernels":
+        arguments += [f"--ignore={path}" for path in ON_ONE_BACKEND]
     if backend != "cpu" and package != "kernels":  # a backend without an operation falls back to another, and says so
         arguments += ["-W", "default::octavo_kernels.BackendFallbackWarning"]
     pytest(session, *folders, *arguments, env=BACKENDS[backend])
@@ -196,11 +202,12 @@ def sanitize(session: nox.Session) -> None:
     if sys.platform != "linux" or shutil.which("g++") is None:
         session.skip("sanitizers need Linux and g++")
     folder = Path(session.create_tmp()).resolve()
-    build = "packages/kernels/src/octavo_kernels/cpu/build.py"
-    isas = sorted({"baseline", *instruction_sets(session)[-1:]})  # the baseline says what the machine can run
-    named = [argument for isa in isas for argument in ("--isa", isa)]
+    native = Path("packages/kernels/src/octavo_kernels/cpu")
+    best = (instruction_sets(session) or ["baseline"])[-1]
     flags = {"CXX": "g++", "OCTAVO_KERNELS_CXXFLAGS": SANITIZERS}
-    session.run(shared_python(session), build, *named, str(folder), env=flags, external=True)
+    session.run(shared_python(session), str(native / "build.py"), "--isa", best, str(folder), env=flags, external=True)
+    if best != "baseline":  # that one only says what the machine can run
+        shutil.copy(native / "lib/liboctavo_cpu_baseline.so", folder)
     runtimes = [
         session.run("g++", f"-print-file-name={name}", silent=True, external=True).strip()
         for name in ("libasan.so", "libubsan.so")
@@ -212,6 +219,7 @@ def sanitize(session: nox.Session) -> None:
         *(f"--ignore=packages/kernels/tests/test_{name}.py" for name in NOT_NATIVE),
         "-p",
         "no:faulthandler",  # the sanitizer's own report of a crash names the line
+        "--capture=sys",  # and is lost with the process where pytest holds what goes to its standard error
         *arguments,
         env={
             "OCTAVO_BACKEND": "cpu",
@@ -306,7 +314,9 @@ def wheels(session: nox.Session) -> None:
     folder = wheel_folder(session)
     shutil.rmtree(folder, ignore_errors=True)
     sources = [f"packages/{p}" for p in PACKAGES]
-    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *sources)
+    session.install("-c", str(CONSTRAINTS), "hatchling")  # all that they need to be built, once for all five
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    session.run("python", "-m", "pip", "wheel", *options, *sources)
 
 
 def wheel_folder(session: nox.Session) -> Path:
@@ -317,7 +327,11 @@ def wheel_folder(session: nox.Session) -> Path:
 @nox.session(reuse_venv=False, requires=["wheels"])
 @nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 def isolation(session: nox.Session, package: str) -> None:
-    """Install one built wheel and what it declares, nothing else; import it; run its tests away from the sources."""
+    """Install one built wheel and what it declares, nothing else; import it; run its tests away from the sources.
+
+    Of a test with parameters the first and the last case run: `tests` has run them all, and here what can go wrong is a
+    file that the wheel lacks, or a package that it needs and does not declare.
+    """
     built = {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in wheel_folder(session).glob("*.whl")}
     # Siblings come from the wheels just built: an index must not supply a package of the same name.
     pins = Path(session.create_tmp(), "siblings.txt").resolve()
@@ -327,7 +341,9 @@ def isolation(session: nox.Session, package: str) -> None:
         session.run("python", *WARNINGS, "-c", import_check(package))
         session.install(*requirements("isolation"))
         configuration = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT / "packages" / package)]
-        session.run("pytest", "-p", "no:cacheprovider", *configuration, str(ROOT / "packages" / package / "tests"))
+        plugins = ["-p", "no:cacheprovider", "-p", "few_cases"]
+        few_cases = {"PYTHONPATH": str(ROOT / ".ci")}
+        session.run("pytest", *plugins, *configuration, str(ROOT / "packages" / package / "tests"), env=few_cases)
 
 
 def import_check(package: str) -> str:

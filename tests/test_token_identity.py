@@ -67,7 +67,7 @@ def check() -> Check:
     def gaps(prompt: Tokens, output: Tokens) -> list[float]:
         """How far each output token's logit lies below the largest one."""
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+            logits = reference(torch.tensor([prompt + output]), logits_to_keep=len(output) + 1).logits[0, :-1]
         return (logits.amax(-1) - logits.gather(-1, torch.tensor(output)[:, None])[:, 0]).tolist()
 
     def check(prompts: Sequence[Tokens], outputs: Sequence[Tokens]) -> None:

@@ -62,10 +62,14 @@ def demo_source(demo_path: Path) -> GGUFSource:
 
 
 @pytest.fixture(scope="session")
-def transformers_with_gguf() -> Any:
-    """Transformers, able to read GGUF: the oracle."""
+def transformers_with_gguf() -> Iterator[Any]:
+    """Transformers, able to read GGUF: the oracle. What it reads of a file is kept, see tests/demo_oracle.py."""
     pytest.importorskip("gguf", reason="Transformers, the oracle, needs the gguf package to read GGUF")
-    return pytest.importorskip("transformers", reason="Transformers is the oracle")
+    transformers = pytest.importorskip("transformers", reason="Transformers is the oracle")
+    from demo_oracle import gguf_read_once
+
+    with gguf_read_once():
+        yield transformers
 
 
 @pytest.fixture(scope="session")

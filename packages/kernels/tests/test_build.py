@@ -89,6 +89,25 @@ def test_a_changed_source_makes_the_library_stale(csrc, tmp_path, name):
     assert build.is_current(library, csrc)
 
 
+@pytest.mark.skipif(len(build.instruction_sets()) == 1, reason="the platform has one instruction set")
+@pytest.mark.parametrize(
+    ("text", "num_objects"),
+    [("", 1), ("#if defined(__AVX512VNNI__)\n#endif\n", 2), ('#include "deep.h"\n', 2), ('#include "api.h"\n', 1)],
+    ids=["same for both", "own code", "own code behind two headers", "headers without it"],
+)
+def test_a_source_without_code_for_vnni_is_compiled_once_for_both(csrc, tmp_path, text, num_objects):
+    (csrc / "deep.h").write_text('#include "deeper.h"\n')
+    (csrc / "deeper.h").write_text("#if defined(__AVX512VNNI__)\n#endif\n")
+    (csrc / "which.cpp").write_text(
+        f'{text}extern "C" __attribute__((visibility("default"))) int octavo_it() {{ return 1; }}\n'
+    )
+    libraries, said = make(csrc, tmp_path / "lib", "avx512", "avx512vnni")
+    assert said == [f"octavo-kernels: compiling {num_objects} of {num_objects} objects for avx512, avx512vnni"]
+    assert len(libraries) == 2
+    lesser, _ = make(csrc, tmp_path / "other", "avx2", "avx512")
+    assert all(ctypes.CDLL(str(path)).octavo_it() == 1 for path in [*libraries, *lesser])
+
+
 def test_extra_flags_are_used_and_make_another_library(csrc, tmp_path, monkeypatch):
     (library,), _ = make(csrc, tmp_path / "plain")
     assert ctypes.CDLL(str(library)).octavo_extra() == 0

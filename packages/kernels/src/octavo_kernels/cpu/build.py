@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,10 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"baseline": (), "avx2": _AVX2, "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")}
 )
+
+# What tells an instruction set from the one before it, in a source or its headers; other sources are compiled once for
+# both, for the lesser one.
+_OWN_CODE: Mapping[str, str] = MappingProxyType({"avx512vnni": "AVX512VNNI"})
 
 # No -ffast-math: sums keep the order in which the source writes them, and NaN and infinities keep their meaning.
 _COMPILE = (
@@ -142,16 +147,17 @@ def build(
     digest = _source_digest(csrc)
     with _only_one(cache / "lock"):
         units = [unit for isa in isas for unit in _units(csrc, isa, compiler, cache)]
-        missing = [unit for unit in units if not _in_cache(unit.target)]
+        objects = {unit.target: unit for unit in units}
+        missing = [unit for unit in objects.values() if not _in_cache(unit.target)]
         if missing:
-            report(f"octavo-kernels: compiling {len(missing)} of {len(units)} objects for {', '.join(isas)}")
+            report(f"octavo-kernels: compiling {len(missing)} of {len(objects)} objects for {', '.join(isas)}")
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for _ in pool.map(lambda unit: _produce(compiler, unit.arguments, unit.target, csrc), missing):
                 pass
         libraries = []
         for isa in isas:
-            objects = [unit.target for unit in units if unit.isa == isa]
-            libraries.append(_install(_link(compiler, objects, csrc, cache), folder / library_name(isa), digest))
+            of_isa = [unit.target for unit in units if unit.isa == isa]
+            libraries.append(_install(_link(compiler, of_isa, csrc, cache), folder / library_name(isa), digest))
         _prune(cache)
     return libraries
 
@@ -179,19 +185,37 @@ def _digest(*parts: object) -> str:
 
 def _source_digest(csrc: Path) -> str:
     files = [*_headers(csrc), *_sources(csrc)]
-    flags = [*_COMPILE, *_LINK_LINUX, sorted(ISA_FLAGS.items()), *_extra_flags()]
+    flags = [*_COMPILE, *_LINK_LINUX, sorted(ISA_FLAGS.items()), sorted(_OWN_CODE.items()), *_extra_flags()]
     return _digest(*(path.name for path in files), *files, *flags)
 
 
 def _units(csrc: Path, isa: str, compiler: Compiler, cache: Path) -> Iterator[_Unit]:
     strict = ["-Werror"] if os.environ.get("OCTAVO_KERNELS_STRICT") == "1" else []
-    flags = (*_COMPILE, *ISA_FLAGS[isa], f"-DOCTAVO_ISA_{isa.upper()}=1", *strict, *_extra_flags())
     headers = _headers(csrc)
     named_headers = [part for path in headers for part in (path.name, path)]
     for source in _sources(csrc):
+        made_for = _least_alike(source, isa)
+        flags = (*_COMPILE, *ISA_FLAGS[made_for], f"-DOCTAVO_ISA_{made_for.upper()}=1", *strict, *_extra_flags())
         key = _digest(*compiler.command, compiler.version, *flags, *named_headers, source.name, source)
         # A bare file name keeps the path of this checkout out of the object, so that another checkout can share it.
         yield _Unit(isa, source, (*flags, "-c", source.name), cache / f"{key}.o")
+
+
+def _least_alike(source: Path, isa: str) -> str:
+    """Return the instruction set whose object of a source serves a more capable one too, or that one itself."""
+    own = _OWN_CODE.get(isa)
+    if own is None or any(own in text for text in _with_headers(source, {}).values()):
+        return isa
+    return list(ISA_FLAGS)[list(ISA_FLAGS).index(isa) - 1]
+
+
+def _with_headers(source: Path, known: dict[str, str]) -> dict[str, str]:
+    """Return the texts, by name, of a source and of what it includes of ours, directly or not."""
+    if source.name not in known and source.exists():
+        known[source.name] = source.read_text()
+        for name in re.findall(r'^ *# *include *"([^"]+)"', known[source.name], re.MULTILINE):
+            _with_headers(source.with_name(name), known)
+    return known
 
 
 def _link(compiler: Compiler, objects: Sequence[Path], csrc: Path, cache: Path) -> Path:
