@@ -285,9 +285,7 @@ def test_draws_from_a_large_vocabulary_have_the_mass_that_they_should(device, in
 
 @pytest.mark.parametrize("vocab_size", [50, 4096, 9001])
 def test_a_draw_does_not_depend_on_its_batch_or_on_threads(threads, device, backend, interpreted, vocab_size):
-    slow = (
-        interpreted or backend is ok.Backend.REFERENCE
-    )  # the one takes long for a draw, the other makes one at a time
+    slow = interpreted or backend is ok.Backend.REFERENCE  # which makes one draw at a time
     if slow and vocab_size != 4096:
         pytest.skip("too many for the interpreter, and for draws one at a time")
     generator = torch.Generator().manual_seed(7)
