@@ -236,6 +236,8 @@ def test_all_steps_find_their_input_at_the_same_addresses() -> None:
     assert [len(slots) for _, slots in small.groups + graph.groups] == [7, 7, 4, 4]
     assert (len(small.query_start_loc), len(graph.query_start_loc), small.max_query_len) == (3, 5, 6)
     written = inputs.tensors(shape)
+    for name in ("token_ids", "positions", "query_start_loc", "seq_lens", "logits_indices"):
+        assert len({getattr(one, name).data_ptr() for one in (written, small, graph)}) == 1, name
     for value, tensor in enumerate(written, 1):
         tensor.fill_(value)
     assert [tensor.unique().tolist() for tensor in (*graph.groups[1], graph.seq_lens)] == [[6], [7], [4]]
