@@ -340,7 +340,7 @@ def test_close_ends_those_who_wait(engine, gate):
         async with aclosing(engine.generate(request(engine, "a", max_tokens=30, ignore_eos=True))) as stream:
             await anext(stream)
             closing = asyncio.create_task(asyncio.to_thread(engine.close))
-            while not engine._closing:
+            while not engine._commands.is_closing:
                 await asyncio.sleep(0)
             gate.open()
             await closing

@@ -6,22 +6,21 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from octavo_engine.adapters.info import AdapterInfo
 from octavo_engine.api import EngineInfo, EngineStats
 from octavo_engine.async_adapters import AsyncAdapters
+from octavo_engine.async_commands import AsyncCommands
 from octavo_engine.async_standby import AsyncStandby
 from octavo_engine.branch import Branch, Parent
 from octavo_engine.engine import Engine
 from octavo_engine.errors import (
     EngineAsleep,
     EngineDead,
-    EngineError,
     InvalidRequest,
     RequestFailed,
     WorkerLost,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from octavo_engine.build import Progress
     from octavo_engine.config import EngineConfig
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Reader)
 _log = logging.getLogger(__name__)
 
@@ -68,13 +66,10 @@ class AsyncEngine:
         self._text = text
         self._info = info
         self._readers: dict[str, Reader] = {}
-        self._commands: deque[Callable[[], list[SequenceUpdate]]] = deque()
-        self._answers: set[Future[Any]] = set()  # asked for and not given
+        self._commands = AsyncCommands(self.check_health)
         self._waiting_for_idle: list[Future[None]] = []
-        self._standby = AsyncStandby(engine.standby, self._ask, self._do, self._idle, self._abort_all)
-        self._adapters = AsyncAdapters(engine, self._ask)
-        self._wake = threading.Condition()
-        self._closing = False
+        self._standby = AsyncStandby(engine.standby, self._commands.ask, self._commands.do, self._idle, self._abort_all)
+        self._adapters = AsyncAdapters(engine, self._commands.ask)
         self._dead: EngineDead | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
         self._thread.start()
@@ -139,37 +134,37 @@ class AsyncEngine:
 
     async def warm(self, request: Request) -> WarmOutput:
         """Compute a prompt into the prefix cache. See `EngineClient.warm`."""
-        await self._ask(lambda: self._engine.pins.prepare(request))
+        await self._commands.ask(lambda: self._engine.pins.prepare(request))
         return warm_output(request, await self._pooled(request), self._info.block_size)
 
     async def pin(self, request: Request) -> Pin:
         """Compute a prompt into the prefix cache and hold it there. See `EngineClient.pin`."""
         pins, pin_id = self._engine.pins, request.request_id
         try:
-            await self._ask(lambda: pins.prepare(request))
+            await self._commands.ask(lambda: pins.prepare(request))
             await self._pooled(request)
-            return await self._ask(lambda: pins.get(pin_id))
+            return await self._commands.ask(lambda: pins.get(pin_id))
         except InvalidRequest:
             raise  # nothing was set aside
         except BaseException:
-            self._do(lambda: pins.cancel(pin_id))  # nobody will know its id
+            self._commands.do(lambda: pins.cancel(pin_id))  # nobody will know its id
             raise
 
     async def unpin(self, pin_id: str, salt: bytes | None = None) -> None:
         """Let go of a pin. See `EngineClient.unpin`."""
-        await self._ask(lambda: self._engine.pins.drop(pin_id, salt))
+        await self._commands.ask(lambda: self._engine.pins.drop(pin_id, salt))
 
     async def pins(self, salt: bytes | None = None) -> list[Pin]:
         """Return the pins of one salt, or of all. See `EngineClient.pins`."""
-        return await self._ask(lambda: self._engine.pins.listed(salt))
+        return await self._commands.ask(lambda: self._engine.pins.listed(salt))
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached content and drop all pins. See `EngineClient.reset_prefix_cache`."""
-        await self._ask(self._engine.pins.reset)
+        await self._commands.ask(self._engine.pins.reset)
 
     async def branch_tokens(self, branch: Branch, salt: bytes = b"") -> list[int]:
         """Return the tokens that a branch begins with. See `EngineClient.branch_tokens`."""
-        token_ids = await self._ask(lambda: self._engine.branch_tokens(branch, salt))
+        token_ids = await self._commands.ask(lambda: self._engine.branch_tokens(branch, salt))
         return token_ids + self._text.encode_continuation(branch.continuation)
 
     async def fork(
@@ -195,11 +190,11 @@ class AsyncEngine:
 
     async def release(self, request_id: str) -> bool:
         """Drop what is kept of an ended request. See `EngineClient.release`."""
-        return await self._ask(lambda: self._engine.release(request_id))
+        return await self._commands.ask(lambda: self._engine.release(request_id))
 
     async def timeline(self, request_id: str) -> RequestTimeline | None:
         """Return what has happened to a request. See `EngineClient.timeline`."""
-        return await self._ask(lambda: self._engine.scheduler.timeline(request_id))
+        return await self._commands.ask(lambda: self._engine.scheduler.timeline(request_id))
 
     async def sleep(self, level: int = 1, mode: SleepMode | None = None) -> MemoryReport:
         """Let go of the weights and the KV cache. See `EngineClient.sleep`."""
@@ -258,9 +253,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """Stop the loop, abort what runs, and release the model; waits for the step in progress."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._commands.close()
         self._thread.join()
         if self._watchdog is not None:
             self._watchdog.close()
@@ -277,7 +270,7 @@ class AsyncEngine:
         self._readers[request_id] = reader
         try:
             self.check_health()  # again: a loop that ended before the reader stood there cannot have told it
-            self._do(lambda: self._add(request, reader))
+            self._commands.do(lambda: self._add(request, reader))
             yield reader
         finally:
             del self._readers[request_id]
@@ -291,12 +284,7 @@ class AsyncEngine:
             post(reader.loop, [(reader, error)])
 
     def _abort(self, request_id: str, index: int | None) -> None:
-        self._command(lambda: self._engine.abort(request_id, index))
-
-    async def _ask(self, question: Callable[[], T]) -> T:
-        """Ask the engine something, in its thread."""
-        answer: Future[T] = Future()
-        return await self._answered(answer, lambda: _answer(answer, question))
+        self._commands.put(lambda: self._engine.abort(request_id, index))
 
     async def _idle(self) -> None:
         """Wait until no request runs or waits."""
@@ -306,39 +294,14 @@ class AsyncEngine:
             self._waiting_for_idle.append(answer)
             return []
 
-        await self._answered(answer, note)
-
-    async def _answered(self, answer: Future[T], command: Callable[[], list[SequenceUpdate]]) -> T:
-        """Wait for an answer that a command brings."""
-        self.check_health()
-        self._answers.add(answer)
-        self._command(command)
-        try:
-            self.check_health()  # again: a loop that ended before the question stood there does not answer it
-            return await asyncio.wrap_future(answer)
-        finally:
-            self._answers.discard(answer)
-
-    def _do(self, action: Callable[[], None]) -> None:
-        """Let the engine do something that brings no updates, in its thread."""
-
-        def command() -> list[SequenceUpdate]:
-            action()
-            return []
-
-        self._command(command)
-
-    def _command(self, command: Callable[[], list[SequenceUpdate]]) -> None:
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
+        await self._commands.answered(answer, note)
 
     # -- the engine's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while self._wait_for_work():
-                updates = [u for command in self._take_commands() for u in command()]
+            while self._commands.wait(lambda: self._engine.has_work):
+                updates = [u for command in self._commands.take() for u in command()]
                 if self._engine.has_work:
                     updates += self._engine.step()
                 self._deliver(updates)
@@ -350,9 +313,7 @@ class AsyncEngine:
         self._dead = self._dead or EngineDead("the engine was closed")
         for reader in list(self._readers.values()):
             post(reader.loop, [(reader, self._dead)])
-        for answer in list(self._answers):
-            if not answer.done():
-                answer.set_exception(self._dead)
+        self._commands.fail(self._dead)
         self._engine.close()
 
     def _progress(self) -> int | None:
@@ -360,17 +321,6 @@ class AsyncEngine:
         if self._dead is not None or not (self._commands or self._engine.has_work):
             return None
         return self._engine.scheduler.counters.num_steps
-
-    def _wait_for_work(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._closing or self._commands or self._engine.has_work)
-            return not self._closing
-
-    def _take_commands(self) -> list[Callable[[], list[SequenceUpdate]]]:
-        with self._wake:
-            commands = list(self._commands)
-            self._commands.clear()
-        return commands
 
     def _tell_idle(self) -> None:
         for answer in self._waiting_for_idle:
@@ -396,13 +346,3 @@ class AsyncEngine:
             by_loop.setdefault(reader.loop, []).append((reader, update))
         for loop, letters in by_loop.items():
             post(loop, letters)
-
-
-def _answer(answer: Future[T], question: Callable[[], T]) -> list[SequenceUpdate]:
-    """Answer a question about the engine, in its thread, unless the asker has left."""
-    if answer.set_running_or_notify_cancel():
-        try:
-            answer.set_result(question())
-        except EngineError as error:
-            answer.set_exception(error)
-    return []
