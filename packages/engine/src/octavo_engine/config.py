@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octavo_engine.errors import InvalidConfig
-from octavo_engine.preemption import PREEMPTION_MODES
-from octavo_engine.text.parsers.formats import REASONING_PARSERS, TOOL_PARSERS
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "fp8")
-_MODES = ("exact", "fast")
-QUANTIZATIONS = ("int8", "int4", "fp8")
-QUEUE_POLICIES = ("arrival", "fair")
-EXECUTORS = ("processes", "ray")
-RAY_PLACEMENTS = ("pack", "spread", "strict_pack", "strict_spread")
-_BLOCK_SIZES = (8, 16, 32, 64, 128)
+from octavo_engine.config_checks import check_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,103 +131,7 @@ class EngineConfig:
     reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise InvalidConfig(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
-        if self.lora_dtype not in _DTYPES:
-            raise InvalidConfig(f"lora_dtype {self.lora_dtype!r} is not one of {', '.join(_DTYPES)}")
-        if self.kv_cache_dtype not in _KV_CACHE_DTYPES:
-            raise InvalidConfig(
-                f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(_KV_CACHE_DTYPES)}; "
-                "auto is the default"
-            )
-        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
-            raise InvalidConfig(
-                f"max_cpu_loras must be at least max_loras, {self.max_loras}, got {self.max_cpu_loras}; raise it, or "
-                "lower max_loras"
-            )
-        if self.enable_lora and self.pipeline_parallel_size > 1:
-            raise InvalidConfig(
-                f"enable_lora needs pipeline_parallel_size 1, got {self.pipeline_parallel_size}; a model whose layers "
-                "are shared out among stages takes no adapters; use tensor_parallel_size"
-            )
-        if self.mode not in _MODES:
-            raise InvalidConfig(f"mode {self.mode!r} is not one of {', '.join(_MODES)}; exact is the default")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise InvalidConfig(f"quantization {self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-        if self.quantization == "fp8" and self.tensor_parallel_size > 1:
-            raise InvalidConfig(
-                f"quantization fp8 needs tensor_parallel_size 1, got {self.tensor_parallel_size}; its scales are of "
-                "whole rows, which no process reads; use int8"
-            )
-        if self.expert_parallel and self.tensor_parallel_size == 1:
-            raise InvalidConfig(
-                "expert_parallel needs tensor_parallel_size 2 or more, got 1; it says how a mixture's experts are "
-                "split over processes"
-            )
-        if self.enable_dbo and self.tensor_parallel_size == 1:
-            raise InvalidConfig(
-                "enable_dbo needs tensor_parallel_size 2 or more, got 1; it computes one half of a step while the "
-                "processes add up the other"
-            )
-        if self.enable_dbo and self.enable_lora:
-            raise InvalidConfig(
-                "enable_dbo and enable_lora both came; adapters are held for the tokens of whole steps, leave one out"
-            )
-        for name, known in (("tool_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
-            if getattr(self, name) not in known:
-                raise InvalidConfig(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.block_size not in _BLOCK_SIZES:
-            raise InvalidConfig(f"block_size {self.block_size} is not one of {_BLOCK_SIZES}; 16 is the default")
-        if not 0 <= self.max_pinned_share < 1:
-            raise InvalidConfig(f"max_pinned_share must be at least 0 and below 1, got {self.max_pinned_share}")
-        if self.preemption_mode not in PREEMPTION_MODES:
-            raise InvalidConfig(
-                f"preemption_mode {self.preemption_mode!r} is not one of {', '.join(PREEMPTION_MODES)}; "
-                "auto is the default"
-            )
-        if self.queue_policy not in QUEUE_POLICIES:
-            raise InvalidConfig(f"queue_policy {self.queue_policy!r} is not one of {', '.join(QUEUE_POLICIES)}")
-        if self.preemption_mode == "swap" and self.host_kv_bytes == 0:
-            raise InvalidConfig(
-                "preemption_mode 'swap' needs memory of the host, host_kv_bytes is 0; give it some bytes"
-            )
-        if self.watchdog_timeout is not None and not self.watchdog_timeout > 0:
-            raise InvalidConfig(f"watchdog_timeout must be above 0 seconds, got {self.watchdog_timeout}; None is off")
-        if self.executor not in EXECUTORS:
-            raise InvalidConfig(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}")
-        if self.ray_placement not in RAY_PLACEMENTS:
-            raise InvalidConfig(f"ray_placement {self.ray_placement!r} is not one of {', '.join(RAY_PLACEMENTS)}")
-        if self.executor == "ray" and self.num_ranks == 1:
-            raise InvalidConfig(
-                "executor ray runs the ranks of a model that is split; give tensor_parallel_size or "
-                "pipeline_parallel_size too"
-            )
-        if not 1 <= self.rank_timeout <= 3600:
-            raise InvalidConfig(
-                f"rank_timeout must be from 1 to 3600 seconds, got {self.rank_timeout}; 6 is the default"
-            )
-        limits = {
-            "max_model_len": 1,
-            "num_blocks": 2,  # block 0 is reserved
-            "kv_cache_bytes": 1,
-            "host_kv_bytes": 0,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": 1,
-            "max_num_kept": 0,
-            "max_num_timelines": 0,
-            "max_num_graphs": 1,
-            "max_num_mixed_graphs": 0,
-            "max_loras": 1,
-            "max_lora_rank": 1,
-            "num_threads": 1,
-            "tensor_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "dbo_token_threshold": 2,
-        }
-        for name, low in limits.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InvalidConfig(f"{name} must be at least {low}, got {value}")
+        check_config(self)
 
     @property
     def num_ranks(self) -> int:
