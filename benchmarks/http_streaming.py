@@ -115,7 +115,7 @@ def decode_for_nobody(engine: AsyncEngine, num_tokens: int) -> None:
     for place in range(BATCH):
         sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         request = text.make_request(text.encode_prompt(PROMPT), sampling, request_id=f"alone-{time.time()}-{place}")
-        engine._do(lambda request=request: inner.add(request))
+        engine._commands.do(lambda request=request: inner.add(request))
     while engine.stats().num_running + engine.stats().num_waiting == 0:
         time.sleep(0.001)
     while engine.stats().num_running + engine.stats().num_waiting:

@@ -107,7 +107,7 @@ def test_a_step_that_hangs_makes_the_engine_unhealthy_until_it_ends():
     front = AsyncEngine(engine, None, None, watchdog_timeout=0.05)
     try:
         front.check_health()
-        front._do(lambda: setattr(engine, "has_work", True))
+        front._commands.do(lambda: setattr(engine, "has_work", True))
         assert engine.entered.wait(5)
         _wait_until(lambda: _fails(front))
         engine.go_on.set()
