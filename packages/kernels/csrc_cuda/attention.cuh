@@ -315,8 +315,7 @@ __global__ void __launch_bounds__(Shape<kBytesOf<Q>, kBytesOf<Stored>, kHeadDim>
     attend<Shape, kHeadDim, Q, Stored>(call, piece, q, own, is_fp8, state);
     leave<kHeadDim>(state, reinterpret_cast<float*>(own), tops + warp * kTileRows * 2);
     sync_block();
-    store_joined<Shape, kHeadDim>(call, piece, stages, tops);
-    sync_block();  // shared memory is free again
+    store_joined<Shape, kHeadDim>(call, piece, stages, tops);  // which is over before the next one's keys come
   }
 }
 

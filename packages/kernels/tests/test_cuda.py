@@ -179,19 +179,41 @@ def resources(report):
     ]
 
 
-def check(report):
+def check(report, num_kernels):
     """Assert what every kernel must hold."""
     kernels = resources(report)
     assert sorted({target for _, target, *_ in kernels}) == ["sm_80", "sm_90a"]
-    assert len(kernels) == 4
+    assert len(kernels) == 2 * num_kernels
     for name, target, registers, stack, spilled in kernels:
         assert (stack, spilled) == (0, 0), f"{name} on {target} spills: {stack} bytes of stack, {spilled} spilled"
-        assert registers <= 64, f"{name} on {target} takes {registers} registers"
+        most = 64 if "copy_rows" in name else 240
+        assert registers <= most, f"{name} on {target} takes {registers} registers"
+
+
+def machine_code(path):
+    """Return (function, its instructions) of every kernel in a file, for each target."""
+    tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    if not (tools / "cuobjdump").is_file():
+        pytest.skip(f"no cuobjdump in {tools}")
+    command, environment = [str(tools / "cuobjdump"), "-sass", str(path)], {"PATH": f"{tools}:/usr/bin:/bin"}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return [tuple(part.split(None, 1)) for part in found.split("Function : ")[1:]]
+
+
+def check_attention(path, num_kernels):
+    """Assert how attention reads its keys, 16 bytes at a time and aside, and that halves are multiplied as matrices."""
+    kernels = [(name, code) for name, code in machine_code(path) if "split_keys" in name]
+    assert len(kernels) == 2 * num_kernels
+    for name, code in kernels:
+        assert "LDGSTS.E.BYPASS" in code, f"{name} copies nothing aside"
+        assert re.search(r"LDGSTS\S*\.128", code), f"{name} copies less than 16 bytes at a time"
+        assert ("HMMA.16816" in code) == ("IffL" not in name), f"{name} multiplies otherwise"
 
 
 def test_kernels_compile_for_both_targets_and_spill_nothing(built):
     library, report = built
-    check(report)
+    check(report, 2 + 9)
+    check_attention(library, 9)
     assert library.stat().st_size < 4 << 20
 
 
@@ -205,7 +227,52 @@ def test_a_broken_kernel_fails_the_gate(build, tmp_path):
         )
     )
     with pytest.raises(AssertionError, match="spills"):
-        check(build.compile_kernels(tmp_path / "spills.o", tmp_path / "sources"))
+        check(build.compile_kernels(tmp_path / "copy_blocks.o", tmp_path / "sources"), 2)
+
+
+@pytest.fixture
+def compile_one(build, tmp_path):
+    """Compile one kernel of attention, with changed words in its sources; return the object and the report."""
+
+    def compile_changed(*changes):
+        sources = tmp_path / "sources"
+        shutil.copytree(SOURCES, sources)
+        for name, old, new in changes:
+            text = (sources / name).read_text()
+            assert old in text
+            (sources / name).write_text(text.replace(old, new))
+        (sources / "attention.cu").write_text(
+            '#include "attention.cuh"\n'
+            "using namespace octavo_cuda;\n"
+            "template __global__ void octavo_cuda::split_keys_kernel<Bf16, Bf16, 128>"
+            "(const __grid_constant__ SplitCall, bool);\n"
+        )
+        return tmp_path / "attention.o", build.compile_kernels(tmp_path / "attention.o", sources)
+
+    return compile_changed
+
+
+def test_broken_attention_fails_the_gates(compile_one):
+    """Registers for six thread blocks at once, and copies that a thread waits for."""
+    waits = '    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"'
+    path, report = compile_one(
+        ("attention.h", "kBlocksPerProcessor = 2", "kBlocksPerProcessor = 8"),
+        (
+            "device.cuh",
+            waits,
+            "    *static_cast<uint4*>(to) = present ? *static_cast<const uint4*>(from) : uint4{};\n    return;\n"
+            + waits,
+        ),
+    )
+    with pytest.raises(AssertionError, match="spills"):
+        check(report, 1)
+    with pytest.raises(AssertionError, match="copies nothing aside"):
+        check_attention(path, 1)
+
+
+def test_more_shared_memory_than_there_is_does_not_compile(build, compile_one):
+    with pytest.raises(build.BuildError, match="takes more shared memory than a thread block has on sm_80"):
+        compile_one(("attention.h", "kTileBytes <= 4096 ? 4 : 2", "8"))
 
 
 def test_a_compiler_that_fails_or_is_missing_says_so(monkeypatch, tmp_path):
@@ -270,10 +337,44 @@ def installed(monkeypatch, tmp_path):
 
 def test_what_is_compiled_is_taken_before_triton_and_the_rest_is_tritons(installed):
     assert ok.choose("copy_blocks", GPU) is Backend.CUDA
+    assert ok.choose("paged_attention", GPU) is Backend.TRITON
     assert ok.choose("write_kv", GPU) is Backend.TRITON
     assert ok.choose("copy_blocks", "cpu") is Backend.CPU
     assert _dispatch.implementation("copy_blocks", GPU) is cache_ops.copy_blocks
     assert Backend.CUDA in ok.available_backends()
+
+
+def test_attention_is_compiled_where_it_is_asked_for(installed, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)
+    for name, value in (("OCTAVO_CUDA_OPS", "copy_blocks, paged_attention"), ("OCTAVO_BACKEND", "cuda")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert ok.choose("paged_attention", GPU) is Backend.CUDA
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention")
+    assert ok.choose("copy_blocks", GPU) is Backend.CUDA
+    assert ok.choose("write_kv", GPU) is Backend.TRITON
+    assert ok.choose("paged_attention", "cpu") is Backend.CPU
+    installed("it cannot be loaded")
+    expected = r"paged_attention: the cuda backend does not serve it here, triton does \(it cannot be loaded\)"
+    with pytest.warns(ok.BackendFallbackWarning, match=expected):
+        assert _dispatch.implementation("paged_attention", GPU) is Backend.TRITON
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention,write_kv")
+    expected = (
+        "OCTAVO_CUDA_OPS is 'paged_attention,write_kv', expected names of copy_blocks, paged_attention, with comm"
+    )
+    with pytest.raises(ok.OptionError, match=expected):
+        ok.choose("paged_attention", GPU)
+
+
+def test_attention_that_is_asked_for_and_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(load, "library_path", lambda: None)
+    monkeypatch.setattr(_dispatch, "_unavailable", lambda backend, *_: "none" if backend is Backend.CUDA else None)
+    monkeypatch.setattr(_dispatch, "_log", _dispatch._FallbackLog())
+    monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention")
+    monkeypatch.delenv("OCTAVO_BACKEND", raising=False)
+    with pytest.warns(ok.BackendFallbackWarning, match=r"paged_attention: .* triton does \(none\)"):
+        assert _dispatch.implementation("paged_attention", GPU) is Backend.TRITON
 
 
 def test_a_library_that_cannot_be_loaded_is_said_and_triton_serves(installed, monkeypatch):

@@ -1,8 +1,8 @@
 // csrc_cuda/device.cuh on the host: the threads of a block take turns as fibers, in an order drawn from a seed.
 //
 // It is stricter than a GPU where that finds mistakes: a copy aside leaves NaN in its place until its own thread has
-// waited for it, a thread runs on past others until it has to wait, and threads that wait for each other in vain end the
-// process. Left out is what only a GPU can show: the launch, and the memory model but for barriers.
+// waited for it, a thread and then a warp runs on past others until it has to wait for them, and threads that wait for
+// each other in vain end the process. Left out is what only a GPU can show: the launch, and the memory model but for barriers.
 
 #pragma once
 
@@ -72,9 +72,13 @@ struct Thread {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(256 << 10);
   bool done = false;
+  const Barrier* waits_at = nullptr;
+  unsigned generation = 0;  // of the barrier, when it came there
   unsigned num_exchanges = 0;
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
+
+  bool can_run() const { return !done && (waits_at == nullptr || waits_at->generation != generation); }
 };
 
 struct Warp {
@@ -90,29 +94,50 @@ struct Block {
   std::vector<uint4> shared;
   std::function<void()> kernel;
   unsigned current = 0;
-  bool moved = false;
 };
 static Block* block;
 
 inline void enter() {
   block->kernel();
   block->threads[block->current]->done = true;
-  block->moved = true;
 }
 
 inline void wait_at(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
-    block->moved = true;
     return;
   }
-  const unsigned generation = barrier.generation;
-  while (barrier.generation == generation) swapcontext(&block->threads[block->current]->context, &block->scheduler);
+  Thread& thread = *block->threads[block->current];
+  thread.waits_at = &barrier;
+  thread.generation = barrier.generation;
+  swapcontext(&thread.context, &block->scheduler);
+  thread.waits_at = nullptr;
+}
+
+// Runs the threads of a warp until each is at its end or waits for other warps; says whether any has run.
+inline bool run_warp(unsigned warp, std::mt19937& chance) {
+  unsigned lanes[32];
+  std::iota(lanes, lanes + 32, 32 * warp);
+  bool has_run = false, moved = true;
+  while (moved) {
+    moved = false;
+    std::shuffle(lanes, lanes + 32, chance);
+    for (const unsigned index : lanes) {
+      Thread& thread = *block->threads[index];
+      if (!thread.can_run()) continue;
+      block->current = index;
+      threadIdx = {index, 0, 0};
+      swapcontext(&block->scheduler, &thread.context);
+      has_run = moved = true;
+    }
+  }
+  return has_run;
 }
 
 inline void prepare(Thread& thread) {
   thread.done = false;
+  thread.waits_at = nullptr;
   thread.num_exchanges = 0;
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -132,24 +157,19 @@ inline void run_block(unsigned num_threads, size_t num_bytes, const std::functio
   own.warps.resize(num_threads / 32);
   own.shared.assign(num_bytes / 16 + 4, uint4{~0U, ~0U, ~0U, ~0U});
   for (size_t i = num_bytes / 16; i < own.shared.size(); ++i) own.shared[i] = {kGuard, kGuard, kGuard, kGuard};
+  kept.resize(std::min<size_t>(kept.size(), num_threads));
   while (kept.size() < num_threads) kept.push_back(std::make_unique<Thread>());
   own.threads.swap(kept);
   for (auto& thread : own.threads) prepare(*thread);
-  std::vector<unsigned> order(num_threads);
-  std::iota(order.begin(), order.end(), 0U);
-  for (unsigned num_done = 0; num_done < num_threads;) {
-    std::shuffle(order.begin(), order.end(), chance);
-    own.moved = false;
-    for (const unsigned index : order) {
-      if (own.threads[index]->done) continue;
-      own.current = index;
-      threadIdx = {index, 0, 0};
-      swapcontext(&own.scheduler, &own.threads[index]->context);
-      num_done += own.threads[index]->done;
-    }
-    if (!own.moved) fail("threads wait for each other in vain");
+  std::vector<unsigned> warps(own.warps.size());
+  std::iota(warps.begin(), warps.end(), 0U);
+  for (bool moved = true; moved;) {
+    moved = false;
+    std::shuffle(warps.begin(), warps.end(), chance);
+    for (const unsigned warp : warps) moved = run_warp(warp, chance) || moved;
   }
   for (unsigned i = 0; i < num_threads; ++i) {
+    if (!own.threads[i]->done) fail("threads wait for each other in vain");
     for (const auto& group : own.threads[i]->groups) {
       if (!group.empty()) fail("a thread ended before its copies were there");
     }

@@ -50,7 +50,9 @@ def paged_attention(
     check_dtypes("paged_attention", q=q)
     if not max_query_len:
         return
-    call = AttentionCall(q, k_cache, v_cache, query_start_loc, seq_lens, options, out, lse, block_table, k_scale, v_scale)
+    call = AttentionCall(
+        q, k_cache, v_cache, query_start_loc, seq_lens, options, out, lse, block_table, k_scale, v_scale
+    )
     reason = why_not(call)
     if reason is not None:
         note_served_by_triton("paged_attention", reason)
