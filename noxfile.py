@@ -93,7 +93,7 @@ MATRIX = [
 ]
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 # The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
-NOT_NATIVE = ("build", "compile", "cuda", "cuda_attention", "load", "plan", "reference")
+NOT_NATIVE = ("build", "compile", "cuda", "cuda_attention", "cuda_compile", "load", "plan", "reference")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
 
 

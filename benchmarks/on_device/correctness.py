@@ -128,7 +128,7 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
 
 
 def _compiled_attention(*, smoke: bool) -> Iterator[tuple[str, Case]]:
-    """Yield cases of attention in CUDA C++, where a build of it is installed; the kernel in Triton has the same above."""
+    """Yield cases of attention in CUDA C++, where a build of it is installed; Triton's kernel has such above."""
     if smoke or why_not_compiled() is not None:
         return
     many = [1] * 6, [1, 15, 16, 17, 300, 1000]

@@ -167,7 +167,7 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
     }
 )
 
-# Compiled ops that OCTAVO_CUDA_OPS or OCTAVO_BACKEND has to ask for: no GPU has yet shown them to be faster than Triton's.
+# Compiled ops that OCTAVO_CUDA_OPS or OCTAVO_BACKEND has to ask for: no GPU has shown yet that they are faster.
 _ON_REQUEST = frozenset({"paged_attention"})
 
 

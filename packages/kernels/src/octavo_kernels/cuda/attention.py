@@ -58,7 +58,7 @@ def paged_attention(
         note_served_by_triton("paged_attention", reason)
         in_triton.attend(call, max_query_len)
     else:
-        # As many queries as Triton splits keys for; each tile of rows reads the keys, one after the other from the cache.
+        # As many queries as Triton splits keys for. Each tile of rows reads the keys, which its L2 then has.
         split_len = min(max_query_len, SPLIT_ROWS // call.group)
         cut = cut_keys(call, split_len, options.workspace, _TILE_ROWS)
         _split(call, cut)
