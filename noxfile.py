@@ -96,7 +96,8 @@ MATRIX = [
 ]
 CLIENTS = ("openai", "npm", "litellm", "langchain", "instructor", "llm", "anthropic")
 # The kernels' tests that have nothing for sanitizers; nvcc does not run beside them.
-NOT_NATIVE = ("build", "compile", "cuda", "load", "plan", "reference", "torch_attention")
+NOT_NATIVE = ("build", "compile", "load", "plan", "reference", "torch_attention")
+NOT_NATIVE += ("cuda", "cuda_attention", "cuda_compile")
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
 # Reports need lines, not where variables are. That, and the best choice of registers, take GCC minutes.
 SANITIZERS += " -fno-var-tracking-assignments -fira-algorithm=priority -fira-region=one"

@@ -159,7 +159,8 @@ def test_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(KERNELS)) for path in (NATIVE / "csrc").iterdir()}
     assert sources
-    cuda = {"build.py", "copy_blocks.cu", "copy_blocks.cuh", "copy_blocks.h", "ops.cpp"}
+    cuda = {"build.py", "device.cuh", "ops.cpp", "attention_products.cuh"}
+    cuda |= {f"{name}.{kind}" for name in ("attention", "copy_blocks") for kind in ("cu", "cuh", "h")}
     assert {"hatch_build.py", "src/octavo_kernels/cpu/build.py", *sources} <= names
     assert {f"csrc_cuda/{name}" for name in cuda} <= names
     assert not [name for name in names if "/cpu/lib/" in name]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import octavo_kernels as ok
+from on_device.backends import by_compiled_attention, why_not_compiled
 from on_device.bench import Bench
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
@@ -23,7 +24,7 @@ DECODE = (  # name, lengths of the sequences, target as a share of copy bandwidt
 PREFILL = (2048, 8192, 16384)
 PREFILL_TARGET = 400.0  # TFLOP/s
 
-Call = Callable[[], object]
+Call = Callable[[], Tensor]
 
 
 def run(bench: Bench) -> None:
@@ -41,6 +42,9 @@ def _decode(bench: Bench, name: str, lengths: Sequence[int], target: float | Non
     num_copies = bench.num_copies(num_bytes)
     contenders = {
         "octavo": lambda: _paged(bench, lengths, [1] * len(lengths), batch_invariant=False),
+        "octavo, CUDA C++": lambda: by_compiled_attention(
+            _paged(bench, lengths, [1] * len(lengths), batch_invariant=False)
+        ),
         "octavo, batch-invariant": lambda: _paged(bench, lengths, [1] * len(lengths)),
         "torch SDPA, contiguous": lambda: _sdpa_decode(bench, lengths),
         "FlexAttention, contiguous": lambda: _flex_decode(bench, lengths),
@@ -50,12 +54,15 @@ def _decode(bench: Bench, name: str, lengths: Sequence[int], target: float | Non
         title = f"decode, {name}: {contender}"
         if contender == "FlashInfer" and importlib.util.find_spec("flashinfer") is None:
             continue
+        if contender == "octavo, CUDA C++" and why_not_compiled() is not None:
+            bench.add(title, not_measured=why_not_compiled())
+            continue
         if contender == "FlexAttention, contiguous" and bench.smoke:
             continue  # it compiles, which is not what a smoke run is for
         with bench.attempt(title, ours=contender.startswith("octavo")):
             seconds = bench.seconds([make() for _ in range(num_copies)])
             figures = {"value": num_bytes / seconds / copy, "unit": "of copy", "us": seconds * 1e6}
-            if target is not None and contender == "octavo":
+            if target is not None and contender in ("octavo", "octavo, CUDA C++"):
                 figures["target"] = target
             bench.add(title, **figures)
 

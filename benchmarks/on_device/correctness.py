@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import octavo_kernels as ok
 from octavo_kernels.testing import make_paged_inputs, tolerance
-from on_device.backends import served_by
+from on_device.backends import by_compiled_attention, served_by, why_not_compiled
 from on_device.bench import Bench
 from on_device.product_kinds import packed_weight
 from on_device.row_kernels import checksums_of_a_step
@@ -83,6 +84,7 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
         "paged_attention, window, soft cap, sinks",
         lambda m: _attention(m, [70, 1, 5], [100, 333, 5], window=50, soft_cap=20.0, sinks=m.normal(8).float()),
     )
+    yield from _compiled_attention(smoke=smoke)
     yield "shared_prefix_attention", _shared
     yield "mla_decode", _latent
     yield "varlen_attention", _varlen
@@ -125,6 +127,25 @@ def _cases(*, smoke: bool) -> Iterator[tuple[str, Case]]:
     for tokens in (1, 33, 300) if not smoke else (3,):
         yield f"fused_moe, {tokens} tokens", lambda m, tokens=tokens: _mixture(m, tokens)
     yield "lora_shrink and lora_expand", _adapters
+
+
+def _compiled_attention(*, smoke: bool) -> Iterator[tuple[str, Case]]:
+    """Yield cases of attention in CUDA C++, where a build of it is installed; Triton's kernel has such above."""
+    if smoke or why_not_compiled() is not None:
+        return
+    many = [1] * 6, [1, 15, 16, 17, 300, 1000]
+    mixed = [130, 1, 5, 1], [130, 40, 200, 5130]
+
+    def case(make: Maker, query_lens: list[int], seq_lens: list[int], options: dict[str, Any]) -> Tensor:
+        call = partial(_attention, make, query_lens, seq_lens, **options)
+        return call() if make.wide else by_compiled_attention(partial(call, batch_invariant=False))()
+
+    yield "paged_attention in CUDA C++, decode", lambda m: case(m, *many, {})
+    yield "paged_attention in CUDA C++, chunks and decode", lambda m: case(m, *mixed, {})
+    yield (
+        "paged_attention in CUDA C++, window, soft cap, sinks",
+        lambda m: case(m, *mixed, {"window": 50, "soft_cap": 20.0, "sinks": m.normal(8).float()}),
+    )
 
 
 def _attention(make: Maker, query_lens: list[int], seq_lens: list[int], **options: Any) -> Tensor:

@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LIB = HERE.parent / "src" / "octavo_kernels" / "cuda" / "lib"
 NAME = "octavo_kernels_cuda.so"
+KERNELS = ("copy_blocks", "attention")
 
 # Machine code for both, and PTX of the lesser one for GPUs that come after.
 _GENCODE = (
@@ -47,29 +48,38 @@ def build(folder: Path) -> tuple[Path, str]:
         BuildError: something is missing, or a compiler failed; says what it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kernels, ops, library = folder / "copy_blocks.o", folder / "ops.o", folder / NAME
-    report = compile_kernels(kernels)
+    kernels, ops, library = [folder / f"{name}.o" for name in KERNELS], folder / "ops.o", folder / NAME
+    report = "".join(compile_kernels(target) for target in kernels)
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         raise BuildError("no C++ compiler was found (CXX, c++, g++); install g++")
-    torch = _torch_folder()
-    flags = (*_CXX, *(("-Werror",) if _is_strict() else ()), f"-DTORCH_TARGET_VERSION={_TORCH_TARGET:#018x}")
-    _run([compiler, "-c", str(HERE / "ops.cpp"), "-o", str(ops), *flags, "-isystem", str(torch / "include")])
+    compile_binding(compiler, ops)
     # By name alone: whichever torch the process has loaded is the one that it finds.
-    linked = ("-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu")
-    _run([_nvcc(), "-shared", str(kernels), str(ops), "-o", str(library), *_gencode(), *linked])
-    kernels.unlink()
-    ops.unlink()
+    linked = ("-cudart", "static", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu")
+    _run([_nvcc(), "-shared", *map(str, kernels), str(ops), "-o", str(library), *_gencode(), *linked])
+    for made in (*kernels, ops):
+        made.unlink()
     return library, report
 
 
-def compile_kernels(target: Path, sources: Path = HERE) -> str:
-    """Compile the kernels to an object file; return what the assembler says of each one's registers and memory.
+def compile_binding(compiler: str, target: Path, *flags: str) -> None:
+    """Compile what binds the kernels to torch, to an object file.
 
     Raises:
         BuildError: as `build`.
     """
-    source = ("-c", str(sources / "copy_blocks.cu"), "-o", str(target))
+    flags = (*_CXX, *(("-Werror",) if _is_strict() else ()), f"-DTORCH_TARGET_VERSION={_TORCH_TARGET:#018x}", *flags)
+    headers = ("-isystem", str(torch_folder() / "include"))
+    _run([compiler, "-c", str(HERE / "ops.cpp"), "-o", str(target), *flags, *headers])
+
+
+def compile_kernels(target: Path, sources: Path = HERE) -> str:
+    """Compile the kernels of target's name to an object file; return what the assembler says of each one's resources.
+
+    Raises:
+        BuildError: as `build`.
+    """
+    source = ("-c", str(sources / f"{target.stem}.cu"), "-o", str(target))
     strict = ("-Werror", "all-warnings") if _is_strict() else ()
     flags = ("-std=c++17", "-O3", "--resource-usage", "-Xcompiler", "-fPIC,-fvisibility=hidden", *strict)
     return _run([_nvcc(), *source, *flags, *_gencode()])
@@ -90,7 +100,7 @@ def _is_strict() -> bool:
     return os.environ.get("OCTAVO_KERNELS_STRICT") == "1"
 
 
-def _torch_folder() -> Path:
+def torch_folder() -> Path:
     """Return where torch is, with its headers and libraries; it is not imported."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

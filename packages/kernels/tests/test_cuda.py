@@ -1,14 +1,11 @@
-"""The kernels in CUDA C++: on the host as far as that goes, compiled where there is nvcc, and when they are chosen.
+"""The kernels in CUDA C++: copies of blocks on the host, and when compiled kernels are chosen.
 
 On a GPU with a build of the library `test_cache_ops.py` runs them by OCTAVO_BACKEND=cuda, against the reference.
 """
 
 import ctypes
-import importlib.util
-import re
 import shutil
 import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,13 +21,6 @@ from octavo_kernels.cuda import cache_ops, load
 SOURCES = Path(__file__).resolve().parents[1] / "csrc_cuda"
 ON_HOST = Path(__file__).parent / "cuda_on_host" / "copy_blocks.cpp"
 GPU = torch.device("cuda")
-
-
-def load_build():
-    spec = importlib.util.spec_from_file_location("octavo_kernels_cuda_build", SOURCES / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,107 +139,6 @@ def whole(caches):
     return [cache if cache._base is None else cache._base for cache in caches]
 
 
-# -- compiled --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def build():
-    module = load_build()
-    if module.find_nvcc() is None:
-        pytest.skip("no nvcc on PATH (or by NVCC) to compile csrc_cuda with")
-    return module
-
-
-@pytest.fixture(scope="module")
-def built(build, tmp_path_factory):
-    return build.build(tmp_path_factory.mktemp("cuda"))
-
-
-def resources(report):
-    """Return (kernel, target, registers, bytes of stack, bytes spilled) of every kernel in an assembler's report."""
-    found = re.findall(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        report,
-        re.DOTALL,
-    )
-    return [
-        (name, target, int(regs), int(stack), int(stores) + int(loads))
-        for name, target, stack, stores, loads, regs in found
-    ]
-
-
-def check(report):
-    """Assert what every kernel must hold."""
-    kernels = resources(report)
-    assert sorted({target for _, target, *_ in kernels}) == ["sm_80", "sm_90a"]
-    assert len(kernels) == 4
-    for name, target, registers, stack, spilled in kernels:
-        assert (stack, spilled) == (0, 0), f"{name} on {target} spills: {stack} bytes of stack, {spilled} spilled"
-        assert registers <= 64, f"{name} on {target} takes {registers} registers"
-
-
-def test_kernels_compile_for_both_targets_and_spill_nothing(built):
-    library, report = built
-    check(report)
-    assert library.stat().st_size < 4 << 20
-
-
-def test_a_broken_kernel_fails_the_gate(build, tmp_path):
-    shutil.copytree(SOURCES, tmp_path / "sources")
-    kernel = tmp_path / "sources" / "copy_blocks.cuh"
-    kernel.write_text(
-        kernel.read_text().replace(
-            "const Part& part = parts.part",
-            "Parts own = parts; own.part[threadIdx.x % 64].width += num_copies; const Part part = own.part",
-        )
-    )
-    with pytest.raises(AssertionError, match="spills"):
-        check(build.compile_kernels(tmp_path / "spills.o", tmp_path / "sources"))
-
-
-def test_a_compiler_that_fails_or_is_missing_says_so(monkeypatch, tmp_path):
-    build = load_build()
-    monkeypatch.setenv("NVCC", "false")
-    with pytest.raises(build.BuildError, match=r"false -c .*copy_blocks\.cu"):
-        build.build(tmp_path)
-    monkeypatch.setenv("NVCC", "no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"no nvcc was found \(NVCC, PATH\); install the CUDA toolkit"):
-        build.build(tmp_path)
-
-
-def test_torch_loads_the_library_without_its_cuda_part(built):
-    """In a process of its own, since an op can be registered once alone."""
-    program = (
-        "import sys, torch\n"
-        "from pathlib import Path\n"
-        "from octavo_kernels.cuda import load\n"
-        "assert load.load(Path(sys.argv[1])) is None\n"
-        "print(load.ops().copy_blocks.default._schema)\n"
-        "try:\n"
-        "    load.ops().copy_blocks([torch.zeros(2, 2)], *torch.zeros(2, 1, dtype=torch.int64), torch.zeros(16), 0)\n"
-        "except NotImplementedError as error:\n"
-        "    assert 'CPU' in str(error)\n"
-        "    print('refused')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(built[0])], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    schema, refused = done.stdout.splitlines()
-    assert schema.startswith("octavo_cuda::copy_blocks(Tensor(a!)[] caches, Tensor src, Tensor dst, Tensor(b!) aside")
-    assert refused == "refused"
-
-
-def test_the_library_needs_nothing_of_torch_but_its_stable_abi(built):
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm on PATH")
-    listed = subprocess.run([nm, "-D", "--undefined-only", str(built[0])], capture_output=True, text=True, check=True)
-    names = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
-    assert any(name.startswith("aoti_torch_") for name in names)
-    unstable = ("N2at", "N3c10", "N5torch", "NK2at", "NK3c10", "NK5torch")
-    assert not [name for name in names if any(part in name for part in unstable) or name.startswith("cuda")], names
-
-
 # -- chosen ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,10 +159,44 @@ def installed(monkeypatch, tmp_path):
 
 def test_what_is_compiled_is_taken_before_triton_and_the_rest_is_tritons(installed):
     assert ok.choose("copy_blocks", GPU) is Backend.CUDA
+    assert ok.choose("paged_attention", GPU) is Backend.TRITON
     assert ok.choose("write_kv", GPU) is Backend.TRITON
     assert ok.choose("copy_blocks", "cpu") is Backend.CPU
     assert _dispatch.implementation("copy_blocks", GPU) is cache_ops.copy_blocks
     assert Backend.CUDA in ok.available_backends()
+
+
+def test_attention_is_compiled_where_it_is_asked_for(installed, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)
+    for name, value in (("OCTAVO_CUDA_OPS", "copy_blocks, paged_attention"), ("OCTAVO_BACKEND", "cuda")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert ok.choose("paged_attention", GPU) is Backend.CUDA
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention")
+    assert ok.choose("copy_blocks", GPU) is Backend.CUDA
+    assert ok.choose("write_kv", GPU) is Backend.TRITON
+    assert ok.choose("paged_attention", "cpu") is Backend.CPU
+    installed("it cannot be loaded")
+    expected = r"paged_attention: the cuda backend does not serve it here, triton does \(it cannot be loaded\)"
+    with pytest.warns(ok.BackendFallbackWarning, match=expected):
+        assert _dispatch.implementation("paged_attention", GPU) is Backend.TRITON
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention,write_kv")
+    expected = (
+        "OCTAVO_CUDA_OPS is 'paged_attention,write_kv', expected names of copy_blocks, paged_attention, with comm"
+    )
+    with pytest.raises(ok.OptionError, match=expected):
+        ok.choose("paged_attention", GPU)
+
+
+def test_attention_that_is_asked_for_and_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(load, "library_path", lambda: None)
+    monkeypatch.setattr(_dispatch, "_unavailable", lambda backend, *_: "none" if backend is Backend.CUDA else None)
+    monkeypatch.setattr(_dispatch, "_log", _dispatch._FallbackLog())
+    monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention")
+    monkeypatch.delenv("OCTAVO_BACKEND", raising=False)
+    with pytest.warns(ok.BackendFallbackWarning, match=r"paged_attention: .* triton does \(none\)"):
+        assert _dispatch.implementation("paged_attention", GPU) is Backend.TRITON
 
 
 def test_a_library_that_cannot_be_loaded_is_said_and_triton_serves(installed, monkeypatch):

@@ -172,9 +172,12 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
                 "advance_rows",
             }
         ),
-        Backend.CUDA: frozenset({"copy_blocks"}),
+        Backend.CUDA: frozenset({"copy_blocks", "paged_attention"}),
     }
 )
+
+# Compiled ops that OCTAVO_CUDA_OPS or OCTAVO_BACKEND has to ask for: no GPU has shown yet that they are faster.
+_ON_REQUEST = frozenset({"paged_attention"})
 
 
 class _FallbackLog:
@@ -213,13 +216,16 @@ def available_backends() -> tuple[Backend, ...]:
 
 
 def choose(op: str, device: torch.device | str) -> Backend:
-    """Return the backend that a call of `op` on `device` would use now, reading OCTAVO_BACKEND.
+    """Return the backend that a call of `op` on `device` would use now, reading OCTAVO_BACKEND and OCTAVO_CUDA_OPS.
 
-    Without the variable: `cpu` on CPU tensors; elsewhere `cuda` when it has the op, is installed and can run, then
-    `triton` when it has the op and can run, else `cpu`. With it: the named backend when it has the op, else `cpu`; for
+    Without OCTAVO_BACKEND: `cpu` on CPU tensors; elsewhere `cuda` when it has the op, is installed and can run, then
+    `triton` when it has the op and can run, else `cpu`. `paged_attention` is `cuda`'s only where OCTAVO_CUDA_OPS, names
+    with commas between them, has it. With OCTAVO_BACKEND: the named backend when it has the op, else `cpu`; for
     `cuda` what would serve without it. In place of `cpu`, `reference` for ops that are written for GPUs.
 
-    Raises: OptionError (unknown op or unknown OCTAVO_BACKEND), BackendUnavailable (the forced backend cannot run).
+    Raises:
+        OptionError: unknown op, unknown OCTAVO_BACKEND, or a name in OCTAVO_CUDA_OPS that is no compiled op.
+        BackendUnavailable: the forced backend cannot run.
     """
     return _resolve(op, torch.device(device).type)[1]
 
@@ -250,6 +256,19 @@ def note_fallback(op: str, reason: str) -> None:
 def count_fallback(op: str, reason: str) -> bool:
     """Count such a call without a warning; say whether it was the first."""
     return _log.add(op, Backend.CPU, "torch", reason)
+
+
+def note_served_by_triton(op: str, reason: str) -> None:
+    """Count a call that a compiled kernel does not serve, so that Triton does; warn once per op.
+
+    `reason` says what about the call is not served and what to do.
+    """
+    if _log.add(op, Backend.CUDA, Backend.TRITON, reason):
+        warnings.warn(
+            f"{op}: triton serves it, not the compiled kernel: {reason}; see octavo_kernels.fallbacks()",
+            BackendFallbackWarning,
+            stacklevel=4,
+        )
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., None]:
@@ -286,7 +305,8 @@ def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
     if device_type != "cuda":
         return without_kernel, without_kernel
     wanted, used = _by_triton(op, without_kernel)
-    if op in _OPS[Backend.CUDA] and library_path() is not None:
+    requested = op in _requested()
+    if requested or (op in _OPS[Backend.CUDA] - _ON_REQUEST and library_path() is not None):
         return Backend.CUDA, Backend.CUDA if _unavailable(Backend.CUDA, device_type) is None else used
     return wanted, used
 
@@ -309,6 +329,21 @@ def _forced() -> Backend | None:
         raise OptionError(
             f"OCTAVO_BACKEND is {name!r}, expected one of {names}; set one of them, or unset it"
         ) from None
+
+
+def _requested() -> tuple[str, ...]:
+    """Return the ops that OCTAVO_CUDA_OPS names."""
+    value = os.environ.get("OCTAVO_CUDA_OPS", "")
+    if not value:
+        return ()
+    names = tuple(name.strip() for name in value.split(","))
+    known = _OPS[Backend.CUDA]
+    if not known.issuperset(names):
+        raise OptionError(
+            f"OCTAVO_CUDA_OPS is {value!r}, expected names of {', '.join(sorted(known))}, with commas between them; "
+            "set such names, or unset it"
+        )
+    return names
 
 
 def _unavailable(backend: Backend, device_type: str | None = None) -> str | None:

@@ -51,36 +51,73 @@ class Split(NamedTuple):
     complete: bool
 
 
+class Cut(NamedTuple):
+    """A call's keys dealt out; see the file's docstring for what the tensors hold.
+
+    num_rows: of a slot. max_query_len: of the sequences that may have slots. width: tiles of rows that read the same
+    piece. num_programs: as many as walk over the pieces. most_slots: as many as all sequences could need.
+    """
+
+    plan: Tensor
+    parts: Tensor
+    sums: Tensor
+    num_rows: int
+    max_query_len: int
+    width: int
+    num_programs: int
+    most_slots: int
+
+    @property
+    def split(self) -> Split:
+        """What has been done once the pieces are walked over and joined."""
+        return Split(self.plan, self.sums.numel() // (2 * self.num_rows) >= self.most_slots)
+
+
 def split_attention(call: AttentionCall, max_query_len: int, workspace: Tensor | None) -> Split:
     """Do the sequences of a call with at most max_query_len queries that find slots; leave the others' rows alone.
 
     The workspace is uint8 of any size that `cut_workspace` accepts; allocated when None.
     """
     tile = call.split_tile(max_query_len)
-    num_query_tiles = -(-max_query_len // (tile.rows // call.group))
+    cut = cut_keys(call, max_query_len, workspace, tile.rows)
+    _split[(cut.num_programs,)](
+        *call.inputs(), cut.plan, cut.parts, cut.sums, cut.num_rows, call.q.shape[1], cut.width, **call.constants(tile)
+    )
+    join_parts(call, cut)
+    return cut.split
+
+
+def cut_keys(call: AttentionCall, max_query_len: int, workspace: Tensor | None, tile_rows: int) -> Cut:
+    """Deal out the keys of a call's sequences with at most max_query_len queries, for tiles of tile_rows rows."""
+    num_query_tiles = -(-max_query_len // (tile_rows // call.group))
     num_rows, num_seqs = max_query_len * call.q.shape[1], call.num_seqs
-    head_dim, width = call.q.shape[2], call.k.shape[1] * num_query_tiles
+    width = call.k.shape[1] * num_query_tiles
     num_programs = num_resident_programs(call.q.device)
     assert call.block_table is not None
     most_slots = num_seqs * num_chunks(call.block_table.shape[1] * call.k.shape[2])
     plan, parts, sums = cut_workspace(
-        "paged_attention", workspace, num_seqs, most_slots, num_rows, head_dim, call.q.device
+        "paged_attention", workspace, num_seqs, most_slots, num_rows, call.q.shape[2], call.q.device
     )
-    num_slots = sums.numel() // (2 * num_rows)
-    options, constants = call.options, call.constants(tile)
+    options = call.options
     _plan[(1,)](
-        call.query_start_loc, call.key_lens, plan, num_seqs, options.window or 0, max_query_len, num_slots, width,
-        _PIECES_PER_PROGRAM * num_programs, WINDOWED=options.window is not None, CHUNKED=options.batch_invariant,
+        call.query_start_loc, call.key_lens, plan, num_seqs, options.window or 0, max_query_len,
+        sums.numel() // (2 * num_rows), width, _PIECES_PER_PROGRAM * num_programs,
+        WINDOWED=options.window is not None, CHUNKED=options.batch_invariant,
         BLOCK=min(1024, next_power_of_2(num_seqs)), num_warps=4,
     )  # fmt: skip
-    _split[(num_programs,)](*call.inputs(), plan, parts, sums, num_rows, call.q.shape[1], width, **constants)
+    return Cut(plan, parts, sums, num_rows, max_query_len, width, num_programs, most_slots)
+
+
+def join_parts(call: AttentionCall, cut: Cut) -> None:
+    """Join the states that pieces have left, and store the results."""
     # Few rows and many loads under way; in the interpreter wide tiles, where each operation costs the same.
     rows, ahead = (64, 1) if interpreted() else (1, 16)
-    _join_parts[(num_seqs * -(-max_query_len * call.group // rows), call.k.shape[1])](
-        *call.results(), call.query_start_loc, plan, parts, sums, num_seqs, num_rows, max_query_len,
-        GROUP=call.group, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], ROWS=rows, AHEAD=ahead, num_warps=1,
+    head_dim = call.q.shape[2]
+    _join_parts[(call.num_seqs * -(-cut.max_query_len * call.group // rows), call.k.shape[1])](
+        *call.results(), call.query_start_loc, cut.plan, cut.parts, cut.sums, call.num_seqs, cut.num_rows,
+        cut.max_query_len, GROUP=call.group, HEAD_DIM=head_dim, BLOCK_D=max(16, next_power_of_2(head_dim)), ROWS=rows,
+        AHEAD=ahead, num_warps=1,
     )  # fmt: skip
-    return Split(plan, num_slots >= most_slots)
 
 
 @triton.jit
