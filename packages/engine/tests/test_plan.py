@@ -126,6 +126,7 @@ def test_every_type_of_a_gguf_file_is_read_in_parts(make_gguf: MakeGGUF, kind: T
     """Rows, and columns of whole blocks; what these mean is what the same bytes mean in the whole."""
     block = kind.block_elements
     stack = np.random.default_rng(int(kind)).integers(0, 256, (2, 64, 3 * kind.block_bytes), np.uint8)
+    stack &= 0xBB  # no scale is NaN or infinite, wherever it lies
     metadata = {"llama.feed_forward_length": 3 * block}
     names = [f"{LAYER}.mlp.down_proj.weight"]
     tensors = {"blk.0.ffn_down.weight": (int(kind), stack[0])}
@@ -139,7 +140,7 @@ def test_every_type_of_a_gguf_file_is_read_in_parts(make_gguf: MakeGGUF, kind: T
         whole = torch.from_numpy(dequantize(rows, kind, (64, 3 * block)))
         for cut in (Cut(0, 5, 9, 64), Cut(1, 0, block, 3 * block), Cut(1, block, 3 * block, 3 * block)):
             ((_, part),) = source.weights(lambda _, cut=cut: cut, name.__eq__)
-            assert torch.equal(values(part).nan_to_num(), cut.part(whole).nan_to_num())
+            assert torch.equal(values(part), cut.part(whole))
 
 
 def test_a_safetensors_file_is_read_in_parts(tmp_path: Path) -> None:
