@@ -199,6 +199,21 @@ def test_attention_that_is_asked_for_and_not_installed_is_said(monkeypatch):
         assert _dispatch.implementation("paged_attention", GPU) is Backend.TRITON
 
 
+def test_attention_that_is_asked_for_without_triton_is_said(installed, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)
+    monkeypatch.setenv("OCTAVO_CUDA_OPS", "paged_attention")
+    expected = (
+        r"paged_attention: the cuda .* cpu does \(triton, which plans and joins paged_attention, is not installed"
+    )
+    with pytest.warns(ok.BackendFallbackWarning, match=expected):
+        assert _dispatch.implementation("paged_attention", GPU) is Backend.CPU
+    monkeypatch.setenv("OCTAVO_BACKEND", "cuda")
+    assert ok.choose("copy_blocks", GPU) is Backend.CUDA
+    with pytest.raises(ok.BackendUnavailable, match="OCTAVO_BACKEND=cuda: triton, which plans and joins"):
+        ok.choose("paged_attention", GPU)
+
+
 def test_a_library_that_cannot_be_loaded_is_said_and_triton_serves(installed, monkeypatch):
     installed("broken.so cannot be loaded")
     monkeypatch.setattr(_dispatch, "_load", lambda used, *_: used)

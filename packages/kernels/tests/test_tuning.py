@@ -334,6 +334,7 @@ def test_tuning_attention_keeps_what_launches_find(on_an_h100, monkeypatch, max_
 
 
 def test_attention_whose_sums_must_keep_their_order_is_not_measured(on_an_h100):
+    pytest.importorskip("octavo_kernels.triton.attention")
     for call in (attention_call(batch_invariant=True), attention_call(batch_invariant=False, dtype=torch.float32)):
         with pytest.raises(ok.OptionError, match="expected fp16 or bf16, not batch-invariant"):
             tune.tune_paged_attention(call, 4, on_an_h100, Clock(fastest=2))

@@ -178,6 +178,8 @@ _OPS: Mapping[Backend, frozenset[str]] = MappingProxyType(
 
 # Compiled ops that OCTAVO_CUDA_OPS or OCTAVO_BACKEND has to ask for: no GPU has shown yet that they are faster.
 _ON_REQUEST = frozenset({"paged_attention"})
+# Compiled ops whose calls need Triton's kernels before and after them.
+_WITH_TRITON = frozenset({"paged_attention"})
 
 
 class _FallbackLog:
@@ -296,7 +298,7 @@ def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
         wanted = without_kernel if forced is Backend.CPU else forced
         serves = op in _OPS[wanted]
         # What a GPU's backend lacks, packing a weight say, may have its tensors on the host.
-        reason = _unavailable(forced, device_type if serves or device_type != "cpu" else None)
+        reason = _unavailable(forced, device_type if serves or device_type != "cpu" else None, op if serves else None)
         if reason is not None:
             raise BackendUnavailable(f"OCTAVO_BACKEND={forced.value}: {reason}")
         if serves:
@@ -307,7 +309,7 @@ def _resolve(op: str, device_type: str) -> tuple[Backend, Backend]:
     wanted, used = _by_triton(op, without_kernel)
     requested = op in _requested()
     if requested or (op in _OPS[Backend.CUDA] - _ON_REQUEST and library_path() is not None):
-        return Backend.CUDA, Backend.CUDA if _unavailable(Backend.CUDA, device_type) is None else used
+        return Backend.CUDA, Backend.CUDA if _unavailable(Backend.CUDA, device_type, op) is None else used
     return wanted, used
 
 
@@ -346,9 +348,11 @@ def _requested() -> tuple[str, ...]:
     return names
 
 
-def _unavailable(backend: Backend, device_type: str | None = None) -> str | None:
-    """Say why a backend cannot run (on a device), or None when it can."""
+def _unavailable(backend: Backend, device_type: str | None = None, op: str | None = None) -> str | None:
+    """Say why a backend cannot run (on a device; or an op of its own), or None when it can."""
     if backend is Backend.CUDA:
+        if op in _WITH_TRITON and not _has_triton():
+            return f"triton, which plans and joins {op}, is not installed; install torch's GPU build"
         return why_not(device_type)
     if backend is not Backend.TRITON:
         return None
