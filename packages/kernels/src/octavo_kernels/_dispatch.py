@@ -276,7 +276,7 @@ def note_served_by_triton(op: str, reason: str) -> None:
 def implementation(op: str, device: torch.device) -> Callable[..., None]:
     """Return the function that serves `op` on `device`; warn once per op when it is not the backend asked for."""
     wanted, used = _resolve(op, device.type)
-    reason = "" if wanted is used or wanted is not Backend.CUDA else _unavailable(wanted, device.type) or ""
+    reason = "" if wanted is used or wanted is not Backend.CUDA else _unavailable(wanted, device.type, op) or ""
     if wanted is not used and _log.add(op, wanted, used, reason):
         because = f" ({reason})" if reason else ""
         warnings.warn(
