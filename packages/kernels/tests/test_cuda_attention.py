@@ -203,9 +203,11 @@ def test_positions_behind_the_near_chunks_and_other_strides_for_values(check, de
     check(inputs, window=1500)  # from before position 16384, where chunks begin to be longer
 
 
-def test_many_sequences_are_found(check, device):
+@pytest.mark.parametrize("num_seqs", [40, 97])
+def test_many_sequences_are_found(check, device, num_seqs):
     """More than a warp finds in one step, with idle ones between them."""
-    query_lens, seq_lens = [int(index % 3 != 1) for index in range(40)], [1 + index % 4 for index in range(40)]
+    query_lens = [int(index % 3 != 1) for index in range(num_seqs)]
+    seq_lens = [1 + index % 4 for index in range(num_seqs)]
     check(make_paged_inputs(query_lens, seq_lens, dtype=BF16, head_dim=64, num_heads=1, num_kv_heads=1, device=device))
 
 
