@@ -183,9 +183,10 @@ def test_options(check, device, options):
     check(inputs, **{k: torch.tensor(v, device=device) if isinstance(v, list) else v for k, v in options.items()})
 
 
-def test_queries_of_several_tiles_and_long_ones_in_one_call(check, device):
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_queries_of_several_tiles_and_long_ones_in_one_call(check, device, dtype):
     """Up to 64 rows are split, sixteen to a tile; a sequence with more is Triton's."""
-    inputs = make_paged_inputs([1, 6, 16, 40, 11], [290, 300, 16, 70, 40], dtype=FP16, num_heads=6, device=device)
+    inputs = make_paged_inputs([1, 6, 16, 40, 11], [290, 300, 16, 70, 40], dtype=dtype, num_heads=6, device=device)
     check(inputs)
 
 
