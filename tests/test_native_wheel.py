@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "packages/kernels"
 NATIVE = KERNELS / "src/octavo_kernels/cpu"
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni") if platform.machine() == "x86_64" else ("baseline",)
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "amx") if platform.machine() == "x86_64" else ("baseline",)
 LIBRARIES = [f"octavo_kernels/cpu/lib/liboctavo_cpu_{isa}.so" for isa in ISAS]
 CUDA_LIBRARY = "octavo_kernels/cuda/lib/octavo_kernels_cuda.so"
 MAX_GLIBC = (2, 28)

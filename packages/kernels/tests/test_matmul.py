@@ -252,8 +252,9 @@ def test_products_of_whole_numbers_are_exact_up_to_the_largest_codes(device, wei
     x = torch.randint(-8_355_711, 8_355_712, (6, 64), generator=generator)
     x[1], x[2], x[3, ::2], x[4] = sign * 8_355_711, sign * 4_194_304, -8_355_711, 0
     expected = (x @ ok.unpack_weight(weight).cpu().long().T).double()
-    product = ok.packed_linear(x.float().to(device), weight).double().cpu()
-    torch.testing.assert_close(product, expected, rtol=2e-6, atol=0)  # an overflow or a lost digit is far more
+    for times in (1, 7):  # few rows, and enough of them for tiles
+        product = ok.packed_linear(x.float().to(device).repeat(times, 1), weight).double().cpu()
+        torch.testing.assert_close(product, expected.repeat(times, 1), rtol=2e-6, atol=0)  # an overflow is far more
 
 
 @block_formats
@@ -297,14 +298,15 @@ def test_groups_whose_scale_has_no_reciprocal_count_as_zero(device, value):
 
 @modes
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("num_rows", [5, 37])
 @pytest.mark.usefixtures("not_triton")
-def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format, int8, value):
+def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format, int8, num_rows, value):
     weight = random_weight(weight_format, 100, 64, device=device)
-    x = random_rows(5, 64, device).contiguous()
+    x = random_rows(num_rows, 64, device).contiguous()
     good = ok.packed_linear(x, weight, int8_activations=int8)
     x[2, 40] = value
     product = ok.packed_linear(x, weight, int8_activations=int8)
-    others = [0, 1, 3, 4]
+    others = [row for row in range(num_rows) if row != 2]
     assert not product[2].isfinite().any()
     assert torch.equal(product[others], good[others])
     _, best = ok.packed_argmax(x, weight, int8_activations=int8)
@@ -327,6 +329,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_
         some_ids, some_best = ok.packed_argmax(x[:num_tokens], weight, int8_activations=int8)
         assert torch.equal(some_ids, ids[:num_tokens])
         assert torch.equal(bits(some_best), bits(best[:num_tokens])), num_tokens
+
+
+@modes
+@pytest.mark.usefixtures("native_library")
+def test_rows_of_many_blocks_have_the_same_bits(weight_format, int8):
+    weight = random_weight(weight_format, 100, 320)
+    x = random_rows(300, 320, "cpu")
+    few = torch.cat([ok.packed_linear(x[row : row + 15], weight, int8_activations=int8) for row in range(0, 300, 15)])
+    for num_tokens in (127, 130, 144, 200, 257, 300):
+        together = ok.packed_linear(x[:num_tokens], weight, int8_activations=int8)
+        assert torch.equal(bits(together), bits(few[:num_tokens])), num_tokens
+        _, best = ok.packed_argmax(x[:num_tokens], weight, int8_activations=int8)
+        assert torch.equal(bits(best), bits(few[:num_tokens].amax(1))), num_tokens
 
 
 @pytest.fixture

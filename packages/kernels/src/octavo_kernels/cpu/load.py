@@ -1,7 +1,7 @@
 """Library: the native CPU code, loaded by ctypes for the best instruction set of this machine.
 
-OCTAVO_CPU_ISA=baseline|avx2|avx512|avx512vnni asks for one instruction set, `none` for batched torch; it is read when
-the library is first needed. OCTAVO_CPU_LIBRARY_DIR names another folder of libraries, for example one built with
+OCTAVO_CPU_ISA=baseline|avx2|avx512|avx512vnni|amx asks for one instruction set, `none` for batched torch; it is read
+when the library is first needed. OCTAVO_CPU_LIBRARY_DIR names another folder of libraries, for example one built with
 sanitizers. In a source checkout the library is built on first use, and again when its sources change.
 """
 
@@ -17,7 +17,7 @@ from octavo_kernels import _dispatch
 from octavo_kernels.cpu import build
 from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, OptionError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 """What `octavo_abi_version()` of the library must answer: the layout of the op structs that both sides agree on."""
 
 _logger = logging.getLogger("octavo_kernels")
@@ -81,7 +81,7 @@ def library_for(op: str) -> Library | None:
 def isa() -> str:
     """Return the instruction set of the native library in use, or "none" where batched torch serves the CPU.
 
-    One of baseline, avx2, avx512, avx512vnni, none. Loads the library, with its warning and errors.
+    One of baseline, avx2, avx512, avx512vnni, amx, none. Loads the library, with its warning and errors.
     """
     found = library()
     return "none" if found is None else found.isa
@@ -170,7 +170,10 @@ def _builds_here() -> bool:
 
 
 def _obtainable(isa: str) -> bool:
-    return _builds_here() or _is_usable(_folder() / build.library_name(isa))
+    if _is_usable(_folder() / build.library_name(isa)):
+        return True
+    compiler = build.find_compiler() if _builds_here() else None
+    return compiler is not None and isa in build.buildable(compiler)
 
 
 def _is_usable(path: Path) -> bool:

@@ -15,7 +15,7 @@ from octavo_kernels.recording import empty_result
 _FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
 _NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
 _BEST_BYTES = 16  # of a slice's best product and its index
-_GROUP_BYTES = 128  # of a group of rounded inputs, at most
+_GROUP_BYTES = 136  # of a group of rounded inputs, at most
 
 
 def pack_weight(stored: Tensor, weight: PackedWeight) -> None:

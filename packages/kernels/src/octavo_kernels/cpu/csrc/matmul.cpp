@@ -40,8 +40,9 @@ const void* round_all(const Method& method, const Product& product, void* worksp
     round(0, product.num_rows, own);
     return own;
   }
-  team.parallel_for(ceil_div(product.num_rows, 8),
-                    [&](int64_t task) { round(task * 8, min(8, product.num_rows - task * 8), workspace); });
+  const int64_t step = product.num_rows < 16 ? 8 : 16;  // sixteen lie together where they are multiplied in tiles
+  team.parallel_for(ceil_div(product.num_rows, step),
+                    [&](int64_t task) { round(task * step, min(step, product.num_rows - task * step), workspace); });
   return workspace;
 }
 
@@ -172,7 +173,7 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   if (has_planes(args.format)) product.planes = &plane_format(args.format);
   product.grid = static_cast<const uint8_t*>(args.grid);
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
-  const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 8) : 0;
+  const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 16) : 0;
   const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
   product.rounded = round_all(method, product, args.workspace, memory.rounded, team);

@@ -7,9 +7,12 @@
 // input is off by at most half of that, and a group's sum has no error of its own, where a chain of fp32 additions rounds
 // at every input. They take three multiplications of bytes where a chain takes four of floats, and nothing is decoded.
 
+#include <algorithm>
+
 #include "codes.h"
 #include "matmul.h"
-#include "rounding.h"
+#include "matmul_tiles.h"
+#include "rounded_group.h"
 
 namespace octavo {
 namespace {
@@ -20,33 +23,6 @@ constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : 3;
 constexpr int kMaxFewRows = 12;  // up to here every tile reads codes from the panel, which stays in L1
 
 constexpr int64_t kBytesAhead = 8192;  // how far ahead of its use memory is asked for
-
-// With one digit a group's sum is at most 2**19 large. Begun at the bits of kMiddle it ends as those of kMiddle plus the
-// sum, a float without conversion, and one fused product takes kMiddle off and applies the scale. Both products of the
-// scale are exact, so that this rounds as a product of the converted sum does: kMiddle has two bits, the scale 22.
-#if defined(__AVX512VNNI__)
-template <int N>
-constexpr bool kSumsAreFloats = N == 1;
-#else
-template <int N>
-constexpr bool kSumsAreFloats = false;
-#endif
-constexpr float kMiddle = 12582912.0f;  // 3 * 2**22
-constexpr int32_t kMiddleBits = 0x4B400000;
-constexpr float kTooLarge = 0x1p111f;  // inputs of one digit whose scale times kMiddle might not be finite
-
-// 32 inputs of a row as numbers of N digits.
-template <int N>
-struct Group {
-  int8_t digits[N][kGroup];  // highest first
-  float scale;
-  float base;          // minus the scale times kMiddle
-  float offset;        // the scale times the sum of the numbers
-  int32_t moved;       // minus 8 times the sum of the numbers
-  int32_t moved_high;  // the same of the numbers without their lowest digit, as if the next one were the lowest
-  int32_t moved_low;   // and of the lowest digit alone
-  int32_t begin[2];    // where sums begin that are floats, with codes of 4 and of 8 bits
-};
 
 // ---- a group of inputs times 2W outputs -----------------------------------------------------------------------------
 
@@ -117,14 +93,12 @@ OCTAVO_INLINE void add_group(const Codes& codes, const Scales& weights, const Gr
     }
 }
 
-template <int N, int R>
+template <Format F, int N, int R>
 struct GroupsOfRows {
   const Group<N>* of[R];
 
   GroupsOfRows(const Product& product, int64_t first_row) {
-    const int64_t num_groups = product.in_features / kGroup;
-    for (int r = 0; r < R; ++r)
-      of[r] = static_cast<const Group<N>*>(product.rounded) + (first_row + r) * num_groups;
+    for (int r = 0; r < R; ++r) of[r] = rounded_row<F, N>(product, first_row + r);
   }
 };
 
@@ -133,7 +107,7 @@ struct GroupsOfRows {
 // R rows from part.first_row + row on times one panel.
 template <Format F, int N, int R>
 void few_rows(const Product& product, const Part& part, int64_t panel, int64_t row) {
-  const GroupsOfRows<N, R> rows(product, part.first_row + row);
+  const GroupsOfRows<F, N, R> rows(product, part.first_row + row);
   const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
   for (int column = 0; column < kPanel; column += kColumns) {
     vf sums[R][2];
@@ -170,7 +144,7 @@ constexpr FewRowsFunction few_rows_of() {
 template <Format F, int N, int R>
 void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int64_t first_group, int64_t num_groups,
           int64_t first_row, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
-  const GroupsOfRows<N, R> rows(product, first_row);
+  const GroupsOfRows<F, N, R> rows(product, first_row);
   for (int column = 0; column < kPanel; column += kColumns) {
     vf sums[R][2];
 #pragma GCC unroll 8
@@ -228,7 +202,7 @@ void many_rows(const Product& product, const Part& part, Chunk& chunk) {
 }
 
 template <Format F, int N>
-void rounded(const Product& product, const Part& part, void* scratch) {
+void in_vectors(const Product& product, const Part& part, void* scratch) {
   static constexpr FewRowsFunction kFewRows[] = {nullptr,
                                                  few_rows_of<F, N, 1>(),
                                                  few_rows_of<F, N, 2>(),
@@ -246,57 +220,53 @@ void rounded(const Product& product, const Part& part, void* scratch) {
     }
 }
 
+template <Format F, int N>
+void rounded(const Product& product, const Part& part, void* scratch) {
+  Part rest = part;
+#if defined(__AMX_INT8__)
+  static_assert(sizeof(TileChunk) <= kScratchBytes);
+  const int64_t in_tiles = std::min(num_in_tiles(product.num_rows) - part.first_row, part.num_rows);
+  if (in_tiles > 0) {
+    Part tiles = part;
+    tiles.num_rows = in_tiles;
+    multiply_in_tiles<F, N>(product, tiles, *static_cast<TileChunk*>(scratch));
+    rest.first_row += in_tiles;
+    rest.num_rows -= in_tiles;
+    rest.out += in_tiles * part.out_stride;
+  }
+#endif
+  if (rest.num_rows > 0) in_vectors<F, N>(product, rest, scratch);
+}
+
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
-// A scale of 22 bits, at most 2**-22 of it away.
-float rounded_scale(float scale) {
-  uint32_t bits;
-  std::memcpy(&bits, &scale, sizeof bits);
-  bits = (bits + 2) & ~3u;
-  std::memcpy(&scale, &bits, sizeof bits);
-  return scale;
-}
-
-template <int N>
-void round_group(const float* values, Group<N>& group) {
-  const Inputs inputs(values);
-  const float largest = inputs.largest();
-  int32_t sum = 0, sum_low = 0;
-  if (largest < (N == 1 ? kTooLarge : INFINITY)) {
-    const Unit unit = unit_of<N>(largest);
-    group.scale = N == 1 ? rounded_scale(unit.scale) : unit.scale;
-    inputs.round(unit.inverse, group.digits, sum, sum_low);
-  } else {  // what is not a number has no digits; the scale makes every output of the row NaN
-    group.scale = NAN;
-    std::memset(group.digits, 0, sizeof group.digits);
+template <Format F, int N>
+void round_rows(const Product& product, int64_t first_row, int64_t num_rows, void* out) {
+  const int64_t num_groups = product.in_features / kGroup;
+  Product to = product;
+  to.rounded = out;
+  for (int64_t row = first_row; row < first_row + num_rows; ++row) {
+    const float* values = product.x + row * product.x_stride;
+#if defined(__AMX_INT8__)
+    if (row < num_in_tiles(product.num_rows)) {
+      auto* groups = const_cast<TileGroup<F, N>*>(tile_rows<F, N>(to, row));
+      for (int64_t g = 0; g < num_groups; ++g) round_group(values + g * kGroup, row % kTileRows, groups[g]);
+      continue;
+    }
+#endif
+    auto* groups = const_cast<Group<N>*>(rounded_row<F, N>(to, row));
+    for (int64_t g = 0; g < num_groups; ++g) round_group(values + g * kGroup, groups[g]);
   }
-  group.offset = group.scale * static_cast<float>(sum);
-  if constexpr (kSumsAreFloats<N>) {
-    group.base = -kMiddle * group.scale;
-    group.begin[0] = kMiddleBits - 8 * sum;
-    group.begin[1] = kMiddleBits - 128 * sum;
-  } else {
-    group.moved = -8 * sum;
-    group.moved_high = -8 * ((sum - sum_low) / 256);
-    group.moved_low = -8 * sum_low;
-  }
-}
-
-template <int N>
-void round_rows(const float* x, int64_t x_stride, int64_t in_features, int64_t first_row, int64_t num_rows, void* out) {
-  const int64_t num_groups = in_features / kGroup;
-  Group<N>* groups = static_cast<Group<N>*>(out) + first_row * num_groups;
-  for (int64_t row = first_row; row < first_row + num_rows; ++row)
-    for (int64_t g = 0; g < num_groups; ++g) round_group(x + row * x_stride + g * kGroup, *groups++);
 }
 
 template <int N>
 Method method_of(int64_t format) {
-  PartFunction part = nullptr;
+  Method method{};
   with_format(format, [&](auto tag) {
-    if constexpr (!is_dense(tag.value)) part = &rounded<tag.value, N>;
+    constexpr Format F = tag.value;
+    if constexpr (!is_dense(F)) method = {&rounded<F, N>, nullptr, kBytesOfGroup<F, N>, &round_rows<F, N>};
   });
-  return {part, &round_rows<N>, sizeof(Group<N>)};
+  return method;
 }
 
 }  // namespace

@@ -25,11 +25,16 @@ struct Inputs {
     std::memcpy(&value, &bits, sizeof value);
     return value;
   }
-  // Finite values times `inverse` as whole numbers, half to even, and the sums of these and of their lowest digits.
+  // Values times `inverse` as whole numbers, half to even; anything where one is not finite.
+  OCTAVO_INLINE void round(float inverse, __m512i& a, __m512i& b) const {
+    a = _mm512_cvtps_epi32(vmul(first, vset(inverse)));
+    b = _mm512_cvtps_epi32(vmul(second, vset(inverse)));
+  }
+  // The same of finite values, and the sums of these numbers and of their lowest digits.
   template <int N>
   OCTAVO_INLINE void round(float inverse, int8_t (&digits)[N][kGroup], int32_t& sum, int32_t& sum_low) const {
-    __m512i a = _mm512_cvtps_epi32(vmul(first, vset(inverse)));
-    __m512i b = _mm512_cvtps_epi32(vmul(second, vset(inverse)));
+    __m512i a, b;
+    round(inverse, a, b);
     sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
     for (int digit = N - 1; digit >= 0; --digit) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit]), _mm512_cvtepi32_epi8(a));
