@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "codes.h"
 #include "matmul.h"
 #include "rounded_group.h"
@@ -142,57 +144,117 @@ void unpack(const uint8_t* groups, int64_t num_groups, TileChunk& chunk) {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// sums [digits][16 rows][W] = a group of inputs times W outputs.
+// What is done to sixteen rows times W outputs, group by group. A tile's products take so long that stores which wait for
+// them would keep everything behind them from starting. So three groups are under way at once: one is multiplied, the
+// sums of the one before are stored, and those of the one before that are scaled, a few rows between two instructions for
+// tiles.
 template <Format F, int N>
-OCTAVO_INLINE void multiply_group(const TileGroup<F, N>& x, const uint8_t (&codes)[2 * kWordRows][kTileRowBytes],
-                                  int32_t (&sums)[3][kTileRows][W]) {
-  load_tile<6>(codes, kTileRowBytes);
-  load_tile<4>(x.digits[0], kDepth<F, N>);
-  multiply_tiles<0, 4, 6>();
-  if constexpr (kTileDigits<F, N> > 1) {
-    load_tile<5>(x.digits[1], kDepth<F, N>);
-    multiply_tiles<1, 5, 6>();
-  }
-  store_tile<0>(sums[0][0]);
-  if constexpr (kTileDigits<F, N> > 1) store_tile<1>(sums[1][0]);
-  if constexpr (kTileDigits<F, N> > 2) {
-    load_tile<4>(x.digits[2], kDepth<F, N>);
-    multiply_tiles<2, 4, 6>();
-    store_tile<2>(sums[2][0]);
-  }
-}
+class Stream {
+ public:
+  Stream(const TileGroup<F, N>* x, TileChunk& chunk, int half) : x_(x), chunk_(chunk), half_(half) {}
 
-// Adds a group to a row of outputs, by the operations of few rows.
-template <Format F, int N>
-OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[3][kTileRows][W], int row, const TileGroup<F, N>& x, vf d, vf m, vf out) {
-  const auto sum = [&](int i) OCTAVO_INLINE_LAMBDA { return _mm512_load_si512(sums[i][row]); };
-  const vf scale = vset(x.scale[row]);
-  if constexpr (F == Format::kQ4_1) out = vfma(vset(x.offset[row]), m, out);
-  if constexpr (kInPairs<F, N>) return vfma(vmul(to_float(add(shift_left<12>(sum(0)), sum(1))), scale), d, out);
-  if constexpr (N == 1) return vfma(vmul(to_float(sum(0)), scale), d, out);
-  const Words high = add(shift_left<8>(sum(0)), sum(1));
-  out = vfma(vmul(to_float(high), vset(x.scale[row] * 256.0f)), d, out);
-  return vfma(vmul(to_float(sum(2)), scale), d, out);
-}
+  OCTAVO_INLINE void load_outputs(const float* out, int64_t stride) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row) outputs_[row] = out == nullptr ? vzero() : vload(out + row * stride);
+  }
+  OCTAVO_INLINE void store_outputs(float* out, int64_t stride) const {
+#pragma GCC unroll 16
+    for (int row = 0; row < kTileRows; ++row) vstore(out + row * stride, outputs_[row]);
+  }
 
-// Sixteen rows times W outputs of a chunk: while tiles make the sums of a group, vectors scale those of the one before.
+  // Multiplies group g, which is even or odd as Parity is 0 or 1.
+  template <int Parity>
+  OCTAVO_INLINE void multiply(int64_t g) {
+    events<Parity, 0, kStored>(g, [](auto) {});
+  }
+  // Stores the sums of group g.
+  template <int Parity>
+  OCTAVO_INLINE void store(int64_t g) {
+    events<1 - Parity, kStored, kEvents>(g + 1, [](auto) {});
+  }
+  // Scales the sums of group g and adds them to the outputs.
+  OCTAVO_INLINE void scale(int64_t g) { scale_rows<0, kTileRows>(g); }
+
+  // All three, of group g, g - 1 and g - 2.
+  template <int Parity>
+  OCTAVO_INLINE void step(int64_t g) {
+    events<Parity, 0, kEvents>(g, [&](auto event) OCTAVO_INLINE_LAMBDA {
+      scale_rows<kTileRows * event / kEvents, kTileRows * (event + 1) / kEvents>(g - 2);
+    });
+  }
+
+ private:
+  // Weights are loaded, then digits of inputs loaded and multiplied, then sums of the group before stored.
+  static constexpr int kDigits = kTileDigits<F, N>, kStored = 1 + 2 * kDigits, kEvents = kStored + kDigits;
+
+  template <int Parity, int First, int Stop, class Between>
+  OCTAVO_INLINE void events(int64_t g, Between between) {
+    if constexpr (First < Stop) {
+      if constexpr (First == 0) {
+        load_tile<7>(chunk_.codes[g][half_], kTileRowBytes);
+      } else if constexpr (First >= kStored) {
+        constexpr int digit = First - kStored;
+        store_tile<(1 - Parity) * kDigits + digit>(chunk_.sums[1 - Parity][digit][0]);
+      } else if constexpr (First % 2 == 1) {
+        load_tile<6>(x_[g].digits[First / 2], kDepth<F, N>);
+      } else {
+        multiply_tiles<Parity * kDigits + First / 2 - 1, 6, 7>();
+      }
+      between(std::integral_constant<int, First>{});
+      events<Parity, First + 1, Stop>(g, between);
+    }
+  }
+
+  template <int First, int Stop>
+  OCTAVO_INLINE void scale_rows(int64_t g) {
+    const vf d = vload(chunk_.d[g] + half_ * W), m = F == Format::kQ4_1 ? vload(chunk_.m[g] + half_ * W) : d;
+#pragma GCC unroll 16
+    for (int row = First; row < Stop; ++row)
+      outputs_[row] = add_scaled(chunk_.sums[g % 2], x_[g], row, d, m, outputs_[row]);
+  }
+
+  // By the operations of few rows.
+  static OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[3][kTileRows][W], const TileGroup<F, N>& x, int row, vf d,
+                                     vf m, vf out) {
+    const auto sum = [&](int i) OCTAVO_INLINE_LAMBDA { return _mm512_load_si512(sums[i][row]); };
+    const vf scale = vset(x.scale[row]);
+    if constexpr (F == Format::kQ4_1) out = vfma(vset(x.offset[row]), m, out);
+    if constexpr (kInPairs<F, N>) return vfma(vmul(to_float(add(shift_left<12>(sum(0)), sum(1))), scale), d, out);
+    if constexpr (N == 1) return vfma(vmul(to_float(sum(0)), scale), d, out);
+    const Words high = add(shift_left<8>(sum(0)), sum(1));
+    out = vfma(vmul(to_float(high), vset(x.scale[row] * 256.0f)), d, out);
+    return vfma(vmul(to_float(sum(2)), scale), d, out);
+  }
+
+  const TileGroup<F, N>* x_;
+  TileChunk& chunk_;
+  int half_;
+  vf outputs_[kTileRows];
+};
+
+// Sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros.
 template <Format F, int N>
-void tile(const TileGroup<F, N>* x, TileChunk& chunk, int64_t num_groups, int half, bool begins, float* out,
+void tile(const TileGroup<F, N>* x, TileChunk& chunk, int64_t num_groups, int half, const float* begin, float* out,
           int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
-  vf outputs[kTileRows];
-#pragma GCC unroll 16
-  for (int row = 0; row < kTileRows; ++row) outputs[row] = begins ? vzero() : vload(out + row * out_stride);
-  multiply_group(x[0], chunk.codes[0][half], chunk.sums[0]);
-  for (int64_t g = 0; g < num_groups; ++g) {
+  Stream<F, N> stream(x, chunk, half);
+  stream.load_outputs(begin, out_stride);
+  stream.template multiply<0>(0);
+  if (num_groups > 1) stream.template multiply<1>(1);
+  stream.template store<0>(0);
+  for (int64_t g = 2; g < num_groups; ++g) {
     prefetch(next + g * next_bytes, next_bytes);
-    if (g + 1 < num_groups) multiply_group(x[g + 1], chunk.codes[g + 1][half], chunk.sums[(g + 1) % 2]);
-    const vf d = vload(chunk.d[g] + half * W), m = F == Format::kQ4_1 ? vload(chunk.m[g] + half * W) : d;
-#pragma GCC unroll 16
-    for (int row = 0; row < kTileRows; ++row)
-      outputs[row] = add_scaled<F, N>(chunk.sums[g % 2], row, x[g], d, m, outputs[row]);
+    if (g % 2 == 0) {
+      stream.template step<0>(g);
+    } else {
+      stream.template step<1>(g);
+    }
   }
-#pragma GCC unroll 16
-  for (int row = 0; row < kTileRows; ++row) vstore(out + row * out_stride, outputs[row]);
+  if (num_groups > 1) {
+    stream.scale(num_groups - 2);
+    num_groups % 2 == 0 ? stream.template store<1>(num_groups - 1) : stream.template store<0>(num_groups - 1);
+  }
+  stream.scale(num_groups - 1);
+  stream.store_outputs(out, out_stride);
 }
 
 // The rows of the part are in tiles, from the first of a tile to the last of another.
@@ -210,10 +272,11 @@ void multiply_in_tiles(const Product& product, const Part& part, TileChunk& chun
       unpack<F, N>(weights + first * bytes_of_group(F), count, chunk);
       const uint8_t* next = weights + (first + count) * bytes_of_group(F);
       for (int64_t block = 0; block < num_blocks; ++block)
-        for (int half = 0; half < 2; ++half)
-          tile<F, N>(x + block * num_groups + first, chunk, count, half, first == 0,
-                     part.out + block * kTileRows * part.out_stride + panel * kPanel + half * W, part.out_stride,
-                     next + (2 * block + half) * count * next_bytes, next_bytes);
+        for (int half = 0; half < 2; ++half) {
+          float* out = part.out + block * kTileRows * part.out_stride + panel * kPanel + half * W;
+          tile<F, N>(x + block * num_groups + first, chunk, count, half, first == 0 ? nullptr : out, out,
+                     part.out_stride, next + (2 * block + half) * count * next_bytes, next_bytes);
+        }
     }
   }
 }

@@ -14,14 +14,14 @@ namespace octavo {
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
 
-// Tiles 0 to 3 hold sums, [16 rows][16] words; 4 and 5 bytes of inputs, [16 rows][depth]; 6 and 7 bytes of weights,
+// Tiles 0 to 5 hold sums, [16 rows][16] words; 6 holds bytes of inputs, [16 rows][depth], 7 bytes of weights,
 // [depth / 4][16] words of 4.
 class TileShapes {
  public:
   explicit TileShapes(int depth) {
     for (int tile = 0; tile < 8; ++tile) {
-      row_bytes_[tile] = tile == 4 || tile == 5 ? static_cast<uint16_t>(depth) : kTileRowBytes;
-      rows_[tile] = static_cast<uint8_t>(tile < 6 ? kTileRows : depth / 4);
+      row_bytes_[tile] = tile == 6 ? static_cast<uint16_t>(depth) : kTileRowBytes;
+      rows_[tile] = static_cast<uint8_t>(tile == 7 ? depth / 4 : kTileRows);
     }
     __asm__ volatile("ldtilecfg %0" : : "m"(*this));
   }
