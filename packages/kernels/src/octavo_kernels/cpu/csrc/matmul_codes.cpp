@@ -240,22 +240,23 @@ void rounded(const Product& product, const Part& part, void* scratch) {
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
 
+// Those for tiles come by sixteens.
 template <Format F, int N>
 void round_rows(const Product& product, int64_t first_row, int64_t num_rows, void* out) {
-  const int64_t num_groups = product.in_features / kGroup;
+  const int64_t num_groups = product.in_features / kGroup, stop = first_row + num_rows;
   Product to = product;
   to.rounded = out;
-  for (int64_t row = first_row; row < first_row + num_rows; ++row) {
-    const float* values = product.x + row * product.x_stride;
+  int64_t row = first_row;
 #if defined(__AMX_INT8__)
-    if (row < num_in_tiles(product.num_rows)) {
-      auto* groups = const_cast<TileGroup<F, N>*>(tile_rows<F, N>(to, row));
-      for (int64_t g = 0; g < num_groups; ++g) round_group(values + g * kGroup, row % kTileRows, groups[g]);
-      continue;
-    }
+  for (; row < std::min(stop, num_in_tiles(product.num_rows)); row += kTileRows) {
+    auto* groups = const_cast<TileGroup<F, N>*>(tile_rows<F, N>(to, row));
+    for (int64_t g = 0; g < num_groups; ++g)
+      round_groups(product.x + row * product.x_stride + g * kGroup, product.x_stride, groups[g]);
+  }
 #endif
+  for (; row < stop; ++row) {
     auto* groups = const_cast<Group<N>*>(rounded_row<F, N>(to, row));
-    for (int64_t g = 0; g < num_groups; ++g) round_group(values + g * kGroup, groups[g]);
+    for (int64_t g = 0; g < num_groups; ++g) round_group(product.x + row * product.x_stride + g * kGroup, groups[g]);
   }
 }
 

@@ -1,111 +1,18 @@
-// Products of rows by sixteens in the tiles of AMX: the same sums of groups as rounded_group.h has, as integers, and so
-// the same bits as those of few rows.
+// Products of rows by sixteens in the tiles of AMX: the same sums of groups as few rows have, as integers, and so the same
+// bits.
 //
 // Tiles multiply bytes sixteen times as fast as vectors do, but sums have to pass through memory to be scaled, and each
-// takes longer to get there than to be made. So a group should leave as few as it can: with codes of 4 bits one sum
-// holds two digits, the higher by the code times 16, both in a byte. An input of 24 bits is then two pairs of digits of
-// 8 and 4 bits, and not three digits of 8.
+// takes longer to get there than to be made. So a group leaves as few as it can, and everything else is done meanwhile.
 
 #pragma once
 
 #include <type_traits>
 
-#include "codes.h"
-#include "matmul.h"
-#include "rounded_group.h"
-#include "tiles.h"
+#include "tile_rows.h"
 
 namespace octavo {
 
 #if defined(__AMX_INT8__)
-
-template <Format F, int N>
-constexpr bool kInPairs = N == 3 && F != Format::kQ8_0;
-template <Format F, int N>
-constexpr int kTileDigits = kInPairs<F, N> ? 2 : N;  // sums of a group
-template <Format F, int N>
-constexpr int kDepth = kInPairs<F, N> ? 2 * kGroup : kGroup;  // bytes of inputs in one of them
-
-// 32 inputs of sixteen rows.
-template <Format F, int N>
-struct TileGroup {
-  int8_t digits[kTileDigits<F, N>][kTileRows][kDepth<F, N>];  // highest first
-  float scale[kTileRows];
-  float offset[kTileRows];  // the scale times the sum of the numbers
-};
-
-template <Format F, int N>
-constexpr int64_t kBytesInTiles = sizeof(TileGroup<F, N>) / kTileRows;
-inline int64_t num_in_tiles(int64_t num_rows) { return num_rows / kTileRows * kTileRows; }
-#else
-template <Format F, int N>
-constexpr int64_t kBytesInTiles = 0;
-inline int64_t num_in_tiles(int64_t) { return 0; }
-#endif
-
-// ---- rounded rows in memory: as many as can be in tiles, then the others --------------------------------------------
-
-template <Format F, int N>
-constexpr int64_t kBytesOfGroup = kBytesInTiles<F, N> > int64_t{sizeof(Group<N>)} ? kBytesInTiles<F, N> : sizeof(Group<N>);
-
-// The groups of one of the others.
-template <Format F, int N>
-const Group<N>* rounded_row(const Product& product, int64_t row) {
-  const int64_t num_groups = product.in_features / kGroup, in_tiles = num_in_tiles(product.num_rows);
-  const char* others = static_cast<const char*>(product.rounded) + in_tiles * num_groups * kBytesInTiles<F, N>;
-  return reinterpret_cast<const Group<N>*>(others) + (row - in_tiles) * num_groups;
-}
-
-#if defined(__AMX_INT8__)
-
-// The groups of sixteen rows, one of which is `row`.
-template <Format F, int N>
-const TileGroup<F, N>* tile_rows(const Product& product, int64_t row) {
-  const int64_t num_groups = product.in_features / kGroup;
-  return static_cast<const TileGroup<F, N>*>(product.rounded) + row / kTileRows * num_groups;
-}
-
-// ---- rounding -------------------------------------------------------------------------------------------------------
-
-// Writes the low bytes of four vectors of words, which are -128 .. 127.
-OCTAVO_INLINE void store_low_bytes(int8_t* to, Words a, Words b, Words c, Words d) {
-  const Words quarters = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-  const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, quarters));
-}
-
-// 32 numbers of 12 bits as digits of 8 bits, then digits of 4 bits, 0 .. 15.
-OCTAVO_INLINE void store_pairs(int8_t* to, Words a, Words b) {
-  const Words low = repeat(15);
-  store_low_bytes(to, _mm512_srai_epi32(a, 4), _mm512_srai_epi32(b, 4), _mm512_and_si512(a, low),
-                  _mm512_and_si512(b, low));
-}
-
-template <Format F, int N>
-OCTAVO_INLINE void round_group(const float* values, int row, TileGroup<F, N>& out) {
-  const Inputs inputs(values);
-  const Unit unit = unit_of_group<N>(inputs.largest());
-  Words a, b;
-  inputs.round(unit.inverse, a, b);
-  out.scale[row] = unit.scale;
-  if constexpr (F == Format::kQ4_1)
-    out.offset[row] = unit.scale * static_cast<float>(_mm512_reduce_add_epi32(add(a, b)));
-  if constexpr (kInPairs<F, N>) {
-    const Words high_a = _mm512_srai_epi32(add(a, repeat(1 << 11)), 12);
-    const Words high_b = _mm512_srai_epi32(add(b, repeat(1 << 11)), 12);
-    store_pairs(out.digits[0][row], high_a, high_b);
-    store_pairs(out.digits[1][row], _mm512_sub_epi32(a, shift_left<12>(high_a)),
-                _mm512_sub_epi32(b, shift_left<12>(high_b)));
-  } else {
-    for (int digit = N - 1; digit >= 0; --digit) {
-      auto* to = reinterpret_cast<__m128i*>(out.digits[digit][row]);
-      _mm_storeu_si128(to, _mm512_cvtepi32_epi8(a));
-      _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(b));
-      a = without_lowest_digit(a);
-      b = without_lowest_digit(b);
-    }
-  }
-}
 
 // ---- weights --------------------------------------------------------------------------------------------------------
 

@@ -12,15 +12,31 @@ OCTAVO_INLINE __m512i without_lowest_digit(__m512i x) {
   return _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
 }
 
+// Writes 32 numbers of N digits to where `place` says that a digit's bytes are.
+template <int N, class Place>
+OCTAVO_INLINE void store_digits(__m512i a, __m512i b, Place place) {
+#pragma GCC unroll 3
+  for (int digit = N - 1; digit >= 0; --digit) {
+    auto* to = reinterpret_cast<__m128i*>(place(digit));
+    _mm_storeu_si128(to, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(b));
+    a = without_lowest_digit(a);
+    b = without_lowest_digit(b);
+  }
+}
+
 struct Inputs {
   __m512 first, second;
 
   OCTAVO_INLINE explicit Inputs(const float* values) : first(vload(values)), second(vload(values + W)) {}
 
-  // The largest magnitude; infinite or NaN if any is. Magnitudes are in the order of their bits, NaN last.
+  // Magnitudes as bits, which have their order, NaN last.
+  OCTAVO_INLINE __m512i larger_of_halves() const {
+    return _mm512_max_epu32(_mm512_castps_si512(vabs(first)), _mm512_castps_si512(vabs(second)));
+  }
+  // The largest magnitude; infinite or NaN if any is.
   OCTAVO_INLINE float largest() const {
-    const __m512i of_both = _mm512_max_epu32(_mm512_castps_si512(vabs(first)), _mm512_castps_si512(vabs(second)));
-    const uint32_t bits = _mm512_reduce_max_epu32(of_both);
+    const uint32_t bits = _mm512_reduce_max_epu32(larger_of_halves());
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
@@ -36,13 +52,11 @@ struct Inputs {
     __m512i a, b;
     round(inverse, a, b);
     sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-    for (int digit = N - 1; digit >= 0; --digit) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit]), _mm512_cvtepi32_epi8(a));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit] + W), _mm512_cvtepi32_epi8(b));
-      a = without_lowest_digit(a);
-      b = without_lowest_digit(b);
-      if (digit == N - 1 && N > 1) sum_low = sum - 256 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+    if constexpr (N > 1) {
+      const __m512i rest = _mm512_add_epi32(without_lowest_digit(a), without_lowest_digit(b));
+      sum_low = sum - 256 * _mm512_reduce_add_epi32(rest);
     }
+    store_digits<N>(a, b, [&](int digit) { return digits[digit]; });
   }
 };
 #else
@@ -83,6 +97,9 @@ struct Unit {
   float scale, inverse;
 };
 
+constexpr float kRoomForDigits = 1.0041f;  // 2**23 over the largest number of three digits, and a little
+constexpr uint32_t kLeastExponent = 23;    // smaller inputs are multiples of the smallest normal number
+
 // One digit: the largest input becomes 127; a group whose scale has no reciprocal counts as zero. Three digits: a power of
 // two that brings the largest input to 2**22 .. 2**23, or to 0.4 % less, which is as far as digits of -128 .. 127 reach.
 template <int N>
@@ -93,10 +110,10 @@ Unit unit_of(float largest) {
     unit.inverse = 1.0f / unit.scale;
     if (!(unit.scale > 0.0f && unit.inverse < INFINITY)) unit.inverse = 0.0f;
   } else {
-    const float limit = largest * 1.0041f;
+    const float limit = largest * kRoomForDigits;
     uint32_t exponent;
     std::memcpy(&exponent, &limit, sizeof exponent);
-    exponent = exponent >> 23 > 23 ? exponent >> 23 : 23;  // smaller inputs are multiples of the smallest normal number
+    exponent = exponent >> 23 > kLeastExponent ? exponent >> 23 : kLeastExponent;
     const uint32_t scale = (exponent - 22) << 23, inverse = (276 - exponent) << 23;
     std::memcpy(&unit.scale, &scale, sizeof scale);
     std::memcpy(&unit.inverse, &inverse, sizeof inverse);

@@ -1,0 +1,146 @@
+// Rounded rows in memory: those for the tiles of AMX by sixteens, then the others as rounded_group.h has them.
+//
+// With codes of 4 bits one sum of a tile's products holds two digits, the higher by the code times 16, both in a byte. An
+// input of 24 bits is then two pairs of digits of 8 and 4 bits, and not three digits of 8.
+
+#pragma once
+
+#include "codes.h"
+#include "matmul.h"
+#include "rounded_group.h"
+#include "tiles.h"
+
+namespace octavo {
+
+#if defined(__AMX_INT8__)
+
+template <Format F, int N>
+constexpr bool kInPairs = N == 3 && F != Format::kQ8_0;
+template <Format F, int N>
+constexpr int kTileDigits = kInPairs<F, N> ? 2 : N;  // sums of a group
+template <Format F, int N>
+constexpr int kDepth = kInPairs<F, N> ? 2 * kGroup : kGroup;  // bytes of inputs in one of them
+
+// 32 inputs of sixteen rows.
+template <Format F, int N>
+struct TileGroup {
+  int8_t digits[kTileDigits<F, N>][kTileRows][kDepth<F, N>];  // highest first
+  float scale[kTileRows];
+  float offset[kTileRows];  // the scale times the sum of the numbers
+};
+
+template <Format F, int N>
+constexpr int64_t kBytesInTiles = sizeof(TileGroup<F, N>) / kTileRows;
+inline int64_t num_in_tiles(int64_t num_rows) { return num_rows / kTileRows * kTileRows; }
+#else
+template <Format F, int N>
+constexpr int64_t kBytesInTiles = 0;
+inline int64_t num_in_tiles(int64_t) { return 0; }
+#endif
+
+// ---- rounded rows in memory: as many as can be in tiles, then the others --------------------------------------------
+
+template <Format F, int N>
+constexpr int64_t kBytesOfGroup = kBytesInTiles<F, N> > int64_t{sizeof(Group<N>)} ? kBytesInTiles<F, N> : sizeof(Group<N>);
+
+// The groups of one of the others.
+template <Format F, int N>
+const Group<N>* rounded_row(const Product& product, int64_t row) {
+  const int64_t num_groups = product.in_features / kGroup, in_tiles = num_in_tiles(product.num_rows);
+  const char* others = static_cast<const char*>(product.rounded) + in_tiles * num_groups * kBytesInTiles<F, N>;
+  return reinterpret_cast<const Group<N>*>(others) + (row - in_tiles) * num_groups;
+}
+
+#if defined(__AMX_INT8__)
+
+// The groups of sixteen rows, of which `row` is the first.
+template <Format F, int N>
+const TileGroup<F, N>* tile_rows(const Product& product, int64_t row) {
+  const int64_t num_groups = product.in_features / kGroup;
+  return static_cast<const TileGroup<F, N>*>(product.rounded) + row / kTileRows * num_groups;
+}
+
+// ---- rounding -------------------------------------------------------------------------------------------------------
+
+// Writes the low bytes of four vectors of words, which are -128 .. 127.
+OCTAVO_INLINE void store_low_bytes(int8_t* to, Words a, Words b, Words c, Words d) {
+  const Words quarters = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  const Words order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, quarters));
+}
+
+// 32 numbers of 12 bits as digits of 8 bits, then digits of 4 bits, 0 .. 15.
+OCTAVO_INLINE void store_pairs(int8_t* to, Words a, Words b) {
+  const Words low = repeat(15);
+  store_low_bytes(to, _mm512_srai_epi32(a, 4), _mm512_srai_epi32(b, 4), _mm512_and_si512(a, low),
+                  _mm512_and_si512(b, low));
+}
+
+// The union of lanes of sixteen vectors: lane i has those of vector i, joined by `join` in some order.
+template <class Join>
+OCTAVO_INLINE Words join_lanes(Words (&r)[kTileRows], Join join) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) r[i] = join(_mm512_unpacklo_epi32(r[i], r[i + 1]), _mm512_unpackhi_epi32(r[i], r[i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) r[i] = join(_mm512_unpacklo_epi64(r[i], r[i + 2]), _mm512_unpackhi_epi64(r[i], r[i + 2]));
+  const auto halves = [&](Words a, Words b) OCTAVO_INLINE_LAMBDA {
+    return join(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+  };
+  return halves(halves(r[0], r[4]), halves(r[8], r[12]));
+}
+
+// unit_of_group of sixteen groups.
+template <int N>
+OCTAVO_INLINE void units_of_groups(Words largest, vf& scale, vf& inverse) {
+  const vf value = _mm512_castsi512_ps(largest);
+  const auto words = [](vf x) OCTAVO_INLINE_LAMBDA { return _mm512_castps_si512(x); };
+  const auto floats = [](Words x) OCTAVO_INLINE_LAMBDA { return _mm512_castsi512_ps(x); };
+  if constexpr (N == 1) {
+    scale = vdiv(value, vset(127.0f));
+    inverse = vdiv(vset(1.0f), scale);
+    inverse = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(inverse, vset(INFINITY), _CMP_LT_OQ), inverse);
+    scale = floats(_mm512_and_si512(add(words(scale), repeat(2)), repeat(~3)));
+  } else {
+    const Words exponent = _mm512_srli_epi32(words(vmul(value, vset(kRoomForDigits))), 23);
+    const Words used = _mm512_max_epu32(exponent, repeat(kLeastExponent));
+    scale = floats(shift_left<23>(_mm512_sub_epi32(used, repeat(22))));
+    inverse = floats(shift_left<23>(_mm512_sub_epi32(repeat(276), used)));
+  }
+  const __mmask16 numbers = _mm512_cmp_ps_mask(value, vset(N == 1 ? kTooLarge : INFINITY), _CMP_LT_OQ);
+  scale = _mm512_mask_mov_ps(vset(NAN), numbers, scale);
+  inverse = _mm512_maskz_mov_ps(numbers, inverse);
+}
+
+// Rounds 32 inputs of sixteen rows, as round_group does those of one.
+template <Format F, int N>
+void round_groups(const float* values, int64_t stride, TileGroup<F, N>& out) {
+  Words lanes[kTileRows];
+#pragma GCC unroll 16
+  for (int row = 0; row < kTileRows; ++row) lanes[row] = Inputs(values + row * stride).larger_of_halves();
+  vf scale, inverse;
+  units_of_groups<N>(join_lanes(lanes, [](Words a, Words b) { return _mm512_max_epu32(a, b); }), scale, inverse);
+  vstore(out.scale, scale);
+  alignas(64) float inverses[kTileRows];
+  vstore(inverses, inverse);
+#pragma GCC unroll 16
+  for (int row = 0; row < kTileRows; ++row) {
+    Words a, b;
+    Inputs(values + row * stride).round(inverses[row], a, b);
+    lanes[row] = add(a, b);
+    if constexpr (kInPairs<F, N>) {
+      const Words high_a = _mm512_srai_epi32(add(a, repeat(1 << 11)), 12);
+      const Words high_b = _mm512_srai_epi32(add(b, repeat(1 << 11)), 12);
+      store_pairs(out.digits[0][row], high_a, high_b);
+      store_pairs(out.digits[1][row], _mm512_sub_epi32(a, shift_left<12>(high_a)),
+                  _mm512_sub_epi32(b, shift_left<12>(high_b)));
+    } else {
+      store_digits<N>(a, b, [&](int digit) OCTAVO_INLINE_LAMBDA { return out.digits[digit][row]; });
+    }
+  }
+  if constexpr (F == Format::kQ4_1)
+    vstore(out.offset, vmul(scale, to_float(join_lanes(lanes, [](Words a, Words b) { return add(a, b); }))));
+}
+
+#endif
+
+}  // namespace octavo
