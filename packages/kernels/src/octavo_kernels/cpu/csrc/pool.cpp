@@ -37,6 +37,9 @@ constexpr int kSpins = 2000;  // some 30 us: a loop's last tasks end soon, unles
 constexpr std::chrono::microseconds kIdleTime(300);
 constexpr int kSpinsPerOffer = 50;
 
+constexpr int kLastAt = 24, kLoopAt = 48;  // bits of next_task_
+constexpr uint64_t kMaxTasks = (1 << kLastAt) - 1;
+
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -119,7 +122,7 @@ class Pool {
     num_threads_ = num_threads < num_started_ + 1 ? num_threads : num_started_ + 1;
     job_ = job;
     argument_ = argument;
-    next_task_.store(uint64_t{1} << 32);
+    next_task_.store(uint64_t{1} << kLoopAt);
     num_done_.store(0);
     closed_.store(1);
     if (num_threads_ > 1) {
@@ -228,24 +231,28 @@ class Pool {
 int Team::num_threads() const { return pool_.num_threads_; }
 
 void Team::begin_loop(int64_t num_tasks) {
-  next_ = uint64_t{++loop_} << 32;
+  next_ = uint64_t{++loop_} << kLoopAt;
   num_tasks_ = static_cast<uint32_t>(num_tasks);
   num_due_ += num_tasks_;
 }
 
 int64_t Team::claim() {
   // The first attempt is on a guess, that nobody has claimed since: to ask before would be another cache miss.
-  while (next_ >> 32 == loop_ && static_cast<uint32_t>(next_) < num_tasks_) {
-    if (pool_.next_task_.compare_exchange_strong(next_, next_ + 1, std::memory_order_acq_rel)) {
-      return static_cast<uint32_t>(next_++);
+  for (;;) {
+    const uint64_t first = next_ & kMaxTasks, last = next_ >> kLastAt & kMaxTasks;
+    if (next_ >> kLoopAt != (loop_ & 0xFFFF) || first + last >= num_tasks_) return -1;
+    const bool odd = index_ % 2 == 1;
+    const uint64_t claimed = next_ + (odd ? uint64_t{1} << kLastAt : 1);
+    if (pool_.next_task_.compare_exchange_strong(next_, claimed, std::memory_order_acq_rel)) {
+      next_ = claimed;
+      return static_cast<int64_t>(odd ? num_tasks_ - 1 - last : first);
     }
   }
-  return -1;
 }
 
 void Team::end_loop(uint64_t num_done) {
   if (num_done > 0 && pool_.num_done_.fetch_add(num_done, std::memory_order_acq_rel) + num_done == num_due_) {
-    pool_.next_task_.store((uint64_t{loop_} + 1) << 32, std::memory_order_release);
+    pool_.next_task_.store((uint64_t{loop_} + 1) << kLoopAt, std::memory_order_release);
     change(pool_.closed_, pool_.num_sleeping_);
     return;
   }
