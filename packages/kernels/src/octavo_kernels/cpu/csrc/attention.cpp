@@ -61,10 +61,17 @@ class Memory {
   float* values;  // [rows][head_dim]
 };
 
+// Fills pointers first .. end - 1 with addresses `stride` elements apart.
+template <class T>
+OCTAVO_INLINE void line_up(const T* at, int64_t stride, int first, int end, const T** to) {
+  for (int j = first; j < end; ++j, at += stride) to[j] = at;
+}
+
 // Looks up where the keys and values of a tile are.
 template <class T>
 void find(const PagedAttentionArgs& a, const Place& place, int64_t kv_head, KvTile<T>& tile) {
   const int64_t start = place.tile * kTile;
+  const bool scaled = a.k_scale != nullptr;
   tile.begin = static_cast<int>(std::max(place.leg->seen.begin, start) - start);
   tile.end = static_cast<int>(std::min(place.leg->seen.end, start + kTile) - start);
   const int32_t* table = a.block_table + place.leg->sequence * a.block_table_stride;
@@ -74,24 +81,24 @@ void find(const PagedAttentionArgs& a, const Place& place, int64_t kv_head, KvTi
     const int end = static_cast<int>(std::min<int64_t>(tile.end, j + a.block_size - offset));
     const T* k = static_cast<const T*>(a.k_cache) + block * a.k_block_stride + kv_head * a.k_head_stride;
     const T* v = static_cast<const T*>(a.v_cache) + block * a.v_block_stride + kv_head * a.v_head_stride;
-    if (a.k_scale != nullptr) {
+    line_up(k + offset * a.k_slot_stride, a.k_slot_stride, j, end, tile.k);
+    line_up(v + offset * a.v_slot_stride, a.v_slot_stride, j, end, tile.v);
+    if (scaled) {
       const int64_t scale = (block * a.num_kv_heads + kv_head) * a.block_size + offset;
       std::copy_n(a.k_scale + scale, end - j, tile.k_scale + j);
       std::copy_n(a.v_scale + scale, end - j, tile.v_scale + j);
     }
-    for (; j < end; ++j, ++offset) {
-      tile.k[j] = k + offset * a.k_slot_stride;
-      tile.v[j] = v + offset * a.v_slot_stride;
-    }
+    j = end;
   }
   const auto fill = [&](int first, int end) {
-    std::fill(tile.k + first, tile.k + end, tile.k[tile.begin]);
-    std::fill(tile.v + first, tile.v + end, tile.v[tile.begin]);
+    line_up(tile.k[tile.begin], 0, first, end, tile.k);
+    line_up(tile.v[tile.begin], 0, first, end, tile.v);
+    if (!scaled) return;
     std::fill(tile.k_scale + first, tile.k_scale + end, 0.0f);
     std::fill(tile.v_scale + first, tile.v_scale + end, 0.0f);
   };
-  fill(0, tile.begin);
-  fill(tile.end, kTile);
+  if (tile.begin > 0) fill(0, tile.begin);
+  if (tile.end < kTile) fill(tile.end, kTile);
 }
 
 // One task: the rows of its item, and the tiles of the cache that it walks.
@@ -182,8 +189,8 @@ class Walk {
   // One tile, as some rows use it.
   struct Visit {
     const KvTile<T>& tile;
-    Ahead<T>& values;
-    Ahead<T>& following;  // keys or values of the next tile
+    Ahead& values;
+    Ahead& following;  // keys or values of the next tile
     Place place;
     bool few;         // keys are read from the cache, not from memory_.keys
     Partial partial;  // where the rows' results go, or null
@@ -194,17 +201,17 @@ class Walk {
   void attend_tile(const Place& place, const KvTile<T>& now, const KvTile<T>* next, const Partial& partial) {
     const int64_t num_rows = place.leg->num_rows, at_once = place.leg->rows_at_once;
     const bool few = num_rows <= kFewRows;
-    Ahead<T> values(now.v + now.begin, now.end - now.begin, head_dim_), next_keys, next_values;
+    Ahead values(now.v + now.begin, now.end - now.begin, head_dim_), next_keys, next_values;
     if (next != nullptr) {
-      next_keys = Ahead<T>(next->k, kTile, head_dim_);
-      next_values = Ahead<T>(next->v, kTile, head_dim_);
+      next_keys = Ahead(next->k, kTile, head_dim_);
+      next_values = Ahead(next->v, kTile, head_dim_);
     }
     if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
     for (int64_t row = 0; row < num_rows; row += at_once) {
-      Ahead<T>& following = row == 0 ? next_keys : next_values;
+      Ahead& following = row == 0 ? next_keys : next_values;
       attend(Visit{now, values, following, place, few, partial}, row, std::min(at_once, num_rows - row));
     }
-    next_keys.fetch(kTile);
+    next_keys.fetch_all();
   }
 
   // Attends `count` rows from `row` on, among those of the leg.
@@ -248,26 +255,24 @@ class Walk {
     } else {
       scores<R>(q, memory_.keys, head_dim_, weights);
     }
-    const auto scoring = [&](int r) {
-      const bool scaled = a_.k_scale != nullptr;
-      return Scoring{a_,
-                     scaled ? visit.tile.k_scale : nullptr,
-                     scaled ? visit.tile.v_scale : nullptr,
-                     rows[r].slope,
-                     static_cast<float>(rows[r].position - tile * kTile),
-                     begin[r],
-                     end[r]};
-    };
+    const bool scaled = a_.k_scale != nullptr;
+    bool plain = true;
+    Scoring scoring[R];
     for (int r = 0; r < R; ++r) {
-      visit.following.fetch(16 / R);
-      maximum[r] = score_all(scoring(r), weights + r * kTile);
-    }
-    for (int r = 0; r < R; ++r) {
-      sum[r] = soften(scoring(r), weights + r * kTile, maximum[r]);
+      scoring[r] = Scoring{&a_,
+                           scaled ? visit.tile.k_scale : nullptr,
+                           scaled ? visit.tile.v_scale : nullptr,
+                           rows[r].slope,
+                           static_cast<float>(rows[r].position - tile * kTile),
+                           begin[r],
+                           end[r]};
+      plain &= is_plain(scoring[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
+    const int num_lines = visit.following.lines(16);
+    const auto soften = plain ? soften_rows<R, true> : soften_rows<R, false>;
+    soften(scoring, weights, maximum, sum, num_lines, visit.following);
     weigh_rows<R>(visit, weights, begin, end, sums);
-    visit.following.fetch(8);
     const Partial& partial = visit.partial;
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);
     for (int r = 0; r < R; ++r) {
@@ -282,7 +287,7 @@ class Walk {
   // taken together, those before and behind row by row.
   template <int R>
   void weigh_rows(const Visit& visit, const float* weights, const int* begin, const int* end, float* sums) {
-    Ahead<T> none;
+    Ahead none;
     const T* const* v = visit.tile.v;
     const int all_begin = *std::max_element(begin, begin + R);
     const int all_end = std::max(all_begin, *std::min_element(end, end + R));

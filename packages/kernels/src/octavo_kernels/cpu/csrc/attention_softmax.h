@@ -82,7 +82,7 @@ constexpr LaneNumbers kLaneNumbers;
 
 // How products become scores, for one row and one tile.
 struct Scoring {
-  const PagedAttentionArgs& args;
+  const PagedAttentionArgs* args;
   const float* k_scale;  // [kTile], or null
   const float* v_scale;
   float slope;     // of ALiBi
@@ -91,7 +91,7 @@ struct Scoring {
 };
 
 OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
-  const PagedAttentionArgs& a = how.args;
+  const PagedAttentionArgs& a = *how.args;
   if (how.k_scale != nullptr) product = vmul(product, vload(how.k_scale + first));
   vf x = vmul(product, vset(a.scale));
   if (a.soft_cap != 0.0f) x = vmul(vset(a.soft_cap), vtanh(vdiv(x, vset(a.soft_cap))));
@@ -103,30 +103,51 @@ OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
   return vselect_less(lane, vset(static_cast<float>(how.end)), x, nothing);
 }
 
-// Turns products [kTile] into scores, in place. Returns the largest.
-OCTAVO_OUTLINE float score_all(const Scoring& how, float* products) {
-  vf largest = vset(kNothing);
-#pragma GCC unroll 16
-  for (int i = 0; i < kTile; i += W) {
-    const vf x = score(how, vload(products + i), i);
-    vstore(products + i, x);
-    largest = vmax(largest, x);
-  }
-  return vmax_of(largest);
+// Whether a score is a product times the scale, and all positions are seen.
+inline bool is_plain(const Scoring& how) {
+  return how.k_scale == nullptr && how.args->soft_cap == 0.0f && how.args->alibi_slopes == nullptr && how.begin == 0 &&
+         how.end == kTile;
 }
 
-// Turns scores [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the sum.
-OCTAVO_OUTLINE float soften(const Scoring& how, float* scores, float maximum) {
-  const vf base = vset(maximum == kNothing ? 0.0f : maximum);
-  vf total = vzero();
+// Turns products [R][kTile] into weights exp(score - maximum), times v_scale, in place; writes each row's maximum and the
+// sum of its weights. Rows are taken together, since each waits for its own maximum. Asks for num_lines ahead.
+template <int R, bool kPlain>
+OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maximum, float* sum, int num_lines,
+                                Ahead& lines) {
+  constexpr int N = kTile / W;
+  vf scores[R][N], largest[R], total[R], base[R];
+  Ahead ahead = lines;  // in registers
+  const vf scale = vset(how[0].args->scale);
+  ahead.fetch(num_lines / 2);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    largest[r] = vset(kNothing);
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i += W) {
-    vf x = vexp(vsub(vload(scores + i), base));
-    total = vadd(total, x);
-    if (how.v_scale != nullptr) x = vmul(x, vload(how.v_scale + i));
-    vstore(scores + i, x);
+    for (int i = 0; i < N; ++i) {
+      const vf product = vload(products + r * kTile + i * W);
+      scores[r][i] = kPlain ? vmul(product, scale) : score(how[r], product, i * W);
+      largest[r] = vmax(largest[r], scores[r][i]);
+    }
   }
-  return vsum(total);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    maximum[r] = vmax_of(largest[r]);
+    base[r] = vset(maximum[r] == kNothing ? 0.0f : maximum[r]);
+    total[r] = vzero();
+  }
+  ahead.fetch(num_lines / 2);
+  lines = ahead;
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      vf x = vexp(vsub(scores[r][i], base[r]));
+      total[r] = vadd(total[r], x);
+      if (!kPlain && how[r].v_scale != nullptr) x = vmul(x, vload(how[r].v_scale + i * W));
+      vstore(products + r * kTile + i * W, x);
+    }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) sum[r] = vsum(total[r]);
 }
 
 }  // namespace octavo

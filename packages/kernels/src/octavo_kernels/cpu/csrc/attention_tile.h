@@ -39,82 +39,110 @@ constexpr int vectors_per_row() {
   return W == 16 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
 }
 
-// Vectors that are asked for from memory while others are computed with. Evenly spread over all that is done in a tile:
-// a burst fills the processor's few outstanding reads and stalls it, and without requests memory stands idle.
-template <class T>
+// Lines that are asked for from memory while others are computed with. One by one, evenly spread over all that is done in
+// a tile: the processor's few outstanding reads are always in use, and a burst of more would stop it until they are done.
 class Ahead {
  public:
   Ahead() = default;
+  template <class T>
   Ahead(const T* const* vectors, int count, int head_dim)
-      : next_(vectors), end_(vectors + count), num_bytes_(head_dim * static_cast<int>(sizeof(T))) {}
+      : next_(reinterpret_cast<const char*>(vectors)),
+        end_(reinterpret_cast<const char*>(vectors + count)),
+        num_bytes_(head_dim * static_cast<int>(sizeof(T))) {
+    take();
+  }
 
-  // Asks for up to `count` more vectors.
+  // Asks for up to `count` more lines.
   OCTAVO_INLINE void fetch(int count) {
-    for (; count > 0 && next_ != end_; --count, ++next_) {
-      const char* at = reinterpret_cast<const char*>(*next_);
+    for (; count > 0 && at_ != nullptr; --count) {
       // Into all caches: a tile and the next one are more than the first cache holds, and a line that has passed by the
       // second one (locality 0) is read from memory again once it has left the first.
-      for (int i = 0; i < num_bytes_; i += kLine) __builtin_prefetch(at + i, 0, 3);
+      __builtin_prefetch(at_, 0, 3);
+      at_ += kLine;
+      if (at_ >= vector_end_) take();
     }
   }
 
+  // Asks for kBytes at each step on average.
+  template <int kBytes>
+  OCTAVO_INLINE void keep_up(int step) {
+    constexpr int kLines = (kBytes + kLine - 1) / kLine, kSteps = kLines * kLine / kBytes;
+    if (step % kSteps == 0) fetch(kLines);
+  }
+
+  void fetch_all() {
+    while (at_ != nullptr) fetch(1);
+  }
+
+  // The lines of some vectors.
+  int lines(int num_vectors) const { return num_vectors * num_bytes_ / kLine; }
+
  private:
-  const T* const* next_ = nullptr;
-  const T* const* end_ = nullptr;
+  OCTAVO_INLINE void take() {
+    at_ = nullptr;
+    if (next_ == end_) return;
+    std::memcpy(&at_, next_, sizeof at_);
+    vector_end_ = at_ + num_bytes_;
+    next_ += sizeof at_;
+  }
+
+  const char* at_ = nullptr;  // the next line, or null after the last one
+  const char* vector_end_ = nullptr;
+  const char* next_ = nullptr;  // among the pointers to vectors
+  const char* end_ = nullptr;
   int num_bytes_ = 0;
 };
 
 // A score is the sum of two chains: the products of even dimensions, and those of odd ones, each from dimension 0 upwards.
 // One chain would leave the few rows of a decode step waiting for their own sums.
 
-// Calls use(dimension, dimension % 2, vector) in the order of dimensions d .. d + W - 1 of W keys, with a vector of W keys
-// for each. d is even.
-template <class T, class Use>
-OCTAVO_INLINE void by_dimension(const T* const* keys, int d, Use use) {
-  vf r[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) r[i] = load(keys[i] + d);
-  transpose(r);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) use(d + i, i % 2, r[i]);
-}
-
-// Likewise 2 W dimensions of bfloat16 keys, which are transposed in pairs and widened afterwards: half the shuffles.
-template <class Use>
-OCTAVO_INLINE void by_pairs(const BF16* const* keys, int d, Use use) {
-  vf r[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) std::memcpy(&r[i], keys[i] + d, sizeof(vf));
-  transpose(r);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    use(d + 2 * i, 0, even_bf16(r[i]));
-    use(d + 2 * i + 1, 1, odd_bf16(r[i]));
-  }
-}
-template <class T, class Use>
-OCTAVO_INLINE void by_pairs(const T* const*, int, Use) {}
-
-// Dimensions that are transposed at a time where there are so many left.
+// Dimensions that are transposed at once: floats as they are, bfloat16 in pairs that are widened afterwards, which takes
+// half the shuffles, other types once they are floats.
 template <class T>
-constexpr int kDimsAtOnce = std::is_same<T, BF16>::value ? 2 * W : W;
+constexpr int kDimsAtOnce = std::is_same<T, float>::value ? kColumns : std::is_same<T, BF16>::value ? 2 * kColumns : W;
 
-template <class T, class Use>
-OCTAVO_INLINE void by_dimensions(const T* const* keys, int d, int head_dim, Use use) {
-  constexpr int step = kDimsAtOnce<T>;
-  if (step == 2 * W && d + step <= head_dim) return by_pairs(keys, d, use);
-  for (int part = d; part < head_dim && part < d + step; part += W) by_dimension(keys, part, use);
+// Calls use(dimension, dimension % 2, vectors) in the order of dimensions d .. d + kDimsAtOnce<T> - 1 of G * W keys, with
+// G vectors of W keys for each. Asks for as many bytes ahead as it reads. d is even.
+template <int G, class T, class Use>
+OCTAVO_INLINE void by_dimension(const T* const* keys, int d, Ahead& ahead, Use use) {
+  constexpr bool in_pairs = std::is_same<T, BF16>::value, as_stored = in_pairs || std::is_same<T, float>::value;
+  constexpr int N = as_stored ? kColumns : W;  // what is transposed at once
+  constexpr int kBytes = G * W * static_cast<int>(sizeof(T)) * (in_pairs ? 2 : 1);
+  vf r[G][N];
+  for (int g = 0; g < G; ++g) {
+    if constexpr (as_stored) {
+      load_columns(keys + g * W, d, r[g]);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) r[g][i] = load(keys[g * W + i] + d);
+      transpose(r[g]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) {
+    ahead.keep_up<kBytes>(i);
+    vf x[G];
+    if constexpr (in_pairs) {
+      for (int g = 0; g < G; ++g) x[g] = even_bf16(r[g][i]);
+      use(d + 2 * i, 0, x);
+      for (int g = 0; g < G; ++g) x[g] = odd_bf16(r[g][i]);
+      use(d + 2 * i + 1, 1, x);
+    } else {
+      for (int g = 0; g < G; ++g) x[g] = r[g][i];
+      use(d + i, i % 2, x);
+    }
+  }
 }
 
 // Writes the keys of a tile to out [head_dim][kTile]; positions outside begin .. end - 1 are unspecified.
 template <class T>
-void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& values) {
-  for (int i = tile.begin / W * W; i < tile.end; i += W) {
-    values.fetch(W);
+void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
+  Ahead ahead = values;  // in registers
+  for (int i = tile.begin / W * W; i < tile.end; i += W)
     for (int d = 0; d < head_dim; d += kDimsAtOnce<T>)
-      by_dimensions(tile.k + i, d, head_dim,
-                    [&](int dim, int, vf key) OCTAVO_INLINE_LAMBDA { vstore(out + dim * kTile + i, key); });
-  }
+      by_dimension<1>(tile.k + i, d, ahead,
+                      [&](int dim, int, const vf* key) OCTAVO_INLINE_LAMBDA { vstore(out + dim * kTile + i, key[0]); });
+  values = ahead;
 }
 
 // out [R][kTile] = q · k.
@@ -145,22 +173,28 @@ void scores(const float* const* q, const float* keys, int head_dim, float* out) 
 
 // The same sums straight from the cache, for rows too few to pay for keys that are transposed in memory.
 template <class T, int R>
-void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, float* out, Ahead<T>& values) {
-  const int per_step = (kDimsAtOnce<T> * W + head_dim - 1) / head_dim;
-  for (int i = 0; i < kTile; i += W) {
-    vf sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = vzero();
-    if (i < tile.end && i + W > tile.begin) {
+void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
+  Ahead ahead = values;  // in registers
+  constexpr int G = W == 16 && R <= 3 ? 2 : 1;  // two vectors of keys use a broadcast element of q together
+  for (int i = 0; i < kTile; i += G * W) {
+    vf sum[R][2][G];
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < G; ++g) sum[r][0][g] = sum[r][1][g] = vzero();
+    if (i < tile.end && i + G * W > tile.begin) {
       for (int d = 0; d < head_dim; d += kDimsAtOnce<T>) {
-        values.fetch(per_step);
-        by_dimensions(tile.k + i, d, head_dim, [&](int dim, int odd, vf key) OCTAVO_INLINE_LAMBDA {
+        by_dimension<G>(tile.k + i, d, ahead, [&](int dim, int odd, const vf* keys) OCTAVO_INLINE_LAMBDA {
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) sum[r][odd] = vfma(vset(q[r][dim]), key, sum[r][odd]);
+          for (int r = 0; r < R; ++r) {
+            const vf x = vset(q[r][dim]);
+            for (int g = 0; g < G; ++g) sum[r][odd][g] = vfma(x, keys[g], sum[r][odd][g]);
+          }
         });
       }
     }
-    for (int r = 0; r < R; ++r) vstore(out + r * kTile + i, vadd(sum[r][0], sum[r][1]));
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < G; ++g) vstore(out + r * kTile + i + g * W, vadd(sum[r][0][g], sum[r][1][g]));
   }
+  values = ahead;
 }
 
 // Whether N vectors of values are taken two at a time as one of pairs, whose even and odd elements take one instruction
@@ -185,16 +219,18 @@ OCTAVO_INLINE void load_values(const T* from, vf* to) {
 // Adds weights[r][j] * v[j] to sums [R][kMaxHeadDim] for j = begin .. end - 1 in order, in N vectors from dimension d on.
 template <class T, int R, int N>
 OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin, int end, int d, float* sums,
-                              Ahead<T>& keys) {
+                              Ahead& keys) {
+  constexpr int kBytes = N * W * static_cast<int>(sizeof(T));
   vf sum[R][N];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
     if constexpr (kByPairs<T, N>)
       for (int i = 0; i < N; i += 2) split_pairs(sum[r][i], sum[r][i + 1]);
   }
+  Ahead ahead = keys;  // in registers
   for (int j = begin; j < end; ++j) {
     const T* at = v[j] + d;
-    if (j % 2 == 1) keys.fetch(1);
+    ahead.keep_up<kBytes>(j);
     vf x[N];
     load_values<N>(at, x);
 #pragma GCC unroll 6
@@ -203,6 +239,7 @@ OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin
       for (int i = 0; i < N; ++i) sum[r][i] = vfma(weight, x[i], sum[r][i]);
     }
   }
+  keys = ahead;
   for (int r = 0; r < R; ++r) {
     if constexpr (kByPairs<T, N>)
       for (int i = 0; i < N; i += 2) join_pairs(sum[r][i], sum[r][i + 1]);
@@ -212,7 +249,7 @@ OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin
 
 template <class T, int R>
 void weigh(const T* const* v, const float* weights, int begin, int end, int head_dim, float* sums,
-           Ahead<T>& keys) {
+           Ahead& keys) {
   constexpr int N = vectors_per_row<R>();
   if (begin >= end) return;
   int d = 0;

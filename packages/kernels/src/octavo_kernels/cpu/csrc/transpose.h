@@ -42,6 +42,35 @@ OCTAVO_INLINE void transpose(vf* r) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
+// kColumns floats of W rows, transposed on their way from memory. Halves of vectors are put together as they are loaded:
+// one instruction in four less for the only port that shuffles.
+constexpr int kColumns = 8;
+template <class T>
+OCTAVO_INLINE void load_columns(const T* const* rows, int64_t first, vf* to) {
+  const auto row = [&](int i) OCTAVO_INLINE_LAMBDA { return reinterpret_cast<const double*>(rows[i] + first); };
+  const auto both = [](const double* low, const double* high) OCTAVO_INLINE_LAMBDA {
+    const __m512d first = _mm512_castpd256_pd512(_mm256_loadu_pd(low));
+    return _mm512_castpd_ps(_mm512_insertf64x4(first, _mm256_loadu_pd(high), 1));
+  };
+  vf r[2][4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const vf a = both(row(i), row(i + 4)), b = both(row(i + 8), row(i + 12));
+    r[0][i] = _mm512_shuffle_f32x4(a, b, 0x88);
+    r[1][i] = _mm512_shuffle_f32x4(a, b, 0xDD);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const vf* t = r[half];
+    const vf a = _mm512_unpacklo_ps(t[0], t[1]), b = _mm512_unpackhi_ps(t[0], t[1]);
+    const vf c = _mm512_unpacklo_ps(t[2], t[3]), d = _mm512_unpackhi_ps(t[2], t[3]);
+    to[4 * half] = vpairs(a, c, false);
+    to[4 * half + 1] = vpairs(a, c, true);
+    to[4 * half + 2] = vpairs(b, d, false);
+    to[4 * half + 3] = vpairs(b, d, true);
+  }
+}
+
 // The even and the odd elements of a vector of pairs of bfloat16, as floats.
 OCTAVO_INLINE vf even_bf16(vf pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
 OCTAVO_INLINE vf odd_bf16(vf pairs) {
@@ -132,6 +161,18 @@ OCTAVO_INLINE vf odd_bf16(vf pairs) {
   for (uint32_t& lane : bits) lane &= 0xFFFF0000u;
   std::memcpy(&pairs, bits, sizeof bits);
   return pairs;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+
+constexpr int kColumns = W;
+template <class T>
+OCTAVO_INLINE void load_columns(const T* const* rows, int64_t first, vf* to) {
+#pragma GCC unroll 8
+  for (int i = 0; i < W; ++i) std::memcpy(&to[i], rows[i] + first, sizeof(vf));
+  transpose(to);
 }
 
 #endif
