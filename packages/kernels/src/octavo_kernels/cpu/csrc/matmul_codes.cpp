@@ -224,12 +224,12 @@ template <Format F, int N>
 void rounded(const Product& product, const Part& part, void* scratch) {
   Part rest = part;
 #if defined(__AMX_INT8__)
-  static_assert(sizeof(TileChunk) <= kScratchBytes);
+  static_assert(sizeof(TileChunk<F, N>) <= kScratchBytes);
   const int64_t in_tiles = std::min(num_in_tiles(product.num_rows) - part.first_row, part.num_rows);
   if (in_tiles > 0) {
     Part tiles = part;
     tiles.num_rows = in_tiles;
-    multiply_in_tiles<F, N>(product, tiles, *static_cast<TileChunk*>(scratch));
+    multiply_in_tiles<F, N>(product, tiles, *static_cast<TileChunk<F, N>*>(scratch));
     rest.first_row += in_tiles;
     rest.num_rows -= in_tiles;
     rest.out += in_tiles * part.out_stride;

@@ -16,18 +16,19 @@ namespace octavo {
 
 // ---- weights --------------------------------------------------------------------------------------------------------
 
-constexpr int kTileChunkGroups = 10;  // the most groups whose codes are unpacked at once: 20 KiB
-
 // Some groups of a panel: their codes as signed bytes, W outputs at a time, and their scales. And a thread's sums.
+template <Format F, int N>
 struct TileChunk {
-  uint8_t codes[kTileChunkGroups][kPanel / W][2 * kWordRows][kTileRowBytes];
-  float d[kTileChunkGroups][kPanel];
-  float m[kTileChunkGroups][kPanel];
-  int32_t sums[2][3][kTileRows][W];
+  static constexpr int kMaxGroups = 640 / kDepth<F, N>;  // codes of 20 KiB
+
+  uint8_t codes[kMaxGroups][kPanel / W][kDepth<F, N> / 4][kTileRowBytes];
+  float d[kMaxGroups][kPanel];
+  float m[kMaxGroups][kPanel];
+  int32_t sums[2][kTileDigits<F, N>][kTileRows][W];
 };
 
 template <Format F, int N>
-void unpack(const uint8_t* groups, int64_t num_groups, TileChunk& chunk) {
+void unpack(const uint8_t* groups, int64_t num_groups, TileChunk<F, N>& chunk) {
   for (int64_t g = 0; g < num_groups; ++g) {
     const uint8_t* group = groups + g * bytes_of_group(F);
     const auto* d = reinterpret_cast<const uint16_t*>(group);
@@ -58,7 +59,7 @@ void unpack(const uint8_t* groups, int64_t num_groups, TileChunk& chunk) {
 template <Format F, int N>
 class Stream {
  public:
-  Stream(const TileGroup<F, N>* x, TileChunk& chunk, int half) : x_(x), chunk_(chunk), half_(half) {}
+  Stream(const TileGroup<F, N>* x, TileChunk<F, N>& chunk, int half) : x_(x), chunk_(chunk), half_(half) {}
 
   OCTAVO_INLINE void load_outputs(const float* out, int64_t stride) {
 #pragma GCC unroll 16
@@ -121,7 +122,7 @@ class Stream {
   }
 
   // By the operations of few rows.
-  static OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[3][kTileRows][W], const TileGroup<F, N>& x, int row, vf d,
+  static OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[kTileDigits<F, N>][kTileRows][W], const TileGroup<F, N>& x, int row, vf d,
                                      vf m, vf out) {
     const auto sum = [&](int i) OCTAVO_INLINE_LAMBDA { return _mm512_load_si512(sums[i][row]); };
     const vf scale = vset(x.scale[row]);
@@ -134,15 +135,15 @@ class Stream {
   }
 
   const TileGroup<F, N>* x_;
-  TileChunk& chunk_;
+  TileChunk<F, N>& chunk_;
   int half_;
   vf outputs_[kTileRows];
 };
 
 // Sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros.
 template <Format F, int N>
-void tile(const TileGroup<F, N>* x, TileChunk& chunk, int64_t num_groups, int half, const float* begin, float* out,
-          int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
+void tile(const TileGroup<F, N>* x, TileChunk<F, N>& chunk, int64_t num_groups, int half, const float* begin,
+          float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   Stream<F, N> stream(x, chunk, half);
   stream.load_outputs(begin, out_stride);
   stream.template multiply<0>(0);
@@ -166,11 +167,11 @@ void tile(const TileGroup<F, N>* x, TileChunk& chunk, int64_t num_groups, int ha
 
 // The rows of the part are in tiles, from the first of a tile to the last of another.
 template <Format F, int N>
-void multiply_in_tiles(const Product& product, const Part& part, TileChunk& chunk) {
+void multiply_in_tiles(const Product& product, const Part& part, TileChunk<F, N>& chunk) {
   const TileShapes shapes(kDepth<F, N>);
   const TileGroup<F, N>* x = tile_rows<F, N>(product, part.first_row);
   const int64_t num_blocks = part.num_rows / kTileRows, num_groups = product.in_features / kGroup;
-  const int64_t num_chunks = (num_groups + kTileChunkGroups - 1) / kTileChunkGroups;
+  const int64_t num_chunks = (num_groups + chunk.kMaxGroups - 1) / chunk.kMaxGroups;
   const int64_t next_bytes = (bytes_of_group(F) / (2 * num_blocks) + 63) / 64 * 64;
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
     const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
