@@ -61,9 +61,11 @@ class Memory {
   float* values;  // [rows][head_dim]
 };
 
-// Fills pointers first .. end - 1 with addresses `stride` elements apart.
+// Fills pointers first .. end - 1 with addresses `stride` elements apart. Asks for the first of them, long before others
+// are asked for: each block is in another page, and all that is asked for in a page waits until its address is looked up.
 template <class T>
 OCTAVO_INLINE void line_up(const T* at, int64_t stride, int first, int end, const T** to) {
+  __builtin_prefetch(at, 0, 3);
   for (int j = first; j < end; ++j, at += stride) to[j] = at;
 }
 
@@ -269,9 +271,8 @@ class Walk {
       plain &= is_plain(scoring[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
-    const int num_lines = visit.following.lines(16);
     const auto soften = plain ? soften_rows<R, true> : soften_rows<R, false>;
-    soften(scoring, weights, maximum, sum, num_lines, visit.following);
+    soften(scoring, weights, maximum, sum, visit.following);
     weigh_rows<R>(visit, weights, begin, end, sums);
     const Partial& partial = visit.partial;
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);

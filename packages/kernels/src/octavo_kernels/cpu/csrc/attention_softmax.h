@@ -110,15 +110,14 @@ inline bool is_plain(const Scoring& how) {
 }
 
 // Turns products [R][kTile] into weights exp(score - maximum), times v_scale, in place; writes each row's maximum and the
-// sum of its weights. Rows are taken together, since each waits for its own maximum. Asks for num_lines ahead.
+// sum of its weights. Rows are taken together, since each waits for its own maximum. Asks for some lines ahead.
 template <int R, bool kPlain>
-OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maximum, float* sum, int num_lines,
-                                Ahead& lines) {
+OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maximum, float* sum, Ahead& lines) {
   constexpr int N = kTile / W;
+  constexpr int kLines = (20 + R * N - 1) / (R * N);  // per vector
   vf scores[R][N], largest[R], total[R], base[R];
   Ahead ahead = lines;  // in registers
   const vf scale = vset(how[0].args->scale);
-  ahead.fetch(num_lines / 2);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     largest[r] = vset(kNothing);
@@ -135,12 +134,11 @@ OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maxi
     base[r] = vset(maximum[r] == kNothing ? 0.0f : maximum[r]);
     total[r] = vzero();
   }
-  ahead.fetch(num_lines / 2);
-  lines = ahead;
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
+      ahead.fetch(kLines);
       vf x = vexp(vsub(scores[r][i], base[r]));
       total[r] = vadd(total[r], x);
       if (!kPlain && how[r].v_scale != nullptr) x = vmul(x, vload(how[r].v_scale + i * W));
@@ -148,6 +146,7 @@ OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maxi
     }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) sum[r] = vsum(total[r]);
+  lines = ahead;
 }
 
 }  // namespace octavo

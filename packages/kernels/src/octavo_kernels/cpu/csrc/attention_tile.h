@@ -74,9 +74,6 @@ class Ahead {
     while (at_ != nullptr) fetch(1);
   }
 
-  // The lines of some vectors.
-  int lines(int num_vectors) const { return num_vectors * num_bytes_ / kLine; }
-
  private:
   OCTAVO_INLINE void take() {
     at_ = nullptr;
@@ -220,7 +217,7 @@ OCTAVO_INLINE void load_values(const T* from, vf* to) {
 template <class T, int R, int N>
 OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin, int end, int d, float* sums,
                               Ahead& keys) {
-  constexpr int kBytes = N * W * static_cast<int>(sizeof(T));
+  constexpr int kBytes = N * W * static_cast<int>(sizeof(T)) * 3 / 4;  // soften_rows asks for some before
   vf sum[R][N];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
