@@ -12,19 +12,6 @@ OCTAVO_INLINE __m512i without_lowest_digit(__m512i x) {
   return _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
 }
 
-// Writes 32 numbers of N digits to where `place` says that a digit's bytes are.
-template <int N, class Place>
-OCTAVO_INLINE void store_digits(__m512i a, __m512i b, Place place) {
-#pragma GCC unroll 3
-  for (int digit = N - 1; digit >= 0; --digit) {
-    auto* to = reinterpret_cast<__m128i*>(place(digit));
-    _mm_storeu_si128(to, _mm512_cvtepi32_epi8(a));
-    _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(b));
-    a = without_lowest_digit(a);
-    b = without_lowest_digit(b);
-  }
-}
-
 struct Inputs {
   __m512 first, second;
 
@@ -56,7 +43,12 @@ struct Inputs {
       const __m512i rest = _mm512_add_epi32(without_lowest_digit(a), without_lowest_digit(b));
       sum_low = sum - 256 * _mm512_reduce_add_epi32(rest);
     }
-    store_digits<N>(a, b, [&](int digit) { return digits[digit]; });
+    for (int digit = N - 1; digit >= 0; --digit) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit]), _mm512_cvtepi32_epi8(a));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit] + W), _mm512_cvtepi32_epi8(b));
+      a = without_lowest_digit(a);
+      b = without_lowest_digit(b);
+    }
   }
 };
 #else

@@ -69,11 +69,38 @@ OCTAVO_INLINE void store_low_bytes(int8_t* to, Words a, Words b, Words c, Words 
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, quarters));
 }
 
-// 32 numbers of 12 bits as digits of 8 bits, then digits of 4 bits, 0 .. 15.
 OCTAVO_INLINE void store_pairs(int8_t* to, Words a, Words b) {
   const Words low = repeat(15);
   store_low_bytes(to, _mm512_srai_epi32(a, 4), _mm512_srai_epi32(b, 4), _mm512_and_si512(a, low),
                   _mm512_and_si512(b, low));
+}
+
+// Rounds away 8 bits, or 12; `rest` is what is left of them.
+template <int Bits>
+OCTAVO_INLINE Words split_low(Words x, Words& rest) {
+  const Words high = _mm512_srai_epi32(add(x, repeat(1 << (Bits - 1))), Bits);
+  rest = _mm512_sub_epi32(x, shift_left<Bits>(high));
+  return high;
+}
+
+// The digits of 32 numbers of two rows.
+template <Format F, int N>
+OCTAVO_INLINE void store_two_rows(Words (&x)[2][2], int row, TileGroup<F, N>& out) {
+  if constexpr (kInPairs<F, N>) {  // 12 bits and 12 bits, each as 8 bits and then 4 bits that are 0 .. 15
+    for (int i = 0; i < 2; ++i) {
+      Words low[2];
+      const Words high[2] = {split_low<12>(x[i][0], low[0]), split_low<12>(x[i][1], low[1])};
+      store_pairs(out.digits[0][row + i], high[0], high[1]);
+      store_pairs(out.digits[1][row + i], low[0], low[1]);
+    }
+    return;
+  }
+  for (int digit = N - 1; digit > 0; --digit) {
+    Words low[2][2];
+    for (int i = 0; i < 4; ++i) x[i / 2][i % 2] = split_low<8>(x[i / 2][i % 2], low[i / 2][i % 2]);
+    store_low_bytes(out.digits[digit][row], low[0][0], low[0][1], low[1][0], low[1][1]);
+  }
+  store_low_bytes(out.digits[0][row], x[0][0], x[0][1], x[1][0], x[1][1]);
 }
 
 // The union of lanes of sixteen vectors: lane i has those of vector i, joined by `join` in some order.
@@ -122,20 +149,15 @@ void round_groups(const float* values, int64_t stride, TileGroup<F, N>& out) {
   vstore(out.scale, scale);
   alignas(64) float inverses[kTileRows];
   vstore(inverses, inverse);
-#pragma GCC unroll 16
-  for (int row = 0; row < kTileRows; ++row) {
-    Words a, b;
-    Inputs(values + row * stride).round(inverses[row], a, b);
-    lanes[row] = add(a, b);
-    if constexpr (kInPairs<F, N>) {
-      const Words high_a = _mm512_srai_epi32(add(a, repeat(1 << 11)), 12);
-      const Words high_b = _mm512_srai_epi32(add(b, repeat(1 << 11)), 12);
-      store_pairs(out.digits[0][row], high_a, high_b);
-      store_pairs(out.digits[1][row], _mm512_sub_epi32(a, shift_left<12>(high_a)),
-                  _mm512_sub_epi32(b, shift_left<12>(high_b)));
-    } else {
-      store_digits<N>(a, b, [&](int digit) OCTAVO_INLINE_LAMBDA { return out.digits[digit][row]; });
+#pragma GCC unroll 8
+  for (int row = 0; row < kTileRows; row += 2) {
+    Words numbers[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Inputs(values + (row + i) * stride).round(inverses[row + i], numbers[i][0], numbers[i][1]);
+      lanes[row + i] = add(numbers[i][0], numbers[i][1]);
     }
+    store_two_rows(numbers, row, out);
   }
   if constexpr (F == Format::kQ4_1)
     vstore(out.offset, vmul(scale, to_float(join_lanes(lanes, [](Words a, Words b) { return add(a, b); }))));
