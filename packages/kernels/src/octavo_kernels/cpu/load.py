@@ -153,8 +153,8 @@ def _machine_level() -> int:
     path = _folder() / build.library_name("baseline")
     if len(known) == 1 or not (path.exists() or _find("baseline")):
         return 0
-    # One from older sources can answer too, unless it knows fewer instruction sets. It is loaded under another name than
-    # `open_library` gives it, since the dynamic loader would hand the old file out again after a rebuild.
+    # One from older sources can answer too, unless it knows fewer instruction sets. It is loaded under another name
+    # than `open_library` gives it, since the dynamic loader would hand the old file out again after a rebuild.
     probe = _open(f"{path.parent}/./{path.name}")
     if probe.octavo_abi_version() != ABI_VERSION and _find("baseline"):
         probe = _open(f"{path.parent}/../{path.parent.name}/{path.name}")

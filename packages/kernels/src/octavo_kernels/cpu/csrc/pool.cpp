@@ -37,9 +37,6 @@ constexpr int kSpins = 2000;  // some 30 us: a loop's last tasks end soon, unles
 constexpr std::chrono::microseconds kIdleTime(300);
 constexpr int kSpinsPerOffer = 50;
 
-constexpr int kLastAt = 24, kLoopAt = 48;  // bits of next_task_
-constexpr uint64_t kMaxTasks = (1 << kLastAt) - 1;
-
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -122,7 +119,7 @@ class Pool {
     num_threads_ = num_threads < num_started_ + 1 ? num_threads : num_started_ + 1;
     job_ = job;
     argument_ = argument;
-    next_task_.store(uint64_t{1} << kLoopAt);
+    taken_.store(uint64_t{1} << Team::kLoopAt);
     num_done_.store(0);
     closed_.store(1);
     if (num_threads_ > 1) {
@@ -222,7 +219,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> epoch_{0};  // number of the job, and in the low 8 bits its threads
   std::atomic<int> num_idle_{0};                // workers asleep between jobs
   alignas(64) std::atomic<uint32_t> open_{0};        // kOpen while workers may take part, plus how many do
-  alignas(64) std::atomic<uint64_t> next_task_{0};   // number of the loop, and in the low 32 bits its next task
+  alignas(64) std::atomic<uint64_t> taken_{0};       // low bits of the loop's number, tasks taken from its two ends
   alignas(64) std::atomic<uint64_t> num_done_{0};    // tasks that were ended in this job
   alignas(64) std::atomic<uint32_t> closed_{0};      // number of the loop whose tasks are not all done
   std::atomic<int> num_sleeping_{0};                 // threads asleep until a loop or a job ends
@@ -231,28 +228,28 @@ class Pool {
 int Team::num_threads() const { return pool_.num_threads_; }
 
 void Team::begin_loop(int64_t num_tasks) {
-  next_ = uint64_t{++loop_} << kLoopAt;
+  taken_ = uint64_t{++loop_} << kLoopAt;
   num_tasks_ = static_cast<uint32_t>(num_tasks);
   num_due_ += num_tasks_;
 }
 
 int64_t Team::claim() {
   // The first attempt is on a guess, that nobody has claimed since: to ask before would be another cache miss.
-  for (;;) {
-    const uint64_t first = next_ & kMaxTasks, last = next_ >> kLastAt & kMaxTasks;
-    if (next_ >> kLoopAt != (loop_ & 0xFFFF) || first + last >= num_tasks_) return -1;
-    const bool odd = index_ % 2 == 1;
-    const uint64_t claimed = next_ + (odd ? uint64_t{1} << kLastAt : 1);
-    if (pool_.next_task_.compare_exchange_strong(next_, claimed, std::memory_order_acq_rel)) {
-      next_ = claimed;
-      return static_cast<int64_t>(odd ? num_tasks_ - 1 - last : first);
-    }
+  while (taken_ >> kLoopAt == (loop_ & 0xFFFF)) {
+    const uint64_t first = taken_ & kMaxTasks, last = taken_ >> kCountBits & kMaxTasks;
+    if (first + last >= num_tasks_) return -1;
+    const bool from_last = index_ % 2 == 1;
+    const uint64_t claimed = taken_ + (from_last ? uint64_t{1} << kCountBits : 1);
+    if (!pool_.taken_.compare_exchange_strong(taken_, claimed, std::memory_order_acq_rel)) continue;
+    taken_ = claimed;
+    return static_cast<int64_t>(from_last ? num_tasks_ - 1 - last : first);
   }
+  return -1;
 }
 
 void Team::end_loop(uint64_t num_done) {
   if (num_done > 0 && pool_.num_done_.fetch_add(num_done, std::memory_order_acq_rel) + num_done == num_due_) {
-    pool_.next_task_.store((uint64_t{loop_} + 1) << kLoopAt, std::memory_order_release);
+    pool_.taken_.store((uint64_t{loop_} + 1) << kLoopAt, std::memory_order_release);
     change(pool_.closed_, pool_.num_sleeping_);
     return;
   }

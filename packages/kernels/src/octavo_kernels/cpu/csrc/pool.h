@@ -23,18 +23,21 @@ class Team {
   int num_threads() const;
 
   // Calls body(task) once for each task in 0 .. num_tasks - 1 on whichever thread is free, and returns when all tasks are
-  // done. Every thread must call it with the same number. Bodies of one loop run in any order.
+  // done. Every thread must call it with the same number. Bodies of one loop run in any order: threads begin at the first
+  // task or at the last one, each always at the same end, so that with two threads a task that a loop has again and again
+  // mostly finds in the caches what the same thread left there.
   template <class Body>
   void parallel_for(int64_t num_tasks, Body&& body) {
     if (num_threads() == 1) {
       for (int64_t task = 0; task < num_tasks; ++task) body(task);
       return;
     }
-    if (num_tasks <= 0) return;
-    begin_loop(num_tasks);
-    uint64_t num_done = 0;
-    for (int64_t task = claim(); task >= 0; task = claim(), ++num_done) body(task);
-    end_loop(num_done);
+    for (int64_t first = 0; first < num_tasks; first += kMaxTasks) {
+      begin_loop(num_tasks - first < kMaxTasks ? num_tasks - first : kMaxTasks);
+      uint64_t num_done = 0;
+      for (int64_t task = claim(); task >= 0; task = claim(), ++num_done) body(first + task);
+      end_loop(num_done);
+    }
   }
 
   // Returns this thread's scratch memory of at least num_bytes, aligned to 64; what was in it may be lost.
@@ -46,14 +49,19 @@ class Team {
   void* shared(size_t num_bytes);
 
  private:
+  static constexpr int kCountBits = 24, kLoopAt = 2 * kCountBits;  // of what has been taken of a loop
+  static constexpr int64_t kMaxTasks = (int64_t{1} << kCountBits) - 1;  // of a loop of threads
+
   void begin_loop(int64_t num_tasks);
-  int64_t claim();  // the next task of this loop, or -1 if none is left
+  int64_t claim();  // a task of this loop, or -1 if none is left
   void end_loop(uint64_t num_done);
+
+  friend class Pool;
 
   Pool& pool_;
   int index_;
   uint32_t loop_ = 0;       // loops begun in this job; the same on all threads at the same place of the code
-  uint64_t next_ = 0;       // Pool::next_task_ when last seen
+  uint64_t taken_ = 0;      // Pool::taken_ when last seen
   uint32_t num_tasks_ = 0;  // of the present loop
   uint64_t num_due_ = 0;    // tasks of all loops so far
 };
