@@ -15,6 +15,7 @@ from octavo_kernels.recording import empty_result
 _FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
 _NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
 _BEST_BYTES = 16  # of a slice's best product and its index
+_TILE_ROWS = 16  # so many rows lie together
 _GROUP_BYTES = 136  # of a group of rounded inputs, at most
 
 
@@ -119,7 +120,11 @@ def _grid(weight: PackedWeight) -> Tensor | None:
 def _rounded_bytes(x: Tensor) -> int:
     """Return the bytes of x rounded to whole numbers, with room to align them."""
     num_rows, in_features = x.shape
-    return int(num_rows * (in_features // GROUP) * _GROUP_BYTES) + 64
+    return int(_next_multiple(num_rows, _TILE_ROWS) * (in_features // GROUP) * _GROUP_BYTES) + 64
+
+
+def _next_multiple(number: int, factor: int) -> int:
+    return -(-number // factor) * factor
 
 
 def _workspace(num_bytes: int) -> Tensor:

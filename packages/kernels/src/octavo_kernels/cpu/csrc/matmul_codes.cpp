@@ -249,9 +249,10 @@ void round_rows(const Product& product, int64_t first_row, int64_t num_rows, voi
   int64_t row = first_row;
 #if defined(__AMX_INT8__)
   for (; row < std::min(stop, num_in_tiles(product.num_rows)); row += kTileRows) {
+    const int count = static_cast<int>(std::min<int64_t>(stop - row, kTileRows));
     auto* groups = const_cast<TileGroup<F, N>*>(tile_rows<F, N>(to, row));
     for (int64_t g = 0; g < num_groups; ++g)
-      round_groups(product.x + row * product.x_stride + g * kGroup, product.x_stride, groups[g]);
+      round_groups(product.x + row * product.x_stride + g * kGroup, product.x_stride, count, groups[g]);
   }
 #endif
   for (; row < stop; ++row) {

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "tile_rows.h"
@@ -61,13 +62,16 @@ class Stream {
  public:
   Stream(const TileGroup<F, N>* x, TileChunk<F, N>& chunk, int half) : x_(x), chunk_(chunk), half_(half) {}
 
-  OCTAVO_INLINE void load_outputs(const float* out, int64_t stride) {
+  // Of num_rows rows, from zeros on if `out` is null.
+  OCTAVO_INLINE void load_outputs(const float* out, int64_t stride, int num_rows) {
 #pragma GCC unroll 16
-    for (int row = 0; row < kTileRows; ++row) outputs_[row] = out == nullptr ? vzero() : vload(out + row * stride);
+    for (int row = 0; row < kTileRows; ++row)
+      outputs_[row] = out == nullptr || row >= num_rows ? vzero() : vload(out + row * stride);
   }
-  OCTAVO_INLINE void store_outputs(float* out, int64_t stride) const {
+  OCTAVO_INLINE void store_outputs(float* out, int64_t stride, int num_rows) const {
 #pragma GCC unroll 16
-    for (int row = 0; row < kTileRows; ++row) vstore(out + row * stride, outputs_[row]);
+    for (int row = 0; row < kTileRows; ++row)
+      if (row < num_rows) vstore(out + row * stride, outputs_[row]);
   }
 
   // Multiplies group g, which is even or odd as Parity is 0 or 1.
@@ -140,12 +144,12 @@ class Stream {
   vf outputs_[kTileRows];
 };
 
-// Sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros.
+// Up to sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros.
 template <Format F, int N>
-void tile(const TileGroup<F, N>* x, TileChunk<F, N>& chunk, int64_t num_groups, int half, const float* begin,
-          float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
+void tile(const TileGroup<F, N>* x, int num_rows, TileChunk<F, N>& chunk, int64_t num_groups, int half,
+          const float* begin, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   Stream<F, N> stream(x, chunk, half);
-  stream.load_outputs(begin, out_stride);
+  stream.load_outputs(begin, out_stride, num_rows);
   stream.template multiply<0>(0);
   if (num_groups > 1) stream.template multiply<1>(1);
   stream.template store<0>(0);
@@ -162,15 +166,15 @@ void tile(const TileGroup<F, N>* x, TileChunk<F, N>& chunk, int64_t num_groups, 
     num_groups % 2 == 0 ? stream.template store<1>(num_groups - 1) : stream.template store<0>(num_groups - 1);
   }
   stream.scale(num_groups - 1);
-  stream.store_outputs(out, out_stride);
+  stream.store_outputs(out, out_stride, num_rows);
 }
 
-// The rows of the part are in tiles, from the first of a tile to the last of another.
+// The rows of the part are in tiles, from the first of one on.
 template <Format F, int N>
 void multiply_in_tiles(const Product& product, const Part& part, TileChunk<F, N>& chunk) {
   const TileShapes shapes(kDepth<F, N>);
   const TileGroup<F, N>* x = tile_rows<F, N>(product, part.first_row);
-  const int64_t num_blocks = part.num_rows / kTileRows, num_groups = product.in_features / kGroup;
+  const int64_t num_blocks = (part.num_rows + kTileRows - 1) / kTileRows, num_groups = product.in_features / kGroup;
   const int64_t num_chunks = (num_groups + chunk.kMaxGroups - 1) / chunk.kMaxGroups;
   const int64_t next_bytes = (bytes_of_group(F) / (2 * num_blocks) + 63) / 64 * 64;
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
@@ -182,7 +186,8 @@ void multiply_in_tiles(const Product& product, const Part& part, TileChunk<F, N>
       for (int64_t block = 0; block < num_blocks; ++block)
         for (int half = 0; half < 2; ++half) {
           float* out = part.out + block * kTileRows * part.out_stride + panel * kPanel + half * W;
-          tile<F, N>(x + block * num_groups + first, chunk, count, half, first == 0 ? nullptr : out, out,
+          const int num_rows = static_cast<int>(std::min<int64_t>(part.num_rows - block * kTileRows, kTileRows));
+          tile<F, N>(x + block * num_groups + first, num_rows, chunk, count, half, first == 0 ? nullptr : out, out,
                      part.out_stride, next + (2 * block + half) * count * next_bytes, next_bytes);
         }
     }

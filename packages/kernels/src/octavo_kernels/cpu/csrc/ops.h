@@ -69,7 +69,8 @@ struct PackedLinearArgs {  // rows: of x and out
   const void* grid;        // of formats whose codes are points of one, see grid_codes.h; else null
   const float* bias;       // [out_features] or null
   float* out;              // [rows, out_features]
-  void* workspace;         // 136 bytes for every group of 32 inputs, 160 for grouped weights; may be null for dense formats
+  void* workspace;         // 136 bytes for every group of 32 inputs of 16 rows and each 16 begun, 160 for
+                           // every group of grouped weights; may be null for dense formats
   int64_t x_stride;
   int64_t out_stride;
   int64_t format;

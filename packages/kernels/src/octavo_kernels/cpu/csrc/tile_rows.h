@@ -31,7 +31,13 @@ struct TileGroup {
 
 template <Format F, int N>
 constexpr int64_t kBytesInTiles = sizeof(TileGroup<F, N>) / kTileRows;
-inline int64_t num_in_tiles(int64_t num_rows) { return num_rows / kTileRows * kTileRows; }
+// Sixteen rows at a time, and those that remain if there are so many that vectors would take longer. Such a tile is filled
+// up with its last row.
+inline int64_t num_in_tiles(int64_t num_rows) {
+  constexpr int64_t kLeast = 11;
+  const int64_t rest = num_rows % kTileRows;
+  return num_rows >= kTileRows && rest >= kLeast ? num_rows : num_rows - rest;
+}
 #else
 template <Format F, int N>
 constexpr int64_t kBytesInTiles = 0;
@@ -138,12 +144,15 @@ OCTAVO_INLINE void units_of_groups(Words largest, vf& scale, vf& inverse) {
   inverse = _mm512_maskz_mov_ps(numbers, inverse);
 }
 
-// Rounds 32 inputs of sixteen rows, as round_group does those of one.
+// Rounds 32 inputs of up to sixteen rows, as round_group does those of one.
 template <Format F, int N>
-void round_groups(const float* values, int64_t stride, TileGroup<F, N>& out) {
+void round_groups(const float* values, int64_t stride, int num_rows, TileGroup<F, N>& out) {
+  const auto inputs = [&](int row) OCTAVO_INLINE_LAMBDA {
+    return Inputs(values + (row < num_rows ? row : num_rows - 1) * stride);
+  };
   Words lanes[kTileRows];
 #pragma GCC unroll 16
-  for (int row = 0; row < kTileRows; ++row) lanes[row] = Inputs(values + row * stride).larger_of_halves();
+  for (int row = 0; row < kTileRows; ++row) lanes[row] = inputs(row).larger_of_halves();
   vf scale, inverse;
   units_of_groups<N>(join_lanes(lanes, [](Words a, Words b) { return _mm512_max_epu32(a, b); }), scale, inverse);
   vstore(out.scale, scale);
@@ -154,7 +163,7 @@ void round_groups(const float* values, int64_t stride, TileGroup<F, N>& out) {
     Words numbers[2][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      Inputs(values + (row + i) * stride).round(inverses[row + i], numbers[i][0], numbers[i][1]);
+      inputs(row + i).round(inverses[row + i], numbers[i][0], numbers[i][1]);
       lanes[row + i] = add(numbers[i][0], numbers[i][1]);
     }
     store_two_rows(numbers, row, out);
