@@ -271,8 +271,15 @@ class Walk {
       plain &= is_plain(scoring[r]);
       std::fill_n(sums + r * kMaxHeadDim, head_dim_, 0.0f);
     }
-    const auto soften = plain ? soften_rows<R, true> : soften_rows<R, false>;
-    soften(scoring, weights, maximum, sum, visit.following);
+    if (plain) {
+      soften_plain<R>(a_.scale, weights, maximum, sum, visit.following);
+    } else {
+      for (int r = 0; r < R; ++r) {
+        visit.following.fetch(kLinesOfSoftmax / R);
+        maximum[r] = score_all(scoring[r], weights + r * kTile);
+        sum[r] = soften(scoring[r], weights + r * kTile, maximum[r]);
+      }
+    }
     weigh_rows<R>(visit, weights, begin, end, sums);
     const Partial& partial = visit.partial;
     if (partial.maximum == nullptr) return join_rows<R>(rows, begin, end, maximum, sum, sums);

@@ -103,28 +103,55 @@ OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
   return vselect_less(lane, vset(static_cast<float>(how.end)), x, nothing);
 }
 
-// Whether a score is a product times the scale, and all positions are seen.
+constexpr int kLinesOfSoftmax = 20;  // that are asked for ahead
+constexpr int kUnroll = W == 16 ? kTile / W : 1;  // what has no room in registers gains nothing but size
+
+// Whether a score is a product times the scale, all positions are seen, and weights are not scaled.
 inline bool is_plain(const Scoring& how) {
-  return how.k_scale == nullptr && how.args->soft_cap == 0.0f && how.args->alibi_slopes == nullptr && how.begin == 0 &&
+  return how.k_scale == nullptr && how.v_scale == nullptr && how.args->soft_cap == 0.0f && how.args->alibi_slopes == nullptr && how.begin == 0 &&
          how.end == kTile;
 }
 
-// Turns products [R][kTile] into weights exp(score - maximum), times v_scale, in place; writes each row's maximum and the
-// sum of its weights. Rows are taken together, since each waits for its own maximum. Asks for some lines ahead.
-template <int R, bool kPlain>
-OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maximum, float* sum, Ahead& lines) {
+// Turns products [kTile] into scores, in place. Returns the largest.
+OCTAVO_OUTLINE float score_all(const Scoring& how, float* products) {
+  vf largest = vset(kNothing);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i += W) {
+    const vf x = score(how, vload(products + i), i);
+    vstore(products + i, x);
+    largest = vmax(largest, x);
+  }
+  return vmax_of(largest);
+}
+
+// Turns scores [kTile] into weights exp(score - maximum), times v_scale, in place. Returns the sum.
+OCTAVO_OUTLINE float soften(const Scoring& how, float* scores, float maximum) {
+  const vf base = vset(maximum == kNothing ? 0.0f : maximum);
+  vf total = vzero();
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; i += W) {
+    vf x = vexp(vsub(vload(scores + i), base));
+    total = vadd(total, x);
+    if (how.v_scale != nullptr) x = vmul(x, vload(how.v_scale + i));
+    vstore(scores + i, x);
+  }
+  return vsum(total);
+}
+
+// Both of products [R][kTile] of plain rows; writes each row's maximum and the sum of its weights. Rows are taken
+// together, since each waits for its own maximum. Asks for some lines ahead.
+template <int R>
+OCTAVO_OUTLINE void soften_plain(float scale, float* products, float* maximum, float* sum, Ahead& lines) {
   constexpr int N = kTile / W;
-  constexpr int kLines = (20 + R * N - 1) / (R * N);  // per vector
+  constexpr int kLines = (kLinesOfSoftmax + R * N - 1) / (R * N);  // per vector
   vf scores[R][N], largest[R], total[R], base[R];
   Ahead ahead = lines;  // in registers
-  const vf scale = vset(how[0].args->scale);
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
     largest[r] = vset(kNothing);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int i = 0; i < N; ++i) {
-      const vf product = vload(products + r * kTile + i * W);
-      scores[r][i] = kPlain ? vmul(product, scale) : score(how[r], product, i * W);
+      scores[r][i] = vmul(vload(products + r * kTile + i * W), vset(scale));
       largest[r] = vmax(largest[r], scores[r][i]);
     }
   }
@@ -136,12 +163,11 @@ OCTAVO_OUTLINE void soften_rows(const Scoring* how, float* products, float* maxi
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int i = 0; i < N; ++i) {
       ahead.fetch(kLines);
-      vf x = vexp(vsub(scores[r][i], base[r]));
+      const vf x = vexp(vsub(scores[r][i], base[r]));
       total[r] = vadd(total[r], x);
-      if (!kPlain && how[r].v_scale != nullptr) x = vmul(x, vload(how[r].v_scale + i * W));
       vstore(products + r * kTile + i * W, x);
     }
 #pragma GCC unroll 6
