@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "packages/kernels"
 NATIVE = KERNELS / "src/octavo_kernels/cpu"
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni", "amx") if platform.machine() == "x86_64" else ("baseline",)
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni") if platform.machine() == "x86_64" else ("baseline",)
 LIBRARIES = [f"octavo_kernels/cpu/lib/liboctavo_cpu_{isa}.so" for isa in ISAS]
 CUDA_LIBRARY = "octavo_kernels/cuda/lib/octavo_kernels_cuda.so"
 MAX_GLIBC = (2, 28)
@@ -119,7 +119,7 @@ def test_installed_wheel_runs_native_code_where_there_is_no_compiler(installed: 
         "assert not [name for name in ('c++', 'g++', 'clang++') if shutil.which(name)]\n"
         "print(ok.cpu_isa())\n"
     )
-    assert run_installed(installed, program) in ISAS
+    assert run_installed(installed, program) in (*ISAS, "avx512vnni+amx")
     assert run_installed(installed, program, OCTAVO_CPU_ISA="baseline") == "baseline"
 
 

@@ -42,12 +42,7 @@ class NativeLibraryHook(BuildHookInterface[Any]):
                 "library and batched torch serves; install g++ and build again for full speed"
             )
             return
-        isas = build.buildable(compiler)
-        if left_out := set(build.instruction_sets()) - set(isas):
-            self.app.display_warning(
-                f"octavo-kernels: {compiler.command[0]} is too old for {', '.join(sorted(left_out))}; machines that "
-                "have it will run the instruction set before it"
-            )
+        isas = build.instruction_sets()
         if version == "editable":
             build.build(build.LIB, isas, compiler, report=self.app.display_info)
             return

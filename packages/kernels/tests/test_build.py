@@ -17,9 +17,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 WHICH = """
 #include "api.h"
 API int octavo_which() {
-#if defined(OCTAVO_ISA_AMX) && defined(__AMX_INT8__) && defined(__AVX512VNNI__)
-  return 4;
-#elif defined(OCTAVO_ISA_AVX512VNNI) && defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#if defined(OCTAVO_ISA_AVX512VNNI) && defined(__AVX512VNNI__) && defined(__AVX512DQ__)
   return 3;
 #elif defined(OCTAVO_ISA_AVX512) && defined(__AVX512BW__) && !defined(__AVX512VNNI__)
   return 2;
@@ -108,25 +106,6 @@ def test_a_source_without_code_for_vnni_is_compiled_once_for_both(csrc, tmp_path
     assert len(libraries) == 2
     lesser, _ = make(csrc, tmp_path / "other", "avx2", "avx512")
     assert all(ctypes.CDLL(str(path)).octavo_it() == 1 for path in [*libraries, *lesser])
-
-
-@pytest.mark.skipif(len(build.instruction_sets()) == 1, reason="the platform has one instruction set")
-def test_a_source_with_code_for_neither_is_compiled_once_for_three(csrc, tmp_path):
-    (csrc / "which.cpp").write_text('extern "C" __attribute__((visibility("default"))) int octavo_it() { return 1; }\n')
-    (csrc / "own.cpp").write_text("#if defined(__AMX_INT8__)\n#endif\n")
-    _, said = make(csrc, tmp_path / "lib", "avx512", "avx512vnni", "amx")
-    assert said == ["octavo-kernels: compiling 3 of 3 objects for avx512, avx512vnni, amx"]
-
-
-@pytest.mark.skipif(len(build.instruction_sets()) == 1, reason="the platform has one instruction set")
-def test_a_compiler_that_does_not_know_an_instruction_set_is_not_asked_for_it(tmp_path):
-    old = tmp_path / "old-compiler"
-    real = shutil.which(COMPILER.command[0])
-    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) echo "unknown option" >&2; exit 1;; esac\nexec {real} "$@"\n')
-    old.chmod(0o755)
-    known = build.buildable(build.Compiler((str(old),), COMPILER.version))
-    assert known == tuple(isa for isa in build.buildable(COMPILER) if isa != "amx")
-    assert "avx512vnni" in known
 
 
 def test_extra_flags_are_used_and_make_another_library(csrc, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def install(tmp_path, monkeypatch):
 @x86
 @pytest.mark.parametrize(("level", "best"), list(enumerate(build.ISA_FLAGS)), ids=list(build.ISA_FLAGS))
 def test_the_best_that_the_machine_runs_is_loaded(install, level, best):
-    folder = install(*[isa for isa in build.ISA_FLAGS if isa != "baseline"], level=level)
+    folder = install("avx2", "avx512", "avx512vnni", level=level)
     assert load.supported() == tuple(build.ISA_FLAGS)[: level + 1]
     assert ok.cpu_isa() == best
     assert load.library().path == folder / f"liboctavo_cpu_{best}.so"
@@ -83,9 +83,24 @@ def test_what_the_machine_cannot_run_is_refused(install, monkeypatch):
 
 def test_an_unknown_name_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setenv("OCTAVO_CPU_ISA", "sse")
-    expected = "OCTAVO_CPU_ISA is 'sse', expected one of baseline, avx2, avx512, avx512vnni, amx, none"
+    expected = "OCTAVO_CPU_ISA is 'sse', expected one of baseline, avx2, avx512, avx512vnni, none"
     with pytest.raises(ok.OptionError, match=expected):
         load.library()
+
+
+@x86
+def test_tiles_are_used_unless_they_are_not_wanted(install, monkeypatch):
+    folder = install("avx512vnni", level=3)
+    source = folder.parent / "csrc/standin.cpp"
+    source.write_text(source.read_text() + "API int octavo_use_tiles(int wanted) { return wanted; }\n")
+    build.build(folder, ["baseline"], COMPILER, csrc=source.parent, report=lambda _: None)
+    shutil.copy(folder / build.library_name("baseline"), folder / build.library_name("avx512vnni"))
+    assert ok.cpu_isa() == "avx512vnni+amx"
+    monkeypatch.setenv("OCTAVO_CPU_TILES", "0")
+    assert load.open_library("avx512vnni").isa == "avx512vnni"
+    monkeypatch.setenv("OCTAVO_CPU_TILES", "yes")
+    with pytest.raises(ok.OptionError, match="OCTAVO_CPU_TILES is 'yes', expected 0 or 1"):
+        load.open_library("avx512vnni")
 
 
 def test_none_is_torch_without_a_warning_or_a_count(monkeypatch):

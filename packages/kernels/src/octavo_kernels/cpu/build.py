@@ -27,22 +27,15 @@ from types import MappingProxyType
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
 
 # From the least to the most capable machine: a machine that runs one runs those before it.
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "baseline": (),
-        "avx2": _AVX2,
-        "avx512": _AVX512,
-        "avx512vnni": _AVX512_VNNI,
-        "amx": (*_AVX512_VNNI, "-mamx-tile", "-mamx-int8"),
-    }
+    {"baseline": (), "avx2": _AVX2, "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")}
 )
 
 # What tells an instruction set from the one before it, in a source or its headers; other sources are compiled once for
 # both, for the lesser one.
-_OWN_CODE: Mapping[str, str] = MappingProxyType({"avx512vnni": "AVX512VNNI", "amx": "AMX_INT8"})
+_OWN_CODE: Mapping[str, str] = MappingProxyType({"avx512vnni": "AVX512VNNI"})
 
 # No -ffast-math: sums keep the order in which the source writes them, and NaN and infinities keep their meaning.
 _COMPILE = (
@@ -114,16 +107,6 @@ def find_compiler() -> Compiler | None:
 def instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets that are built on this platform, least capable first."""
     return tuple(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
-
-
-def buildable(compiler: Compiler) -> tuple[str, ...]:
-    """Return those instruction sets of this platform whose flags a compiler knows: old ones do not know the newest."""
-    return tuple(isa for isa in instruction_sets() if not ISA_FLAGS[isa] or _knows(compiler, ISA_FLAGS[isa]))
-
-
-def _knows(compiler: Compiler, flags: Sequence[str]) -> bool:
-    command = [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def library_name(isa: str) -> str:
@@ -223,7 +206,7 @@ def _least_alike(source: Path, isa: str) -> str:
     own = _OWN_CODE.get(isa)
     if own is None or any(own in text for text in _with_headers(source, {}).values()):
         return isa
-    return _least_alike(source, list(ISA_FLAGS)[list(ISA_FLAGS).index(isa) - 1])
+    return list(ISA_FLAGS)[list(ISA_FLAGS).index(isa) - 1]
 
 
 def _with_headers(source: Path, known: dict[str, str]) -> dict[str, str]:
@@ -313,7 +296,7 @@ def main() -> None:
     compiler = find_compiler()
     if compiler is None:
         parser.error("no C++ compiler: install g++ or clang, or set CXX")
-    for library in build(options.folder.resolve(), options.isa or buildable(compiler), compiler):
+    for library in build(options.folder.resolve(), options.isa or instruction_sets(), compiler):
         print(library)
 
 

@@ -1,8 +1,9 @@
 """Library: the native CPU code, loaded by ctypes for the best instruction set of this machine.
 
-OCTAVO_CPU_ISA=baseline|avx2|avx512|avx512vnni|amx asks for one instruction set, `none` for batched torch; it is read
-when the library is first needed. OCTAVO_CPU_LIBRARY_DIR names another folder of libraries, for example one built with
-sanitizers. In a source checkout the library is built on first use, and again when its sources change.
+OCTAVO_CPU_ISA=baseline|avx2|avx512|avx512vnni asks for one instruction set, `none` for batched torch; it is read when
+the library is first needed. OCTAVO_CPU_TILES=0 keeps products out of the tiles of AMX. OCTAVO_CPU_LIBRARY_DIR names
+another folder of libraries, for example one built with sanitizers. In a source checkout the library is built on first
+use, and again when its sources change.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ _logger = logging.getLogger("octavo_kernels")
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded native code: ctypes' handle, its instruction set, and its file."""
+    """The loaded native code: ctypes' handle, its instruction set (`+amx` where products use tiles), and its file."""
 
     handle: ctypes.CDLL
     isa: str
@@ -50,8 +51,8 @@ def library() -> Library | None:
 
     Warns (BackendFallbackWarning, once) when there is no library although OCTAVO_CPU_ISA does not say `none`.
 
-    Raises: OptionError (OCTAVO_CPU_ISA has an unknown value), BackendUnavailable (this machine cannot run what it
-    names, the file cannot be loaded or has another version, or compiling it failed).
+    Raises: OptionError (OCTAVO_CPU_ISA or OCTAVO_CPU_TILES has an unknown value), BackendUnavailable (this machine
+    cannot run what it names, the file cannot be loaded or has another version, or compiling it failed).
     """
     if not _loaded.done:
         with _loaded.lock:
@@ -81,7 +82,8 @@ def library_for(op: str) -> Library | None:
 def isa() -> str:
     """Return the instruction set of the native library in use, or "none" where batched torch serves the CPU.
 
-    One of baseline, avx2, avx512, avx512vnni, amx, none. Loads the library, with its warning and errors.
+    One of baseline, avx2, avx512, avx512vnni, avx512vnni+amx, none: the last but one where products use the tiles of
+    AMX too. Loads the library, with its warning and errors.
     """
     found = library()
     return "none" if found is None else found.isa
@@ -98,7 +100,8 @@ def supported() -> tuple[str, ...]:
 def open_library(isa: str) -> Library:
     """Load the library of one instruction set, built first in a source checkout; `library` is what ops call.
 
-    Raises: BackendUnavailable (there is none, it cannot be loaded, or it has another version).
+    Raises: BackendUnavailable (there is none, it cannot be loaded, or it has another version), OptionError
+    (OCTAVO_CPU_TILES has an unknown value).
     """
     path = _find(isa)
     if path is None:
@@ -110,7 +113,16 @@ def open_library(isa: str) -> Library:
             f"{path} has interface version {found}, expected {ABI_VERSION}; reinstall octavo-kernels so that its "
             "Python and native parts are of one build, or set OCTAVO_CPU_ISA=none to use torch"
         )
+    if isa == "avx512vnni" and hasattr(handle, "octavo_use_tiles"):
+        isa += "+amx" if handle.octavo_use_tiles(_tiles_are_wanted()) else ""
     return Library(handle, isa, path)
+
+
+def _tiles_are_wanted() -> bool:
+    value = os.environ.get("OCTAVO_CPU_TILES", "1")
+    if value not in ("0", "1"):
+        raise OptionError(f"OCTAVO_CPU_TILES is {value!r}, expected 0 or 1; set one of them, or unset it")
+    return value == "1"
 
 
 def _load() -> tuple[Library | None, str | None]:
@@ -153,11 +165,9 @@ def _machine_level() -> int:
     path = _folder() / build.library_name("baseline")
     if len(known) == 1 or not (path.exists() or _find("baseline")):
         return 0
-    # One from older sources can answer too, unless it knows fewer instruction sets. It is loaded under another name
-    # than `open_library` gives it, since the dynamic loader would hand the old file out again after a rebuild.
+    # One from older sources can answer too. It is loaded under another name than `open_library` gives it, since the
+    # dynamic loader would hand the old file out again after a rebuild under the same name.
     probe = _open(f"{path.parent}/./{path.name}")
-    if probe.octavo_abi_version() != ABI_VERSION and _find("baseline"):
-        probe = _open(f"{path.parent}/../{path.parent.name}/{path.name}")
     return min(int(probe.octavo_cpu_isa()), len(known) - 1)
 
 
@@ -172,10 +182,7 @@ def _builds_here() -> bool:
 
 
 def _obtainable(isa: str) -> bool:
-    if _is_usable(_folder() / build.library_name(isa)):
-        return True
-    compiler = build.find_compiler() if _builds_here() else None
-    return compiler is not None and isa in build.buildable(compiler)
+    return _builds_here() or _is_usable(_folder() / build.library_name(isa))
 
 
 def _is_usable(path: Path) -> bool:

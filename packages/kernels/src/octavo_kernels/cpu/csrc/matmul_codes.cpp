@@ -9,6 +9,12 @@
 
 #include <algorithm>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "codes.h"
 #include "matmul.h"
 #include "matmul_tiles.h"
@@ -223,7 +229,7 @@ void in_vectors(const Product& product, const Part& part, void* scratch) {
 template <Format F, int N>
 void rounded(const Product& product, const Part& part, void* scratch) {
   Part rest = part;
-#if defined(__AMX_INT8__)
+#if defined(OCTAVO_HAS_TILES)
   static_assert(sizeof(TileChunk<F, N>) <= kScratchBytes);
   const int64_t in_tiles = std::min(num_in_tiles(product.num_rows) - part.first_row, part.num_rows);
   if (in_tiles > 0) {
@@ -247,7 +253,7 @@ void round_rows(const Product& product, int64_t first_row, int64_t num_rows, voi
   Product to = product;
   to.rounded = out;
   int64_t row = first_row;
-#if defined(__AMX_INT8__)
+#if defined(OCTAVO_HAS_TILES)
   for (; row < std::min(stop, num_in_tiles(product.num_rows)); row += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(stop - row, kTileRows));
     auto* groups = const_cast<TileGroup<F, N>*>(tile_rows<F, N>(to, row));
@@ -284,3 +290,19 @@ bool fixed_is_faster(int64_t) { return false; }
 #endif
 
 }  // namespace octavo
+
+// Has products use the tiles of AMX, or not. Returns whether they do: Linux wants to be asked, since tiles make what it
+// keeps of a thread 8 KiB larger; with its answer all threads of the process may use them.
+extern "C" __attribute__((visibility("default"))) int octavo_use_tiles(int wanted) {
+#if defined(OCTAVO_HAS_TILES)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // bits of EDX
+  constexpr int kRequestState = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool present = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTile) != 0 && (edx & kInt8) != 0;
+  octavo::tiles_are_used = wanted != 0 && present && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
+  return octavo::tiles_are_used ? 1 : 0;
+#else
+  (void)wanted;
+  return 0;
+#endif
+}

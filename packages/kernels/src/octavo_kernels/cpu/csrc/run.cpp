@@ -2,12 +2,6 @@
 
 #include <chrono>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "ops.h"
 #include "pool.h"
 
@@ -69,37 +63,19 @@ void run_job(Team& team, const void* argument) {
   for (int64_t i = 0; i < job.num_ops; ++i) run_op(job.ops[i], job.step, team);
 }
 
-#if defined(__x86_64__)
-// Whether the processor has tiles of bytes and the system lets this process use them. Linux wants to be asked, since they
-// make what it keeps of a thread 8 KiB larger; with its answer all threads of the process may.
-bool may_use_tiles() {
-#if defined(__linux__)
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // bits of EDX
-  constexpr int kRequestState = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTile) == 0 || (edx & kInt8) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 }  // namespace
 }  // namespace octavo
 
 OCTAVO_EXPORT int octavo_abi_version(void) { return octavo::kAbiVersion; }
 
-// The widest instruction set that this processor and system run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni, 4 amx.
+// The widest instruction set that this processor and system run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni.
 OCTAVO_EXPORT int octavo_cpu_isa(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (avx2 && vnni) return octavo::may_use_tiles() ? 4 : 3;
-  if (avx2 && avx512) return 2;
+  if (avx2 && avx512) return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
   if (avx2) return 1;
 #endif
   return 0;

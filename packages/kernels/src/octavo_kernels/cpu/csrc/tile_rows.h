@@ -12,7 +12,7 @@
 
 namespace octavo {
 
-#if defined(__AMX_INT8__)
+#if defined(OCTAVO_HAS_TILES)
 
 template <Format F, int N>
 constexpr bool kInPairs = N == 3 && F != Format::kQ8_0;
@@ -31,12 +31,16 @@ struct TileGroup {
 
 template <Format F, int N>
 constexpr int64_t kBytesInTiles = sizeof(TileGroup<F, N>) / kTileRows;
+// Whether this process may use tiles, and should. Written before the first product.
+inline bool tiles_are_used = false;
+
 // Sixteen rows at a time, and those that remain if there are so many that vectors would take longer. Such a tile is filled
 // up with its last row.
 inline int64_t num_in_tiles(int64_t num_rows) {
   constexpr int64_t kLeast = 11;
   const int64_t rest = num_rows % kTileRows;
-  return num_rows >= kTileRows && rest >= kLeast ? num_rows : num_rows - rest;
+  if (!tiles_are_used || num_rows < kTileRows) return 0;
+  return rest >= kLeast ? num_rows : num_rows - rest;
 }
 #else
 template <Format F, int N>
@@ -57,7 +61,7 @@ const Group<N>* rounded_row(const Product& product, int64_t row) {
   return reinterpret_cast<const Group<N>*>(others) + (row - in_tiles) * num_groups;
 }
 
-#if defined(__AMX_INT8__)
+#if defined(OCTAVO_HAS_TILES)
 
 // The groups of sixteen rows, of which `row` is the first.
 template <Format F, int N>

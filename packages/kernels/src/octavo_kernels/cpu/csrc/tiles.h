@@ -7,9 +7,14 @@
 
 #include <cstdint>
 
+// Compilers with this header come with an assembler that knows tiles. Older ones build the library without them.
+#if defined(__AVX512VNNI__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
+#define OCTAVO_HAS_TILES 1
+#endif
+
 namespace octavo {
 
-#if defined(__AMX_INT8__)
+#if defined(OCTAVO_HAS_TILES)
 
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
