@@ -26,11 +26,12 @@ _logger = logging.getLogger("octavo_kernels")
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded native code: ctypes' handle, its instruction set (`+amx` where products use tiles), and its file."""
+    """The loaded native code: ctypes' handle, its instruction set, its file, and whether products use tiles of AMX."""
 
     handle: ctypes.CDLL
     isa: str
     path: Path
+    tiles: bool = False
 
 
 class _Loaded:
@@ -82,8 +83,8 @@ def library_for(op: str) -> Library | None:
 def isa() -> str:
     """Return the instruction set of the native library in use, or "none" where batched torch serves the CPU.
 
-    One of baseline, avx2, avx512, avx512vnni, avx512vnni+amx, none: the last but one where products use the tiles of
-    AMX too. Loads the library, with its warning and errors.
+    One of baseline, avx2, avx512, avx512vnni, none; it says which bits a result has. Loads the library, with its
+    warning and errors.
     """
     found = library()
     return "none" if found is None else found.isa
@@ -113,9 +114,8 @@ def open_library(isa: str) -> Library:
             f"{path} has interface version {found}, expected {ABI_VERSION}; reinstall octavo-kernels so that its "
             "Python and native parts are of one build, or set OCTAVO_CPU_ISA=none to use torch"
         )
-    if isa == "avx512vnni" and hasattr(handle, "octavo_use_tiles"):
-        isa += "+amx" if handle.octavo_use_tiles(_tiles_are_wanted()) else ""
-    return Library(handle, isa, path)
+    tiles = hasattr(handle, "octavo_use_tiles") and bool(handle.octavo_use_tiles(_tiles_are_wanted()))
+    return Library(handle, isa, path, tiles)
 
 
 def _tiles_are_wanted() -> bool:
