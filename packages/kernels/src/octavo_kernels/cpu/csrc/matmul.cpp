@@ -48,19 +48,20 @@ const void* round_all(const Method& method, const Product& product, void* worksp
 
 // A product cut into tasks. One row is done so quickly that asking for work takes a thread as long as some panels: most of
 // them are dealt out beforehand, in pairs, since two at once are multiplied by one row; the rest is small tasks, so that a
-// thread that was held up does not hold up the others. With more rows every task is worth asking for, and there are so
-// many that every thread gets as many panels, if that can be.
+// thread that was held up does not hold up the others. Threads begin at both ends, so what is dealt lies there, and the
+// rest between. With more rows every task is worth asking for, and there are so many that every thread gets as many
+// panels, if that can be.
 struct Cut {
-  int64_t num_panels, num_dealt, step, num_tasks;  // tasks of one block of rows
+  int64_t num_panels, num_dealt = 0, step, num_tasks = 1;  // tasks of one block of rows
 
-  Cut(int64_t panels, int64_t num_rows, int64_t num_threads)
-      : num_panels(panels), num_dealt(0), step(panels), num_tasks(1), threads(num_threads) {
+  Cut(int64_t panels, int64_t num_rows, int64_t threads) : num_panels(panels), step(panels) {
     if (threads == 1) return;
     if (num_rows == 1) {
       num_dealt = num_panels * 3 / 4 / threads / 2 * 2;
+      if (num_dealt > 0) num_first = (threads + 1) / 2, num_last = threads / 2;
       const int64_t rest = num_panels - num_dealt * threads;
       step = round_up(ceil_div(rest, 2 * threads), 2);
-      num_tasks = (num_dealt > 0 ? threads : 0) + ceil_div(rest, step);
+      num_tasks = num_first + ceil_div(rest, step) + num_last;
     } else {
       int64_t tasks_of_thread = kTasksOfThread;
       while (tasks_of_thread > 1 && num_panels % (tasks_of_thread * threads) != 0) --tasks_of_thread;
@@ -69,13 +70,18 @@ struct Cut {
     }
   }
   void place(int64_t task, Part& part) const {
-    const bool dealt = num_dealt > 0 && task < threads;
-    part.first_panel = dealt ? task * num_dealt : num_dealt * threads + (task - (num_dealt > 0 ? threads : 0)) * step;
-    part.num_panels = min(dealt ? num_dealt : step, num_panels - part.first_panel);
+    part.first_panel = start(task);
+    part.num_panels = start(task + 1) - part.first_panel;
   }
 
  private:
-  int64_t threads;
+  int64_t num_first = 0, num_last = 0;  // tasks that are dealt, at each end
+
+  int64_t start(int64_t task) const {
+    if (task <= num_first) return task * num_dealt;
+    if (task >= num_tasks - num_last) return num_panels - (num_tasks - task) * num_dealt;
+    return num_first * num_dealt + (task - num_first) * step;
+  }
 };
 
 struct Memory {  // what a thread needs for a product
