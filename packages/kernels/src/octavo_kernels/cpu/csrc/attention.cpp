@@ -333,7 +333,7 @@ class Walk {
 // Looks up the first tile of a task, if there are such a task and a tile.
 template <class T>
 bool find_first_tile(const PagedAttentionArgs& a, const AttentionPlan& plan, int64_t number, KvTile<T>& tile) {
-  if (number >= plan.num_tasks()) return false;
+  if (number < 0 || number >= plan.num_tasks()) return false;
   const Task task = plan.task(number);
   if (task.first_step >= task.end_step) return false;
   find(a, task.item->place(task.first_step), task.kv_head, tile);
@@ -351,7 +351,7 @@ void attend_all(const PagedAttentionArgs& a, int64_t num_seqs, Team& team) {
   team.parallel_for(plan.num_tasks(), [&](int64_t number) {
     const Task task = plan.task(number);
     KvTile<T> upcoming;
-    const bool more = find_first_tile(a, plan, number + team.num_threads(), upcoming);
+    const bool more = find_first_tile(a, plan, team.task_after(number), upcoming);
     Walk<T> walk(a, task, memory);
     const bool whole = task.item->num_parts == 1;
     walk.tiles(whole ? nullptr : partials + task.item->first_partial, more ? &upcoming : nullptr);

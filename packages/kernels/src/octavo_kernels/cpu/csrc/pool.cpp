@@ -238,7 +238,7 @@ int64_t Team::claim() {
   while (taken_ >> kLoopAt == (loop_ & 0xFFFF)) {
     const uint64_t first = taken_ & kMaxTasks, last = taken_ >> kCountBits & kMaxTasks;
     if (first + last >= num_tasks_) return -1;
-    const bool from_last = index_ % 2 == 1;
+    const bool from_last = begins_last();
     const uint64_t claimed = taken_ + (from_last ? uint64_t{1} << kCountBits : 1);
     if (!pool_.taken_.compare_exchange_strong(taken_, claimed, std::memory_order_acq_rel)) continue;
     taken_ = claimed;

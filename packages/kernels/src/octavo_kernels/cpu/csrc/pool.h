@@ -40,6 +40,13 @@ class Team {
     }
   }
 
+  // The task of this loop that this thread gets after `task` if all threads are equally fast; beyond its ends if none is
+  // left. In a body.
+  int64_t task_after(int64_t task) const {
+    const int64_t at_this_end = (num_threads() + (begins_last() ? 0 : 1)) / 2;
+    return begins_last() ? task - at_this_end : task + at_this_end;
+  }
+
   // Returns this thread's scratch memory of at least num_bytes, aligned to 64; what was in it may be lost.
   // Valid until the next call by the same thread.
   void* scratch(size_t num_bytes);
@@ -52,6 +59,7 @@ class Team {
   static constexpr int kCountBits = 24, kLoopAt = 2 * kCountBits;  // of what has been taken of a loop
   static constexpr int64_t kMaxTasks = (int64_t{1} << kCountBits) - 1;  // of a loop of threads
 
+  bool begins_last() const { return index_ % 2 == 1; }
   void begin_loop(int64_t num_tasks);
   int64_t claim();  // a task of this loop, or -1 if none is left
   void end_loop(uint64_t num_done);
