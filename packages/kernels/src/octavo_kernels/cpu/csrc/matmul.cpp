@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
 constexpr int64_t kRowsRoundedAlone = 4;  // so few are rounded by every thread for itself, which saves a loop
-constexpr int64_t kTasksOfThread = 4;
 constexpr int64_t kNumSlices = 64;      // parts that an arg-max is cut into, whatever the number of threads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,42 +45,48 @@ const void* round_all(const Method& method, const Product& product, void* worksp
   return workspace;
 }
 
-// A product cut into tasks. One row is done so quickly that asking for work takes a thread as long as some panels: most of
-// them are dealt out beforehand, in pairs, since two at once are multiplied by one row; the rest is small tasks, so that a
-// thread that was held up does not hold up the others. Threads begin at both ends, so what is dealt lies there, and the
-// rest between. With more rows every task is worth asking for, and there are so many that every thread gets as many
-// panels, if that can be.
-struct Cut {
-  int64_t num_panels, num_dealt = 0, step, num_tasks = 1;  // tasks of one block of rows
-
-  Cut(int64_t panels, int64_t num_rows, int64_t threads) : num_panels(panels), step(panels) {
-    if (threads == 1) return;
-    if (num_rows == 1) {
-      num_dealt = num_panels * 3 / 4 / threads / 2 * 2;
-      if (num_dealt > 0) num_first = (threads + 1) / 2, num_last = threads / 2;
-      const int64_t rest = num_panels - num_dealt * threads;
-      step = round_up(ceil_div(rest, 2 * threads), 2);
-      num_tasks = num_first + ceil_div(rest, step) + num_last;
-    } else {
-      int64_t tasks_of_thread = kTasksOfThread;
-      while (tasks_of_thread > 1 && num_panels % (tasks_of_thread * threads) != 0) --tasks_of_thread;
-      step = ceil_div(num_panels, threads * (tasks_of_thread > 1 ? tasks_of_thread : kTasksOfThread));
-      num_tasks = ceil_div(num_panels, step);
+// The panels of a product cut into tasks for threads that begin at both ends: large ones there, since asking for work
+// takes a thread as long as some panels by one row, and ever smaller ones towards the middle, where threads end, so that one
+// that was held up does not hold up the others. One row takes panels in pairs, since it multiplies two at once.
+class Cut {
+ public:
+  Cut(int64_t num_panels, int64_t num_rows, int64_t num_threads)
+      : num_panels_(num_panels), num_first_((num_threads + 1) / 2), num_last_(num_threads / 2) {
+    const int64_t grain = num_rows == 1 ? 2 : 1;
+    int64_t rest = num_panels;
+    while (num_threads > 1 && num_rounds_ < kMaxRounds) {
+      const int64_t size = (num_rows == 1 ? 3 * rest / 4 : rest / 2) / num_threads / grain * grain;
+      if (size == 0) break;
+      rest -= size * num_threads;
+      start_[num_rounds_ + 1] = start_[num_rounds_] + size;
+      ++num_rounds_;
     }
+    middle_step_ = num_threads == 1 ? num_panels : grain;
+    num_tasks_ = num_rounds_ * num_threads + ceil_div(rest, middle_step_);
   }
-  void place(int64_t task, Part& part) const {
-    part.first_panel = start(task);
-    part.num_panels = start(task + 1) - part.first_panel;
+
+  int64_t num_tasks() const { return num_tasks_; }
+
+  // Panels before a task. At each end the threads of that end get one task of a round each, of the same size.
+  int64_t start(int64_t task) const {
+    const int64_t middle = num_rounds_ * num_first_, back = num_tasks_ - task;
+    if (task <= middle) return in_rounds(task, num_first_);
+    if (back <= num_rounds_ * num_last_) return num_panels_ - in_rounds(back, num_last_);
+    return in_rounds(middle, num_first_) + (task - middle) * middle_step_;
   }
 
  private:
-  int64_t num_first = 0, num_last = 0;  // tasks that are dealt, at each end
+  static constexpr int kMaxRounds = 16;
 
-  int64_t start(int64_t task) const {
-    if (task <= num_first) return task * num_dealt;
-    if (task >= num_tasks - num_last) return num_panels - (num_tasks - task) * num_dealt;
-    return num_first * num_dealt + (task - num_first) * step;
+  int64_t in_rounds(int64_t num_tasks, int64_t num_threads) const {
+    if (num_tasks == 0) return 0;
+    const int64_t round = num_tasks / num_threads, begun = num_tasks % num_threads;
+    return start_[round] * num_threads + (begun > 0 ? begun * (start_[round + 1] - start_[round]) : 0);
   }
+
+  int64_t num_panels_, num_first_, num_last_, middle_step_, num_tasks_;
+  int64_t num_rounds_ = 0;
+  int64_t start_[kMaxRounds + 1] = {};  // panels of a thread before a round
 };
 
 struct Memory {  // what a thread needs for a product
@@ -163,6 +168,7 @@ void argmax_part(const PackedArgmaxArgs& args, const Product& product, Part part
   for (int64_t panel = part.first_panel; panel < stop; panel += 2) {
     part.first_panel = panel;
     part.num_panels = min(2, stop - panel);
+    part.next_panel = panel + 2;
     part.out = tile;
     part.out_stride = 2 * kPanel;
     compute(product, part, scratch);
@@ -184,12 +190,17 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
   product.rounded = round_all(method, product, args.workspace, memory.rounded, team);
   const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
-  team.parallel_for(num_row_blocks * cut.num_tasks, [&](int64_t task) {
+  const int64_t num_tasks = num_row_blocks * cut.num_tasks();
+  team.parallel_for(num_tasks, [&](int64_t task) {
     Part part{};
-    part.first_row = task / cut.num_tasks * rows_of_block;
+    part.first_row = task % num_row_blocks * rows_of_block;
     part.num_rows = min(rows_of_block, num_rows - part.first_row);
     if (part.num_rows <= 0) return;
-    cut.place(task % cut.num_tasks, part);
+    part.first_panel = cut.start(task / num_row_blocks);
+    part.num_panels = cut.start(task / num_row_blocks + 1) - part.first_panel;
+    const int64_t after = team.task_after(task);
+    const bool more = after >= 0 && after < num_tasks;
+    part.next_panel = more ? cut.start(after / num_row_blocks) : part.first_panel + part.num_panels;
     linear_part(args, product, part, method.part, memory.scratch);
   });
 }
@@ -209,7 +220,7 @@ void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   team.parallel_for(num_slices * num_row_blocks, [&](int64_t task) {
     const int64_t slice = task % num_slices, first_row = task / num_slices * kRowsOfTask;
     const Part part{first_row, min(kRowsOfTask, num_rows - first_row), slice * step,
-                    min(step, num_panels - slice * step), nullptr, 0};
+                    min(step, num_panels - slice * step), (slice + 1) * step, nullptr, 0};
     argmax_part(args, product, part, method.part, memory.scratch, best + slice * num_rows + first_row);
   });
   team.parallel_for(num_rows, [&](int64_t row) {

@@ -28,6 +28,7 @@ struct Part {
   int64_t num_rows;
   int64_t first_panel;
   int64_t num_panels;
+  int64_t next_panel;  // that the thread probably needs afterwards; one that exists or the one behind the last
   float* out;
   int64_t out_stride;
 };

@@ -150,11 +150,17 @@ void tile(const TileGroup<F, N>* x, int num_rows, TileChunk<F, N>& chunk, int64_
           const float* begin, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
   Stream<F, N> stream(x, chunk, half);
   stream.load_outputs(begin, out_stride, num_rows);
+  const auto look_ahead = [&](int64_t g) OCTAVO_INLINE_LAMBDA {
+    prefetch_lines(next, g * next_bytes, (g + 1) * next_bytes);
+    if (g < num_rows) __builtin_prefetch(out + g * out_stride, 1);  // the row will be written to
+  };
+  look_ahead(0);
   stream.template multiply<0>(0);
+  if (num_groups > 1) look_ahead(1);
   if (num_groups > 1) stream.template multiply<1>(1);
   stream.template store<0>(0);
   for (int64_t g = 2; g < num_groups; ++g) {
-    prefetch(next + g * next_bytes, next_bytes);
+    look_ahead(g);
     if (g % 2 == 0) {
       stream.template step<0>(g);
     } else {
@@ -176,13 +182,15 @@ void multiply_in_tiles(const Product& product, const Part& part, TileChunk<F, N>
   const TileGroup<F, N>* x = tile_rows<F, N>(product, part.first_row);
   const int64_t num_blocks = (part.num_rows + kTileRows - 1) / kTileRows, num_groups = product.in_features / kGroup;
   const int64_t num_chunks = (num_groups + chunk.kMaxGroups - 1) / chunk.kMaxGroups;
-  const int64_t next_bytes = (bytes_of_group(F) / (2 * num_blocks) + 63) / 64 * 64;
+  const int64_t next_bytes = (bytes_of_group(F) + 2 * num_blocks - 1) / (2 * num_blocks);  // for a group of a tile to ask for
+  const int64_t panel_bytes = bytes_of_panel(F, product.in_features);
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
-    const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+    const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
+    const uint8_t* following = panel + 1 < part.num_panels ? weights + panel_bytes : product.weight + part.next_panel * panel_bytes;
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
       unpack<F, N>(weights + first * bytes_of_group(F), count, chunk);
-      const uint8_t* next = weights + (first + count) * bytes_of_group(F);
+      const uint8_t* next = c + 1 < num_chunks ? weights + (first + count) * bytes_of_group(F) : following;
       for (int64_t block = 0; block < num_blocks; ++block)
         for (int half = 0; half < 2; ++half) {
           float* out = part.out + block * kTileRows * part.out_stride + panel * kPanel + half * W;

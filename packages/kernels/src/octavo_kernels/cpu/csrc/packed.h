@@ -54,6 +54,10 @@ void with_format(int64_t format, Function&& function) {
 OCTAVO_INLINE void prefetch(const uint8_t* p, int64_t num_bytes) {
   for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(p + i);
 }
+// Asks for the lines that begin in bytes first .. stop - 1 from p on, which begins a line.
+OCTAVO_INLINE void prefetch_lines(const uint8_t* p, int64_t first, int64_t stop) {
+  for (int64_t i = (first + 63) / 64 * 64; i < stop; i += 64) __builtin_prefetch(p + i);
+}
 
 OCTAVO_INLINE uint16_t read_u16(const uint8_t* p) {
   uint16_t value;
