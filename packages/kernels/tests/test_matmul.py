@@ -344,6 +344,21 @@ def test_rows_of_many_blocks_have_the_same_bits(weight_format, int8):
         assert torch.equal(bits(best), bits(few[:num_tokens].amax(1))), num_tokens
 
 
+@pytest.mark.usefixtures("native_library")
+@pytest.mark.parametrize("out_features", [1, 31, 64, 90, 576, 1000])
+@pytest.mark.parametrize("num_rows", [1, 2, 40, 270])
+def test_any_number_of_threads_takes_every_panel_once(out_features, num_rows):
+    weight = random_weight(WeightFormat.Q4_1, out_features, 64)
+    x = torch.randn(num_rows, 64)
+    results = []
+    for num_threads in (1, 2, 3, 4, 7, 16):
+        out = torch.full((num_rows, out_features), torch.nan)
+        with ok.native_threads(num_threads):
+            ok.packed_linear(x, weight, out=out)
+        results.append(out)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @pytest.fixture
 def torch_alone(monkeypatch):
     """Have torch serve the cpu backend, whether or not native code could."""

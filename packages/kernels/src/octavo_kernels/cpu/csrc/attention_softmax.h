@@ -108,8 +108,9 @@ constexpr int kUnroll = W == 16 ? kTile / W : 1;  // what has no room in registe
 
 // Whether a score is a product times the scale, all positions are seen, and weights are not scaled.
 inline bool is_plain(const Scoring& how) {
-  return how.k_scale == nullptr && how.v_scale == nullptr && how.args->soft_cap == 0.0f && how.args->alibi_slopes == nullptr && how.begin == 0 &&
-         how.end == kTile;
+  const PagedAttentionArgs& a = *how.args;
+  const bool scaled = how.k_scale != nullptr || how.v_scale != nullptr;
+  return !scaled && a.soft_cap == 0.0f && a.alibi_slopes == nullptr && how.begin == 0 && how.end == kTile;
 }
 
 // Turns products [kTile] into scores, in place. Returns the largest.

@@ -225,7 +225,10 @@ void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   });
   team.parallel_for(num_rows, [&](int64_t row) {
     Best of_all = best[row];
-    for (int64_t slice = 1; slice < num_slices; ++slice) of_all.take(best[slice * num_rows + row].value, best[slice * num_rows + row].index);
+    for (int64_t slice = 1; slice < num_slices; ++slice) {
+      const Best& other = best[slice * num_rows + row];
+      of_all.take(other.value, other.index);
+    }
     args.ids[row] = of_all.index;
     args.best[row] = of_all.value;
   });

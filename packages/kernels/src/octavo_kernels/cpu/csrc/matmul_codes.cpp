@@ -9,12 +9,6 @@
 
 #include <algorithm>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "codes.h"
 #include "matmul.h"
 #include "matmul_tiles.h"
@@ -290,19 +284,3 @@ bool fixed_is_faster(int64_t) { return false; }
 #endif
 
 }  // namespace octavo
-
-// Has products use the tiles of AMX, or not. Returns whether they do: Linux wants to be asked, since tiles make what it
-// keeps of a thread 8 KiB larger; with its answer all threads of the process may use them.
-extern "C" __attribute__((visibility("default"))) int octavo_use_tiles(int wanted) {
-#if defined(OCTAVO_HAS_TILES)
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // bits of EDX
-  constexpr int kRequestState = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool present = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTile) != 0 && (edx & kInt8) != 0;
-  octavo::tiles_are_used = wanted != 0 && present && syscall(SYS_arch_prctl, kRequestState, kTileData) == 0;
-  return octavo::tiles_are_used ? 1 : 0;
-#else
-  (void)wanted;
-  return 0;
-#endif
-}

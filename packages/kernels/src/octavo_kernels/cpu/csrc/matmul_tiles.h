@@ -126,8 +126,8 @@ class Stream {
   }
 
   // By the operations of few rows.
-  static OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[kTileDigits<F, N>][kTileRows][W], const TileGroup<F, N>& x, int row, vf d,
-                                     vf m, vf out) {
+  static OCTAVO_INLINE vf add_scaled(const int32_t (&sums)[kTileDigits<F, N>][kTileRows][W],
+                                     const TileGroup<F, N>& x, int row, vf d, vf m, vf out) {
     const auto sum = [&](int i) OCTAVO_INLINE_LAMBDA { return _mm512_load_si512(sums[i][row]); };
     const vf scale = vset(x.scale[row]);
     if constexpr (F == Format::kQ4_1) out = vfma(vset(x.offset[row]), m, out);
@@ -144,7 +144,8 @@ class Stream {
   vf outputs_[kTileRows];
 };
 
-// Up to sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros.
+// Up to sixteen rows times W outputs of a chunk. A `begin` of null stands for zeros. With every group, next_bytes of what
+// will be needed afterwards are asked for, from `next` on, and a row that will be written.
 template <Format F, int N>
 void tile(const TileGroup<F, N>* x, int num_rows, TileChunk<F, N>& chunk, int64_t num_groups, int half,
           const float* begin, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
@@ -152,11 +153,10 @@ void tile(const TileGroup<F, N>* x, int num_rows, TileChunk<F, N>& chunk, int64_
   stream.load_outputs(begin, out_stride, num_rows);
   const auto look_ahead = [&](int64_t g) OCTAVO_INLINE_LAMBDA {
     prefetch_lines(next, g * next_bytes, (g + 1) * next_bytes);
-    if (g < num_rows) __builtin_prefetch(out + g * out_stride, 1);  // the row will be written to
+    if (g < num_rows) __builtin_prefetch(out + g * out_stride, 1);
   };
-  look_ahead(0);
+  for (int64_t g = 0; g < std::min<int64_t>(num_groups, 2); ++g) look_ahead(g);
   stream.template multiply<0>(0);
-  if (num_groups > 1) look_ahead(1);
   if (num_groups > 1) stream.template multiply<1>(1);
   stream.template store<0>(0);
   for (int64_t g = 2; g < num_groups; ++g) {
@@ -182,11 +182,12 @@ void multiply_in_tiles(const Product& product, const Part& part, TileChunk<F, N>
   const TileGroup<F, N>* x = tile_rows<F, N>(product, part.first_row);
   const int64_t num_blocks = (part.num_rows + kTileRows - 1) / kTileRows, num_groups = product.in_features / kGroup;
   const int64_t num_chunks = (num_groups + chunk.kMaxGroups - 1) / chunk.kMaxGroups;
-  const int64_t next_bytes = (bytes_of_group(F) + 2 * num_blocks - 1) / (2 * num_blocks);  // for a group of a tile to ask for
+  const int64_t next_bytes = (bytes_of_group(F) + 2 * num_blocks - 1) / (2 * num_blocks);  // a tile's, for each group
   const int64_t panel_bytes = bytes_of_panel(F, product.in_features);
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
     const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
-    const uint8_t* following = panel + 1 < part.num_panels ? weights + panel_bytes : product.weight + part.next_panel * panel_bytes;
+    const bool last = panel + 1 == part.num_panels;
+    const uint8_t* following = last ? product.weight + part.next_panel * panel_bytes : weights + panel_bytes;
     for (int64_t c = 0; c < num_chunks; ++c) {  // chunks of nearly equal length
       const int64_t first = num_groups * c / num_chunks, count = num_groups * (c + 1) / num_chunks - first;
       unpack<F, N>(weights + first * bytes_of_group(F), count, chunk);

@@ -79,6 +79,7 @@ OCTAVO_INLINE void store_low_bytes(int8_t* to, Words a, Words b, Words c, Words 
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, quarters));
 }
 
+// Writes two vectors of numbers of 12 bits as pairs of digits: those of 8 bits, then those of 4.
 OCTAVO_INLINE void store_pairs(int8_t* to, Words a, Words b) {
   const Words low = repeat(15);
   store_low_bytes(to, _mm512_srai_epi32(a, 4), _mm512_srai_epi32(b, 4), _mm512_and_si512(a, low),
