@@ -1,5 +1,8 @@
 """Recorded programs: the bits of the eager calls for any number of tokens, memory that serves again, and refusals."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -124,6 +127,17 @@ def test_an_op_without_native_code_cannot_be_recorded():
     x, weight = torch.zeros(4, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     with pytest.raises(NotRecordable), Recording(4):
         ok.rms_norm(x, weight, 1e-5)
+
+
+def test_recording_does_not_import_torchs_compiler():
+    code = (
+        "import sys, torch, octavo_kernels as ok\n"
+        "x, weight = torch.zeros(4, 8), torch.ones(8)\n"
+        "with ok.Recording(4):\n"
+        "    ok.rms_norm(x, weight, 1e-5)[:2].view(16)\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_views_may_be_taken_between_ops():

@@ -212,6 +212,11 @@ def _address(memory: bytearray) -> int:
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the class unannotated
     """Lets torch make views and refuses every other operation: a program would not repeat it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from wrapping `__torch_dispatch__` against torch.compile: that imports the compiler, about 1 s."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
