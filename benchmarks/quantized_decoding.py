@@ -33,6 +33,7 @@ from octavo_engine import EngineConfig
 from octavo_engine.assembly import Place, assemble
 from octavo_engine.models.config import ModelConfig
 from octavo_engine.numerics import resolve_numerics
+from octavo_engine.opening import opening
 from octavo_engine.quant.choose import choose_method
 from octavo_engine.quant.schemes.bitsandbytes import RowBytes, Table4
 from octavo_engine.quant.schemes.gptq import GPTQTensor
@@ -236,7 +237,8 @@ class Contestant:
         make_model = partial(load_model, device=numerics.device, dtype=numerics.dtype, quant=method)
         before = packed_bytes()
         other: Any = source
-        self._built = assemble(config, other, numerics, Place(make_model, KVStorage), None, time.monotonic())
+        with opening(other) as opened:
+            self._built = assemble(config, opened, numerics, Place(make_model, KVStorage), None, time.monotonic())
         self._streams = submit(self._built, 1, num_steps)
         self.memory = (packed_bytes() - before) / source.file_bytes if source.file_bytes else None
         self.seconds: list[float] = []

@@ -22,7 +22,8 @@ from typing import Any
 from workload import english_ids, make_fixed_workload
 
 from octavo_engine import EngineConfig, SamplingParams
-from octavo_engine.build import BuiltEngine, build_engine
+from octavo_engine.assembly import BuiltEngine
+from octavo_engine.build import build_engine
 from octavo_kernels import fallbacks
 
 TARGETS = {("fast", 32): 10.0, ("fast", 1): 15.0, ("exact", 1): 15.0}  # percent outside kernels, at most

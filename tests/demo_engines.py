@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octavo_engine import EngineConfig
-from octavo_engine.build import BuiltEngine, build_engine
+from octavo_engine.assembly import BuiltEngine
+from octavo_engine.build import build_engine
 from octavo_engine.engine import Engine
 from octavo_engine.executor.inline import InlineExecutor
 from octavo_engine.preemption import PreemptionPolicy, TransferCost

@@ -19,7 +19,8 @@ def test_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "module", ["types", "config", "batch", "sequence", "scheduler", "engine", "async_engine", "api", "text.processor"]
+    "module",
+    ["types", "config", "batch", "sequence", "scheduler", "engine", "async_engine", "api", "text.processor", "build"],
 )
 def test_core_modules_load_no_torch(module: str):
     code = f"import sys, octavo_engine.{module}; sys.exit('torch' in sys.modules)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from octavo_engine.fair_queue import FairQueue
 from octavo_engine.kv_dtype import dtype_name
 from octavo_engine.models.registry import Model
 from octavo_engine.numerics import Numerics
+from octavo_engine.opening import Opening
 from octavo_engine.quant.choose import native_isa
 from octavo_engine.runner.adapter_plan import AdapterPlan
 from octavo_engine.runner.adapter_pool import AdapterPool
@@ -74,7 +74,7 @@ class Place(NamedTuple):
 
 def assemble(
     config: EngineConfig,
-    source: Source,
+    opened: Opening,
     numerics: Numerics,
     place: Place,
     progress: Progress | None,
@@ -84,7 +84,7 @@ def assemble(
 
     Args:
         config: what the user chose.
-        source: of the model.
+        opened: the model's source.
         numerics: what the configuration comes to here.
         place: makes the model and its KV cache.
         progress: called with the number of weights loaded and their total.
@@ -95,10 +95,8 @@ def assemble(
         InvalidConfig: if the settings do not fit the model or the memory.
     """
     device = numerics.device
-    # Hashing and packing release the interpreter lock; the tokenizer is built in what is left of it.
-    with ThreadPoolExecutor(2, thread_name_prefix="octavo-open") as pool:
-        digest, tokenizer = pool.submit(lambda: source.digest), pool.submit(source.tokenizer)
-        model = place.make_model(source, progress=progress)
+    source, digest, tokenizer = opened
+    model = place.make_model(source, progress=progress)
     specs = model.kv_cache_specs(numerics.kv_dtype)
     bytes_here = sum(s.bytes_per_block(config.block_size) for s in specs)  # of a rank's part of its own layers
     bytes_per_block = bytes_here * config.tensor_parallel_size * source.config.num_layers // len(specs)

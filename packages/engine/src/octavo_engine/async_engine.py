@@ -40,8 +40,8 @@ from octavo_engine.warming import warm_output
 from octavo_engine.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from octavo_engine.build import Progress
     from octavo_engine.config import EngineConfig
+    from octavo_engine.weights.load import Progress
 
 R = TypeVar("R", bound=Reader)
 _log = logging.getLogger(__name__)

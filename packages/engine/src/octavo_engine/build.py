@@ -1,25 +1,17 @@
-"""Builds an engine in this process out of a configuration: its source, its numbers, and where its model is to be."""
+"""Builds an engine in this process out of a configuration. Importing this module loads no torch."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-
-from octavo_engine.assembly import BuiltEngine, Place, assemble
 from octavo_engine.config import EngineConfig
-from octavo_engine.errors import InvalidConfig
-from octavo_engine.kv_dtype import check_scales
-from octavo_engine.kv_scales import load_with_scales
-from octavo_engine.numerics import Numerics, resolve_numerics
-from octavo_engine.parallel.torchrun import describe_sizes
-from octavo_engine.quant.choose import choose_method
-from octavo_engine.weights.load import Progress
-from octavo_engine.weights.source import Source, open_source
-from octavo_kvcache.storage import KVStorage
+from octavo_engine.opening import opening
+from octavo_engine.weights.source import open_source
 
-__all__ = ["BuiltEngine", "Progress", "build_engine"]
+if TYPE_CHECKING:
+    from octavo_engine.assembly import BuiltEngine
+    from octavo_engine.weights.load import Progress
 
 
 def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
@@ -34,74 +26,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         InvalidConfig: if the settings do not fit the model or the memory.
     """
     started = time.monotonic()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    source = open_source(config.model)
-    numerics = resolve_numerics(config, source.config)
-    check_scales(source, numerics.kv_dtype, config.num_ranks)
-    device = numerics.device
-    if config.num_ranks > 1:
-        return _build_split(config, source, numerics, progress, started)
-    quant = choose_method(
-        device,
-        numerics.dtype,
-        int8_activations=config.mode == "fast",
-        batch_invariant=numerics.deterministic,
-    )
-    make_model = partial(
-        load_with_scales,
-        kv_dtype=numerics.kv_dtype,
-        device=device,
-        dtype=numerics.dtype,
-        quant=quant,
-        batch_invariant=numerics.deterministic,
-        quantization=config.quantization,
-    )
-    return assemble(config, source, numerics, Place(make_model, KVStorage), progress, started)
+    with opening(open_source(config.model)) as opened:
+        from octavo_engine.placement import place_engine  # imports torch, while the model is read
 
-
-def _build_split(
-    config: EngineConfig, source: Source, numerics: Numerics, progress: Progress | None, started: float
-) -> BuiltEngine:
-    """Build an engine whose model is split over this process and others, which end if that fails."""
-    if not torch.distributed.is_available():
-        raise InvalidConfig(
-            f"{describe_sizes(config.tensor_parallel_size, config.pipeline_parallel_size)} needs torch.distributed, "
-            "which this build of torch does not have; install another one, or use 1"
-        )
-    from octavo_engine.parallel.adapters import LeadingAdapterPool
-    from octavo_engine.parallel.leader import LeadingStorage
-    from octavo_engine.parallel.pipelined_runner import PipelinedRunner
-    from octavo_engine.parallel.split import RayPlace, load_split, make_job, make_team
-
-    job = make_job(
-        source,
-        size=config.tensor_parallel_size,
-        num_stages=config.pipeline_parallel_size,
-        device=numerics.device,
-        dtype=numerics.dtype,
-        kv_dtype=numerics.kv_dtype,
-        int8_activations=config.mode == "fast",
-        batch_invariant=numerics.deterministic,
-        num_threads=config.num_threads,
-        block_size=config.block_size,
-        expert_parallel=config.expert_parallel,
-        quantization=config.quantization,
-        dbo_token_threshold=config.dbo_token_threshold if config.enable_dbo else None,
-        stage_seconds=config.watchdog_timeout,
-    )
-    ray = RayPlace(config.ray_address, config.ray_placement) if config.executor == "ray" else None
-    team = make_team(job, config.rank_timeout, ray)
-    staged = partial(PipelinedRunner, max_in_flight=len(job.stages)) if job.is_pipelined else None
-    place = Place(
-        partial(load_split, job=job, team=team),
-        partial(LeadingStorage, team=team),
-        team,
-        staged,
-        partial(LeadingAdapterPool, team=team),
-    )
-    try:
-        return assemble(config, source, numerics, place, progress, started)
-    except BaseException:
-        team.close()
-        raise
+        return place_engine(config, opened, progress, started)
