@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py --out benchmarks/results/startup
 
-Each round runs both. Before a cold run the page cache is dropped and the user's cache folder is an empty one
-(XDG_CACHE_HOME), as on the first run after an installation and a restart; where the page cache may not be dropped, the
-benchmark says so, and "cold" then means the empty folder alone. A warm run has the files in memory and keeps the cache
-folder of the cold run before it.
+What is run is an installation of this checkout, from wheels that are built first. Each round runs both. Before a cold
+run the page cache is dropped and the user's cache folder is an empty one (XDG_CACHE_HOME), as on the first run after an
+installation and a restart; where the page cache may not be dropped, the benchmark says so, and "cold" then means the
+empty folder alone. A warm run has the files in memory and keeps the cache folder of the cold run before it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from installed import Installation, install
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 TARGETS = {"cold": 5.0, "warm": 3.0}  # seconds to the first text, at most
@@ -43,11 +44,10 @@ def drop_page_cache() -> str | None:
     return None
 
 
-def start(options: list[str], cache: Path) -> Start:
+def start(installation: Installation, options: list[str], cache: Path) -> Start:
     """Run `octavo run` once and note when its first text comes."""
-    program = str(Path(sys.executable).with_name("octavo"))
-    command = [program, "run", "Say hello.", "--temperature", "0", "--max-tokens", "8", *options]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    command = [installation.program("octavo"), "run", "Say hello.", "--temperature", "0", "--max-tokens", "8", *options]
+    environment = installation.environment | {"XDG_CACHE_HOME": str(cache)}
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
@@ -58,6 +58,20 @@ def start(options: list[str], cache: Path) -> Start:
     if code or not first.strip():
         raise SystemExit(f"octavo run ended with exit code {code} and {'no' if not first else 'blank'} first text")
     return Start(first_text, time.monotonic() - started)
+
+
+def measure(
+    installation: Installation, options: list[str], num_rounds: int
+) -> tuple[dict[str, list[Start]], str | None]:
+    """Return the runs of each kind, and why the page cache could not be dropped, or None."""
+    runs: dict[str, list[Start]] = {"cold": [], "warm": []}
+    obstacle = None
+    for _ in range(num_rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            obstacle = drop_page_cache()
+            runs["cold"].append(start(installation, options, Path(folder)))
+            runs["warm"].append(start(installation, options, Path(folder)))
+    return runs, obstacle
 
 
 def verdict(kind: str, seconds: float) -> str:
@@ -75,13 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     options = ["--model", arguments.model] if arguments.model else []
     options += ["--mode", arguments.mode] if arguments.mode else []
-    runs: dict[str, list[Start]] = {"cold": [], "warm": []}
-    obstacle = None
-    for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            obstacle = drop_page_cache()
-            runs["cold"].append(start(options, Path(folder)))
-            runs["warm"].append(start(options, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        runs, obstacle = measure(install(Path(folder)), options, arguments.rounds)
     if obstacle:
         print(f"the page cache was not dropped ({obstacle}): cold is an empty cache folder alone")
     medians = {kind: statistics.median(run.first_text for run in starts) for kind, starts in runs.items()}
