@@ -65,7 +65,7 @@ class Memory {
 // are asked for: each block is in another page, and all that is asked for in a page waits until its address is looked up.
 template <class T>
 OCTAVO_INLINE void line_up(const T* at, int64_t stride, int first, int end, const T** to) {
-  __builtin_prefetch(at, 0, 3);
+  __builtin_prefetch(at, 0, 2);
   for (int j = first; j < end; ++j, at += stride) to[j] = at;
 }
 

@@ -103,7 +103,7 @@ OCTAVO_INLINE vf score(const Scoring& how, vf product, int first) {
   return vselect_less(lane, vset(static_cast<float>(how.end)), x, nothing);
 }
 
-constexpr int kLinesOfSoftmax = 20;  // that are asked for ahead
+constexpr int kLinesOfSoftmax = 48;  // that are asked for ahead
 constexpr int kUnroll = W == 16 ? kTile / W : 1;  // what has no room in registers gains nothing but size
 
 // Whether a score is a product times the scale, all positions are seen, and weights are not scaled.

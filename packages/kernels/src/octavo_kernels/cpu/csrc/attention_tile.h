@@ -55,9 +55,10 @@ class Ahead {
   // Asks for up to `count` more lines.
   OCTAVO_INLINE void fetch(int count) {
     for (; count > 0 && at_ != nullptr; --count) {
-      // Into all caches: a tile and the next one are more than the first cache holds, and a line that has passed by the
-      // second one (locality 0) is read from memory again once it has left the first.
-      __builtin_prefetch(at_, 0, 3);
+      // Into the second cache: a tile and the next one are more than the first one holds, and the few reads that it can
+      // wait for at a time are left to those that are needed now. A line that passed by the second one (locality 0)
+      // would be read from memory again once it has left the first.
+      __builtin_prefetch(at_, 0, 2);
       at_ += kLine;
       if (at_ >= vector_end_) take();
     }
@@ -217,7 +218,7 @@ OCTAVO_INLINE void load_values(const T* from, vf* to) {
 template <class T, int R, int N>
 OCTAVO_INLINE void weigh_part(const T* const* v, const float* weights, int begin, int end, int d, float* sums,
                               Ahead& keys) {
-  constexpr int kBytes = N * W * static_cast<int>(sizeof(T)) * 3 / 4;  // soften_rows asks for some before
+  constexpr int kBytes = N * W * static_cast<int>(sizeof(T)) / 2;  // soften_rows asks for some before
   vf sum[R][N];
   for (int r = 0; r < R; ++r) {
     for (int i = 0; i < N; ++i) sum[r][i] = vload(sums + r * kMaxHeadDim + d + i * W);
