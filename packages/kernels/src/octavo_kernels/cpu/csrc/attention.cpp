@@ -255,7 +255,7 @@ class Walk {
     if (visit.few) {
       scores_of_few<T, R>(q, visit.tile, head_dim_, weights, visit.values);
     } else {
-      scores<R>(q, memory_.keys, head_dim_, weights);
+      scores<R>(q, memory_.keys, head_dim_, kRun<T>, weights);
     }
     const bool scaled = a_.k_scale != nullptr;
     bool plain = true;

@@ -91,106 +91,167 @@ class Ahead {
   int num_bytes_ = 0;
 };
 
-// A score is the sum of two chains: the products of even dimensions, and those of odd ones, each from dimension 0 upwards.
-// One chain would leave the few rows of a decode step waiting for their own sums.
-
-// Dimensions that are transposed at once: floats as they are, bfloat16 in pairs that are widened afterwards, which takes
-// half the shuffles, other types once they are floats.
+// A score is the sum of four chains, added in turn. Runs of dimensions that take 16 bytes of the cache belong to chains 0,
+// 1, 2, 3, 0, ...; a chain adds the products of its dimensions from 0 upwards. So where keys are transposed within
+// quarters of 16 bytes alone, which takes the fewest shuffles, each quarter of a vector has a chain of its own.
+constexpr int kChains = 4;
 template <class T>
-constexpr int kDimsAtOnce = std::is_same<T, float>::value ? kColumns : std::is_same<T, BF16>::value ? 2 * kColumns : W;
+constexpr int kRun = std::is_same<T, BF16>::value ? 8 : kQuarter;  // other types than bfloat16 are made floats first
 
-// Calls use(dimension, dimension % 2, vectors) in the order of dimensions d .. d + kDimsAtOnce<T> - 1 of G * W keys, with
-// G vectors of W keys for each. Asks for as many bytes ahead as it reads. d is even.
-template <int G, class T, class Use>
-OCTAVO_INLINE void by_dimension(const T* const* keys, int d, Ahead& ahead, Use use) {
-  constexpr bool in_pairs = std::is_same<T, BF16>::value, as_stored = in_pairs || std::is_same<T, float>::value;
-  constexpr int N = as_stored ? kColumns : W;  // what is transposed at once
-  constexpr int kBytes = G * W * static_cast<int>(sizeof(T)) * (in_pairs ? 2 : 1);
-  vf r[G][N];
-  for (int g = 0; g < G; ++g) {
-    if constexpr (as_stored) {
-      load_columns(keys + g * W, d, r[g]);
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) r[g][i] = load(keys[g * W + i] + d);
-      transpose(r[g]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) {
-    ahead.keep_up<kBytes>(i);
-    vf x[G];
-    if constexpr (in_pairs) {
-      for (int g = 0; g < G; ++g) x[g] = even_bf16(r[g][i]);
-      use(d + 2 * i, 0, x);
-      for (int g = 0; g < G; ++g) x[g] = odd_bf16(r[g][i]);
-      use(d + 2 * i + 1, 1, x);
-    } else {
-      for (int g = 0; g < G; ++g) x[g] = r[g][i];
-      use(d + i, i % 2, x);
-    }
-  }
-}
-
-// Writes the keys of a tile to out [head_dim][kTile]; positions outside begin .. end - 1 are unspecified.
+// Writes the keys of a tile to out [head_dim][kTile]; positions outside begin .. end - 1 are unspecified. bfloat16 is
+// transposed in pairs that are widened afterwards. Asks for as many bytes ahead as it reads.
 template <class T>
 void transpose_keys(const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
+  constexpr bool in_pairs = std::is_same<T, BF16>::value, as_stored = in_pairs || std::is_same<T, float>::value;
+  constexpr int N = as_stored ? kColumns : W, kDims = in_pairs ? 2 * N : N;
+  constexpr int kBytes = W * static_cast<int>(sizeof(T)) * kDims / N;
   Ahead ahead = values;  // in registers
   for (int i = tile.begin / W * W; i < tile.end; i += W)
-    for (int d = 0; d < head_dim; d += kDimsAtOnce<T>)
-      by_dimension<1>(tile.k + i, d, ahead,
-                      [&](int dim, int, const vf* key) OCTAVO_INLINE_LAMBDA { vstore(out + dim * kTile + i, key[0]); });
+    for (int d = 0; d < head_dim; d += kDims) {
+      vf r[N];
+      if constexpr (as_stored) {
+        load_columns(tile.k + i, d, r);
+      } else {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) r[j] = load(tile.k[i + j] + d);
+        transpose(r);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) {
+        ahead.keep_up<kBytes>(j);
+        if constexpr (in_pairs) {
+          vstore(out + (d + 2 * j) * kTile + i, even_bf16(r[j]));
+          vstore(out + (d + 2 * j + 1) * kTile + i, odd_bf16(r[j]));
+        } else {
+          vstore(out + (d + j) * kTile + i, r[j]);
+        }
+      }
+    }
   values = ahead;
 }
 
-// out [R][kTile] = q · k.
+// out [R][kTile] = q · k, with transposed keys of runs of `run` dimensions.
 template <int R>
-void scores(const float* const* q, const float* keys, int head_dim, float* out) {
+void scores(const float* const* q, const float* keys, int head_dim, int run, float* out) {
   constexpr int N = vectors_per_row<R>() * W > kTile ? kTile / W : vectors_per_row<R>();
-  for (int part = 0; part < 2 * kTile / (N * W); ++part) {
-    const int first = part / 2 * N * W, odd = part % 2;
+  for (int part = 0; part < kChains * kTile / (N * W); ++part) {
+    const int first = part / kChains * N * W, chain = part % kChains;
     vf sum[R][N];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) sum[r][i] = vzero();
-    for (int d = odd; d < head_dim; d += 2) {
-      vf k[N];
-      for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
+    for (int of_run = chain * run; of_run < head_dim; of_run += kChains * run)
+      for (int d = of_run; d < of_run + run; ++d) {
+        vf k[N];
+        for (int i = 0; i < N; ++i) k[i] = vload(keys + d * kTile + first + i * W);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        const vf x = vset(q[r][d]);
-        for (int i = 0; i < N; ++i) sum[r][i] = vfma(x, k[i], sum[r][i]);
+        for (int r = 0; r < R; ++r) {
+          const vf x = vset(q[r][d]);
+          for (int i = 0; i < N; ++i) sum[r][i] = vfma(x, k[i], sum[r][i]);
+        }
       }
-    }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < N; ++i) {
         float* at = out + r * kTile + first + i * W;
-        vstore(at, odd ? vadd(vload(at), sum[r][i]) : sum[r][i]);
+        vstore(at, chain > 0 ? vadd(vload(at), sum[r][i]) : sum[r][i]);
       }
+  }
+}
+
+// Dimensions of a key that one vector holds: elements of bfloat16 in pairs.
+template <class T>
+constexpr int kDimsAtOnce = W / kQuarter * kRun<T>;
+template <class T>
+constexpr int kMaxSpread = kMaxHeadDim * kQuarter;
+
+// Writes what transposed quarters of keys are multiplied with: kRun<T> vectors for each kDimsAtOnce<T> dimensions, the
+// i-th with element i of each run in its quarter. Beyond head_dim there are zeros. out [kMaxSpread<T>].
+template <class T>
+OCTAVO_INLINE void spread_query(const float* q, int head_dim, float* out) {
+  for (int d = 0; d < head_dim; d += kDimsAtOnce<T>, out += kRun<T> * W) {
+    const vf x = vload(q + d);
+    if constexpr (kRun<T> == kQuarter) {
+      spread_quarters(x, out);
+    } else {
+      const vf y = d + W < head_dim ? vload(q + d + W) : vzero();
+      spread_quarters(even_quarters(x, y), out);
+      spread_quarters(odd_quarters(x, y), out + kQuarter * W);
+    }
+  }
+}
+
+// kDimsAtOnce<T> dimensions of kQuarter keys, transposed within quarters; zeros beyond head_dim.
+template <class T>
+OCTAVO_INLINE void load_quarters(const T* const* keys, int d, int head_dim, vf* to) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kQuarter; ++i) {
+    if constexpr (kRun<T> == kQuarter) {
+      to[i] = load(keys[i] + d);
+    } else {
+      const auto* pairs = reinterpret_cast<const float*>(keys[i] + d);
+      to[i] = d + kDimsAtOnce<T> <= head_dim ? vload(pairs) : vload_half(pairs);
+    }
+  }
+  transpose_quarters(to);
+}
+
+// Adds the products of element j of some quarters of keys, once widened, with the rows' x to sum[..][v][p ..].
+template <int R, int K, class Widen, class Sums>
+OCTAVO_INLINE void add_products(const float* x, int x_stride, const vf (*keys)[kQuarter], int j, Widen widen, int v, int p,
+                                Sums& sum) {
+  vf wide[K];
+  for (int k = 0; k < K; ++k) wide[k] = widen(keys[k][j]);
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+    const vf query = vload(x + r * x_stride);
+    for (int k = 0; k < K; ++k) sum[r][v][p + k] = vfma(query, wide[k], sum[r][v][p + k]);
   }
 }
 
 // The same sums straight from the cache, for rows too few to pay for keys that are transposed in memory.
 template <class T, int R>
 void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
+  constexpr int P = W / kQuarter;  // quarters of keys: W positions
+  constexpr int kVectors = kChains / P;  // that hold all chains of kQuarter positions
+  constexpr int kAtOnce = P == 1 || R <= 3 ? P : P / 2;  // what registers have room for
+  constexpr int kLines = W * static_cast<int>(sizeof(vf)) / kLine / P;  // that kQuarter keys are read in
   Ahead ahead = values;  // in registers
-  constexpr int G = W == 16 && R <= 3 ? 2 : 1;  // two vectors of keys use a broadcast element of q together
-  for (int i = 0; i < kTile; i += G * W) {
-    vf sum[R][2][G];
+  alignas(64) float spread[R][kMaxSpread<T>];
+  for (int r = 0; r < R; ++r) spread_query<T>(q[r], head_dim, spread[r]);
+  for (int i = tile.begin / W * W; i < tile.end; i += W) {
+    vf sum[R][kVectors][P];
     for (int r = 0; r < R; ++r)
-      for (int g = 0; g < G; ++g) sum[r][0][g] = sum[r][1][g] = vzero();
-    if (i < tile.end && i + G * W > tile.begin) {
-      for (int d = 0; d < head_dim; d += kDimsAtOnce<T>) {
-        by_dimension<G>(tile.k + i, d, ahead, [&](int dim, int odd, const vf* keys) OCTAVO_INLINE_LAMBDA {
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            const vf x = vset(q[r][dim]);
-            for (int g = 0; g < G; ++g) sum[r][odd][g] = vfma(x, keys[g], sum[r][odd][g]);
+      for (int v = 0; v < kVectors; ++v)
+        for (int p = 0; p < P; ++p) sum[r][v][p] = vzero();
+    for (int first = 0; first < head_dim; first += kVectors * kDimsAtOnce<T>)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int d = first + v * kDimsAtOnce<T>;
+        if (d >= head_dim) break;
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p += kAtOnce) {
+          vf keys[kAtOnce][kQuarter];
+#pragma GCC unroll 4
+          for (int k = 0; k < kAtOnce; ++k) {
+            load_quarters(tile.k + i + (p + k) * kQuarter, d, head_dim, keys[k]);
+            ahead.fetch(kLines);
           }
-        });
+          const float* x = spread[0] + d * kQuarter;
+#pragma GCC unroll 4
+          for (int j = 0; j < kQuarter; ++j) {
+            if constexpr (kRun<T> == kQuarter) {
+              add_products<R, kAtOnce>(x + j * W, kMaxSpread<T>, keys, j, [](vf k) { return k; }, v, p, sum);
+            } else {
+              add_products<R, kAtOnce>(x + 2 * j * W, kMaxSpread<T>, keys, j, even_bf16, v, p, sum);
+              add_products<R, kAtOnce>(x + (2 * j + 1) * W, kMaxSpread<T>, keys, j, odd_bf16, v, p, sum);
+            }
+          }
+        }
       }
+    for (int r = 0; r < R; ++r) {
+      vf chains[kChains];
+      gather_quarters(sum[r], chains);
+      vstore(out + r * kTile + i, vadd(vadd(vadd(chains[0], chains[1]), chains[2]), chains[3]));
     }
-    for (int r = 0; r < R; ++r)
-      for (int g = 0; g < G; ++g) vstore(out + r * kTile + i + g * W, vadd(sum[r][0][g], sum[r][1][g]));
   }
   values = ahead;
 }

@@ -1,10 +1,13 @@
-// The transpose of W vectors in registers, and the two halves of vectors of pairs of bfloat16.
+// Transposes of vectors in registers, whole or within quarters of 16 bytes, and the two halves of vectors of pairs of
+// bfloat16.
 
 #pragma once
 
 #include "vec.h"
 
 namespace octavo {
+
+constexpr int kQuarter = 4;  // floats in 16 bytes
 
 #if defined(__AVX512F__)
 
@@ -91,6 +94,36 @@ OCTAVO_INLINE void join_pairs(vf& a, vf& b) {
   b = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
 }
 
+// Transposes the quarters of four vectors, 4 x 4 floats each.
+OCTAVO_INLINE void transpose_quarters(vf* r) {
+  const vf a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
+  const vf c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
+  r[0] = vpairs(a, c, false);
+  r[1] = vpairs(a, c, true);
+  r[2] = vpairs(b, d, false);
+  r[3] = vpairs(b, d, true);
+}
+// Writes four vectors: element i of each quarter, all over that quarter. out [kQuarter][W].
+OCTAVO_INLINE void spread_quarters(vf x, float* out) {
+  vstore(out, _mm512_permute_ps(x, 0x00));
+  vstore(out + W, _mm512_permute_ps(x, 0x55));
+  vstore(out + 2 * W, _mm512_permute_ps(x, 0xAA));
+  vstore(out + 3 * W, _mm512_permute_ps(x, 0xFF));
+}
+// Of two vectors in a row the quarters 0, 2, ..., and 1, 3, ...
+OCTAVO_INLINE vf even_quarters(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0x88); }
+OCTAVO_INLINE vf odd_quarters(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0xDD); }
+// Of quarters that follow each other in x[..][p] number c goes to quarter p of to[c].
+OCTAVO_INLINE void gather_quarters(const vf (*x)[4], vf* to) {
+  const vf* at = x[0];
+  const vf a = even_quarters(at[0], at[1]), b = even_quarters(at[2], at[3]);
+  const vf c = odd_quarters(at[0], at[1]), d = odd_quarters(at[2], at[3]);
+  to[0] = even_quarters(a, b);
+  to[1] = even_quarters(c, d);
+  to[2] = odd_quarters(a, b);
+  to[3] = odd_quarters(c, d);
+}
+
 #elif defined(__AVX2__)
 
 OCTAVO_INLINE vf vpairs(vf a, vf b, bool high) {
@@ -121,6 +154,29 @@ OCTAVO_INLINE void transpose(vf* r) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+OCTAVO_INLINE void transpose_quarters(vf* r) {
+  const vf a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+  const vf c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+  r[0] = vpairs(a, c, false);
+  r[1] = vpairs(a, c, true);
+  r[2] = vpairs(b, d, false);
+  r[3] = vpairs(b, d, true);
+}
+OCTAVO_INLINE void spread_quarters(vf x, float* out) {
+  vstore(out, _mm256_permute_ps(x, 0x00));
+  vstore(out + W, _mm256_permute_ps(x, 0x55));
+  vstore(out + 2 * W, _mm256_permute_ps(x, 0xAA));
+  vstore(out + 3 * W, _mm256_permute_ps(x, 0xFF));
+}
+OCTAVO_INLINE vf even_quarters(vf a, vf b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+OCTAVO_INLINE vf odd_quarters(vf a, vf b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+OCTAVO_INLINE void gather_quarters(const vf (*x)[2], vf* to) {
+  for (int v = 0; v < 2; ++v) {
+    to[2 * v] = even_quarters(x[v][0], x[v][1]);
+    to[2 * v + 1] = odd_quarters(x[v][0], x[v][1]);
+  }
+}
+
 OCTAVO_INLINE vf even_bf16(vf pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
 OCTAVO_INLINE vf odd_bf16(vf pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(-65536)));
@@ -146,6 +202,16 @@ OCTAVO_INLINE void transpose(vf* r) {
       r[i][j] = r[j][i];
       r[j][i] = x;
     }
+}
+
+OCTAVO_INLINE void transpose_quarters(vf* r) { transpose(r); }
+OCTAVO_INLINE void spread_quarters(vf x, float* out) {
+  for (int i = 0; i < kQuarter; ++i) vstore(out + i * W, vset(x[i]));
+}
+OCTAVO_INLINE vf even_quarters(vf a, vf) { return a; }
+OCTAVO_INLINE vf odd_quarters(vf, vf b) { return b; }
+OCTAVO_INLINE void gather_quarters(const vf (*x)[1], vf* to) {
+  for (int v = 0; v < 4; ++v) to[v] = x[v][0];
 }
 
 OCTAVO_INLINE vf even_bf16(vf pairs) {

@@ -37,6 +37,7 @@ using vi = __m512i;
 OCTAVO_INLINE vf vzero() { return _mm512_setzero_ps(); }
 OCTAVO_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
 OCTAVO_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+OCTAVO_INLINE vf vload_half(const float* p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }  // and zeros
 OCTAVO_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
 OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -74,6 +75,7 @@ using vi = __m256i;
 OCTAVO_INLINE vf vzero() { return _mm256_setzero_ps(); }
 OCTAVO_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
 OCTAVO_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+OCTAVO_INLINE vf vload_half(const float* p) { return _mm256_zextps128_ps256(_mm_loadu_ps(p)); }
 OCTAVO_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
 OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
@@ -114,6 +116,7 @@ OCTAVO_INLINE vf vload(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+OCTAVO_INLINE vf vload_half(const float* p) { return vf{p[0], p[1], 0.0f, 0.0f}; }
 OCTAVO_INLINE void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 OCTAVO_INLINE vf vadd(vf a, vf b) { return a + b; }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return a - b; }
