@@ -12,7 +12,7 @@
 #include "codes.h"
 #include "matmul.h"
 #include "matmul_tiles.h"
-#include "rounded_group.h"
+#include "rounded_groups.h"
 
 namespace octavo {
 namespace {
@@ -114,7 +114,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel, int64_t r
     for (auto& both : sums) both[0] = both[1] = vzero();
     for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
       const uint8_t* group = weights + g * bytes_of_group(F);
-      if (row == 0 && column == 0) prefetch(group + kBytesAhead, bytes_of_group(F));
+      if (row == 0 && column == 0) prefetch_to_second(group + kBytesAhead, bytes_of_group(F));
       const auto* stored = reinterpret_cast<const uint16_t*>(group) + column;
       Scales scales;
       for (int i = 0; i < 2; ++i) {
@@ -255,10 +255,8 @@ void round_rows(const Product& product, int64_t first_row, int64_t num_rows, voi
       round_groups(product.x + row * product.x_stride + g * kGroup, product.x_stride, count, groups[g]);
   }
 #endif
-  for (; row < stop; ++row) {
-    auto* groups = const_cast<Group<N>*>(rounded_row<F, N>(to, row));
-    for (int64_t g = 0; g < num_groups; ++g) round_group(product.x + row * product.x_stride + g * kGroup, groups[g]);
-  }
+  auto* groups = const_cast<Group<N>*>(rounded_row<F, N>(to, row));
+  round_rows<N>(product.x + row * product.x_stride, product.x_stride, stop - row, num_groups, groups);
 }
 
 template <int N>

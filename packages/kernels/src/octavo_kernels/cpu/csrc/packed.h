@@ -54,6 +54,10 @@ void with_format(int64_t format, Function&& function) {
 OCTAVO_INLINE void prefetch(const uint8_t* p, int64_t num_bytes) {
   for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(p + i);
 }
+// The same into the second cache, where memory is all that is waited for: the first one has few reads under way at a time.
+OCTAVO_INLINE void prefetch_to_second(const uint8_t* p, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 // Asks for the lines that begin in bytes first .. stop - 1 from p on, which begins a line.
 OCTAVO_INLINE void prefetch_lines(const uint8_t* p, int64_t first, int64_t stop) {
   for (int64_t i = (first + 63) / 64 * 64; i < stop; i += 64) __builtin_prefetch(p + i);

@@ -31,6 +31,11 @@ struct Group {
   int32_t moved_high;  // the same of the numbers without their lowest digit, as if the next one were the lowest
   int32_t moved_low;   // and of the lowest digit alone
   int32_t begin[2];    // where sums begin that are floats, with codes of 4 and of 8 bits
+
+  void begin_sums(int32_t sum) {
+    begin[0] = kMiddleBits - 8 * sum;
+    begin[1] = kMiddleBits - 128 * sum;
+  }
 };
 
 // A scale of 22 bits, at most 2**-22 of it away.
@@ -65,8 +70,7 @@ void round_group(const float* values, Group<N>& group) {
   group.offset = group.scale * static_cast<float>(sum);
   if constexpr (kSumsAreFloats<N>) {
     group.base = -kMiddle * group.scale;
-    group.begin[0] = kMiddleBits - 8 * sum;
-    group.begin[1] = kMiddleBits - 128 * sum;
+    group.begin_sums(sum);
   } else {
     group.moved = -8 * sum;
     group.moved_high = -8 * ((sum - sum_low) / 256);

@@ -7,7 +7,7 @@
 
 #include "codes.h"
 #include "matmul.h"
-#include "rounded_group.h"
+#include "rounded_groups.h"
 #include "tiles.h"
 
 namespace octavo {
@@ -112,41 +112,6 @@ OCTAVO_INLINE void store_two_rows(Words (&x)[2][2], int row, TileGroup<F, N>& ou
     store_low_bytes(out.digits[digit][row], low[0][0], low[0][1], low[1][0], low[1][1]);
   }
   store_low_bytes(out.digits[0][row], x[0][0], x[0][1], x[1][0], x[1][1]);
-}
-
-// The union of lanes of sixteen vectors: lane i has those of vector i, joined by `join` in some order.
-template <class Join>
-OCTAVO_INLINE Words join_lanes(Words (&r)[kTileRows], Join join) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) r[i] = join(_mm512_unpacklo_epi32(r[i], r[i + 1]), _mm512_unpackhi_epi32(r[i], r[i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) r[i] = join(_mm512_unpacklo_epi64(r[i], r[i + 2]), _mm512_unpackhi_epi64(r[i], r[i + 2]));
-  const auto halves = [&](Words a, Words b) OCTAVO_INLINE_LAMBDA {
-    return join(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-  };
-  return halves(halves(r[0], r[4]), halves(r[8], r[12]));
-}
-
-// unit_of_group of sixteen groups.
-template <int N>
-OCTAVO_INLINE void units_of_groups(Words largest, vf& scale, vf& inverse) {
-  const vf value = _mm512_castsi512_ps(largest);
-  const auto words = [](vf x) OCTAVO_INLINE_LAMBDA { return _mm512_castps_si512(x); };
-  const auto floats = [](Words x) OCTAVO_INLINE_LAMBDA { return _mm512_castsi512_ps(x); };
-  if constexpr (N == 1) {
-    scale = vdiv(value, vset(127.0f));
-    inverse = vdiv(vset(1.0f), scale);
-    inverse = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(inverse, vset(INFINITY), _CMP_LT_OQ), inverse);
-    scale = floats(_mm512_and_si512(add(words(scale), repeat(2)), repeat(~3)));
-  } else {
-    const Words exponent = _mm512_srli_epi32(words(vmul(value, vset(kRoomForDigits))), 23);
-    const Words used = _mm512_max_epu32(exponent, repeat(kLeastExponent));
-    scale = floats(shift_left<23>(_mm512_sub_epi32(used, repeat(22))));
-    inverse = floats(shift_left<23>(_mm512_sub_epi32(repeat(276), used)));
-  }
-  const __mmask16 numbers = _mm512_cmp_ps_mask(value, vset(N == 1 ? kTooLarge : INFINITY), _CMP_LT_OQ);
-  scale = _mm512_mask_mov_ps(vset(NAN), numbers, scale);
-  inverse = _mm512_maskz_mov_ps(numbers, inverse);
 }
 
 // Rounds 32 inputs of up to sixteen rows, as round_group does those of one.
