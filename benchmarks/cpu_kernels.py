@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from timing import Call, seconds
 from torch import Tensor
 
-from octavo_kernels import PackedWeight, Recording, WeightFormat, cpu_isa, pack_weight, packed_linear, paged_attention
+from octavo_kernels import (
+    PackedWeight,
+    Recording,
+    WeightFormat,
+    cpu_isa,
+    host_empty,
+    pack_weight,
+    packed_linear,
+    paged_attention,
+)
 from octavo_kernels.packed_weight import plane_panels
 
 try:
@@ -123,7 +132,8 @@ def scattered_caches(context: int, num_layers: int, dtype: torch.dtype) -> tuple
     shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     caches = []
     for _ in range(num_layers):
-        layer = torch.randn(num_blocks, 2, *shape[1:]).to(dtype)
+        layer = host_empty((num_blocks, 2, *shape[1:]), dtype)  # as the engine takes its caches
+        layer.copy_(torch.randn(layer.shape))
         caches.append((layer[:, 0], layer[:, 1]))
     return caches, torch.randperm(num_blocks, dtype=torch.int32).view(NUM_SEQS, -1)
 
