@@ -1,5 +1,6 @@
 """Native attention on the CPU: bits that depend on a row's own keys alone, and agreement with the reference in fp64."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -93,6 +94,19 @@ def test_every_chunking_of_a_prompt_gives_the_same_bits(options):
             chunk_out, chunk_lse = attend(part(inputs, 0, first, end), **options)
             assert torch.equal(chunk_out, out[first:end])
             assert torch.equal(chunk_lse, lse[first:end])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_chunking_gives_the_same_bits_from_caches_of_half_precision(dtype, head_dim):
+    inputs = make_paged_inputs([130], [130], num_heads=6, num_kv_heads=2, head_dim=head_dim)
+    caches = inputs.to(dtype)
+    inputs = dataclasses.replace(inputs, k_cache=caches.k_cache, v_cache=caches.v_cache)
+    out, _ = attend(inputs)
+    for size in (1, 3, 16, 65):
+        for first in range(0, 130, size):
+            end = min(first + size, 130)
+            assert torch.equal(attend(part(inputs, 0, first, end))[0], out[first:end])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
