@@ -160,11 +160,10 @@ void scores(const float* const* q, const float* keys, int head_dim, int run, flo
 // Dimensions of a key that one vector holds: elements of bfloat16 in pairs.
 template <class T>
 constexpr int kDimsAtOnce = W / kQuarter * kRun<T>;
-template <class T>
 constexpr int kMaxSpread = kMaxHeadDim * kQuarter;
 
 // Writes what transposed quarters of keys are multiplied with: kRun<T> vectors for each kDimsAtOnce<T> dimensions, the
-// i-th with element i of each run in its quarter. Beyond head_dim there are zeros. out [kMaxSpread<T>].
+// i-th with element i of each run in its quarter. Beyond head_dim there are zeros. out [kMaxSpread].
 template <class T>
 OCTAVO_INLINE void spread_query(const float* q, int head_dim, float* out) {
   for (int d = 0; d < head_dim; d += kDimsAtOnce<T>, out += kRun<T> * W) {
@@ -213,9 +212,9 @@ void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, f
   constexpr int P = W / kQuarter;  // quarters of keys: W positions
   constexpr int kVectors = kChains / P;  // that hold all chains of kQuarter positions
   constexpr int kAtOnce = P == 1 || R <= 3 ? P : P / 2;  // what registers have room for
-  constexpr int kLines = W * static_cast<int>(sizeof(vf)) / kLine / P;  // that kQuarter keys are read in
+  constexpr int kBytes = kQuarter * kDimsAtOnce<T> * static_cast<int>(sizeof(T));  // that load_quarters reads
   Ahead ahead = values;  // in registers
-  alignas(64) float spread[R][kMaxSpread<T>];
+  alignas(64) float spread[R][kMaxSpread];
   for (int r = 0; r < R; ++r) spread_query<T>(q[r], head_dim, spread[r]);
   for (int i = tile.begin / W * W; i < tile.end; i += W) {
     vf sum[R][kVectors][P];
@@ -233,16 +232,16 @@ void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, f
 #pragma GCC unroll 4
           for (int k = 0; k < kAtOnce; ++k) {
             load_quarters(tile.k + i + (p + k) * kQuarter, d, head_dim, keys[k]);
-            ahead.fetch(kLines);
+            ahead.fetch(std::max(1, kBytes / kLine));
           }
           const float* x = spread[0] + d * kQuarter;
 #pragma GCC unroll 4
           for (int j = 0; j < kQuarter; ++j) {
             if constexpr (kRun<T> == kQuarter) {
-              add_products<R, kAtOnce>(x + j * W, kMaxSpread<T>, keys, j, [](vf k) { return k; }, v, p, sum);
+              add_products<R, kAtOnce>(x + j * W, kMaxSpread, keys, j, [](vf k) { return k; }, v, p, sum);
             } else {
-              add_products<R, kAtOnce>(x + 2 * j * W, kMaxSpread<T>, keys, j, even_bf16, v, p, sum);
-              add_products<R, kAtOnce>(x + (2 * j + 1) * W, kMaxSpread<T>, keys, j, odd_bf16, v, p, sum);
+              add_products<R, kAtOnce>(x + 2 * j * W, kMaxSpread, keys, j, even_bf16, v, p, sum);
+              add_products<R, kAtOnce>(x + (2 * j + 1) * W, kMaxSpread, keys, j, odd_bf16, v, p, sum);
             }
           }
         }
