@@ -80,7 +80,8 @@ inline void round_groups(const float* const* values, Group<1>* groups) {
     _mm_store_si128(reinterpret_cast<__m128i*>(groups[i].digits[0] + W), _mm512_cvtepi32_epi8(second));
     lanes[i] = add(first, second);
   }
-  const Words sum = join_lanes(lanes, [](Words a, Words b) { return add(a, b); });
+  const __mmask16 finite = _mm512_cmp_ps_mask(scale, scale, _CMP_ORD_Q);
+  const Words sum = _mm512_maskz_mov_epi32(finite, join_lanes(lanes, [](Words a, Words b) { return add(a, b); }));
   const vf moved = _mm512_castsi512_ps(_mm512_sub_epi32(repeat(0), shift_left<3>(sum)));
   store_quarters(scale, vmul(vset(-kMiddle), scale), vmul(scale, to_float(sum)), moved, &groups->scale);
   if constexpr (kSumsAreFloats<1>) {
