@@ -34,6 +34,7 @@ MODES = ("exact",) if cpu_isa() == "none" else ("exact", "fast")
 NUM_EVERY_DAY = 1
 NUM_SLOW = int(os.environ.get("OCTAVO_COMPOSITIONS", 200))
 NUM_LOOKED_AT = 4
+NUM_MAY_FAIL = 2  # of few answers: bans and a grammar can contradict each other
 RecordProperty = Callable[[str, object], None]
 
 
@@ -88,7 +89,8 @@ def check(engines: DemoEngines, num_compositions: int, max_tokens: int, record: 
     described = {"seed": seed, "compositions": num_compositions, "kernels": engines.built.info.kernel_backend}
     for name, value in (described | counts).items():
         record(name, value)
-    assert counts["failed alike"] <= 0.1 * counts["answers compared"], "requests should mostly succeed"
+    may_fail = max(NUM_MAY_FAIL, 0.1 * counts["answers compared"])
+    assert counts["failed alike"] <= may_fail, "requests should mostly succeed"
     engines.built.engine.close()
 
 
