@@ -318,6 +318,7 @@ def test_an_input_that_is_not_finite_spoils_its_row_alone(device, weight_format,
 @pytest.mark.usefixtures("not_triton")
 def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_format, int8):
     weight = random_weight(weight_format, 100, 576, device=device)
+    norms = ok.weight_norms(weight)
     x = random_rows(65, 576, device)
     alone = torch.cat([ok.packed_linear(x[row : row + 1], weight, int8_activations=int8) for row in range(65)])
     ids, best = ok.packed_argmax(x, weight, int8_activations=int8)
@@ -326,7 +327,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_
         assert torch.equal(bits(together), bits(alone[:num_tokens])), num_tokens
         last = ok.packed_linear(x[65 - num_tokens :], weight, int8_activations=int8)
         assert torch.equal(bits(last), bits(alone[65 - num_tokens :])), num_tokens
-        some_ids, some_best = ok.packed_argmax(x[:num_tokens], weight, int8_activations=int8)
+        some_ids, some_best = ok.packed_argmax(x[:num_tokens], weight, norms=norms, int8_activations=int8)
         assert torch.equal(some_ids, ids[:num_tokens])
         assert torch.equal(bits(some_best), bits(best[:num_tokens])), num_tokens
 

@@ -283,6 +283,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_bit_for_bit(device, weight_
     ids, best = ok.packed_argmax(x, weight, int8_activations=int8)
     assert ids.tolist() == alone.argmax(dim=-1).tolist()
     assert torch.equal(bits(best), bits(alone.amax(dim=-1)))
+    screened_ids, screened_best = ok.packed_argmax(x, weight, norms=ok.weight_norms(weight), int8_activations=int8)
+    assert torch.equal(screened_ids, ids)
+    assert torch.equal(bits(screened_best), bits(best))
     for num_tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 64, 65):
         together = ok.packed_linear(x[:num_tokens], weight, int8_activations=int8)
         assert torch.equal(bits(together), bits(alone[:num_tokens])), num_tokens

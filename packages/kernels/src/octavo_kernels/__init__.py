@@ -46,6 +46,7 @@ from octavo_kernels.matmul import (
     packed_linear,
     packed_linear_workspace,
     unpack_weight,
+    weight_norms,
 )
 from octavo_kernels.merge import merge_states
 from octavo_kernels.mla import mla_decode
@@ -162,6 +163,7 @@ __all__ = [
     "unpack_weight",
     "update_rows",
     "varlen_attention",
+    "weight_norms",
     "weight_only_linear",
     "weight_only_workspace",
     "write_kv",

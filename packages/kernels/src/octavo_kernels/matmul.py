@@ -17,6 +17,8 @@ from octavo_kernels.host_memory import host_empty
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.recording import empty_result
 
+_ROWS_AT_ONCE = 2048  # unpacked
+
 
 def pack_weight(stored: Tensor, format: WeightFormat, *, in_features: int) -> PackedWeight:  # noqa: A002  # the field's name
     """Return a weight packed for products; its values stay what they are, bit for bit.
@@ -148,13 +150,32 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, *, out: Tensor | N
     return out
 
 
-def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = False) -> tuple[Tensor, Tensor]:
+def weight_norms(weight: PackedWeight) -> Tensor:
+    """Return the Euclidean norm of each output's weights, rounded up: [out_features] fp32, for `packed_argmax`."""
+    norms = torch.empty(weight.out_features, dtype=torch.float32, device=weight.data.device)
+    margin = 1.0 + weight.in_features * 2.0**-23  # more than fp32 loses, and where squares vanish, more than these are
+    for some, rows in zip(
+        norms.split(_ROWS_AT_ONCE), torch.arange(weight.out_features).split(_ROWS_AT_ONCE), strict=True
+    ):
+        values = packed_embedding(weight, rows.to(norms.device))
+        some.copy_(torch.linalg.vector_norm(values, dim=-1).mul_(margin).add_(1e-18 * weight.in_features))
+    return norms
+
+
+def packed_argmax(
+    x: Tensor, weight: PackedWeight, *, norms: Tensor | None = None, int8_activations: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return where each row's product is largest, and how large, without keeping the products.
+
+    With `norms`, native code screens the products of several rows by inputs rounded to 8 bits, and computes in full
+    only those that may be the largest: of Q4_0, Q8_0 and the other block formats without minimums. The answer has the
+    same bits.
 
     Args:
         x: [num_tokens, in_features] fp32; the stride of rows is free.
         weight: packed by `pack_weight`.
-        int8_activations: as in `packed_linear`.
+        norms: [out_features] fp32, `weight_norms` of the weight; None: every product is computed in full.
+        int8_activations: as in `packed_linear`; nothing is screened then.
 
     Returns:
         ids: [num_tokens] int64, the lowest index of the largest product.
@@ -166,12 +187,16 @@ def packed_argmax(x: Tensor, weight: PackedWeight, *, int8_activations: bool = F
 
     """
     op = "packed_argmax"
-    device = _check.same_device(op, x=x, weight=weight.data)
+    device = _check.same_device(op, x=x, weight=weight.data, norms=norms)
     _check_product(op, x, weight, int8_activations, torch.float32)
+    if norms is not None:
+        _check.shape(op, "norms", norms, (weight.out_features,))
+        _check.dtype(op, "norms", norms, torch.float32)
+        _check.last_dim_contiguous(op, norms=norms)
     ids = empty_result((len(x),), torch.int64, device)
     best = empty_result((len(x),), torch.float32, device)
     if len(x):
-        implementation(op, device)(x, weight, int8_activations, ids, best)
+        implementation(op, device)(x, weight, norms, int8_activations, ids, best)
     return ids, best
 
 

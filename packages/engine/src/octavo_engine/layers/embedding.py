@@ -81,7 +81,7 @@ class LMHead:
 
     def finish(self) -> None:
         """Prepare the filled weight for products; a tied one is the embedding's, if that form multiplies too."""
-        self.parameters = self._quant.finish(self._embedding.parameters if self.tied else self.parameters)
+        self.parameters = self._quant.finish_head(self._embedding.parameters if self.tied else self.parameters)
 
     def slots(self, name: str) -> Iterator[WeightSlot]:
         """Yield where the checkpoint's tensor `<name>.weight` goes; nothing if tied."""

@@ -73,6 +73,10 @@ class QuantMethod(Protocol[P]):
         """Bring filled parameters into a form that `embed` reads, and that `finish` takes as it takes filled ones."""
         ...
 
+    def finish_head(self, parameters: P) -> P:
+        """Bring filled parameters, or a finished table, into the form that `argmax` reads fastest."""
+        return self.finish(parameters)
+
     def apply(self, parameters: P, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the product: x [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from octavo_kernels import (
     packed_argmax,
     packed_embedding,
     packed_linear,
+    weight_norms,
 )
 
 BLOCK_FORMATS = MappingProxyType({TensorType[item.name]: item for item in WeightFormat if item.dtype is None})
@@ -47,6 +48,7 @@ class PackedParameters:
     stored: by the first row, the shards' tensors as they came; emptied by `finish`. Written by the slots alone.
     parts: the packed weights, in the order of their rows; a matrix whose shards have one format has one part.
     bias: [out_features] fp32, or None.
+    norms: of a head's outputs, [out_features] fp32, by which those are told that can be the largest; None elsewhere.
     """
 
     in_features: int
@@ -54,6 +56,7 @@ class PackedParameters:
     bias: Tensor | None
     stored: dict[int, Tensor | StoredTensor] = field(default_factory=dict)
     parts: tuple[PackedPart, ...] = ()
+    norms: Tensor | None = None
 
 
 class Packed(QuantMethod[PackedParameters]):
@@ -102,6 +105,14 @@ class Packed(QuantMethod[PackedParameters]):
         """Pack as for products: lookups read the same bytes."""
         return self.finish(parameters)
 
+    def finish_head(self, parameters: PackedParameters) -> PackedParameters:
+        """Pack, and look at the norms of the outputs where inputs are not rounded anyway."""
+        finished = self.finish(parameters)
+        (part,) = finished.parts
+        if part.int8_activations or part.weight.format.dtype is not None:
+            return finished
+        return replace(finished, norms=weight_norms(part.weight))
+
     def apply(self, parameters: PackedParameters, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply natively, into `out` if given; each part writes its columns."""
         if len(parameters.parts) == 1:
@@ -122,7 +133,7 @@ class Packed(QuantMethod[PackedParameters]):
     def argmax(self, parameters: PackedParameters, x: Tensor) -> tuple[Tensor, Tensor]:
         """Look for the largest product as the products are made."""
         (part,) = parameters.parts
-        return packed_argmax(x, part.weight, int8_activations=part.int8_activations)
+        return packed_argmax(x, part.weight, norms=parameters.norms, int8_activations=part.int8_activations)
 
 
 def pack_shards(shards: Sequence[Tensor | StoredTensor], weight_format: WeightFormat, in_features: int) -> PackedWeight:

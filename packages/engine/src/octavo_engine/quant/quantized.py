@@ -110,14 +110,20 @@ class Quantized(QuantMethod[QuantizedParameters]):
 
     def finish(self, parameters: QuantizedParameters) -> QuantizedParameters:
         """Make the products of what the slots brought."""
+        return self._finish(parameters, self._dense.finish)
+
+    def finish_head(self, parameters: QuantizedParameters) -> QuantizedParameters:
+        """As `finish`, but what the other method gets is a head."""
+        return self._finish(parameters, self._dense.finish_head)
+
+    def _finish(self, parameters: QuantizedParameters, finish_dense: Callable[[Any], Any]) -> QuantizedParameters:
         if parameters.parts:
             return parameters
         if parameters.dense is not None:  # a table, which may be multiplied by too
-            return replace(parameters, dense=self._dense.finish(parameters.dense))
+            return replace(parameters, dense=finish_dense(parameters.dense))
         in_order = [self._native(parameters.stored[start]) for start in sorted(parameters.stored)]
         if not any(isinstance(tensor, QuantizedTensor) for tensor in in_order):
-            dense = self._dense.finish(self._fill(parameters, in_order, with_bias=True))
-            return self._finished(parameters, dense=dense)
+            return self._finished(parameters, dense=finish_dense(self._fill(parameters, in_order, with_bias=True)))
         parts: list[QuantizedPart] = []
         start = 0
         for is_quantized, run in groupby(in_order, key=lambda tensor: isinstance(tensor, QuantizedTensor)):

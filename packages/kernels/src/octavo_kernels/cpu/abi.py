@@ -78,7 +78,9 @@ class PackedEmbeddingArgs(ctypes.Structure):
 class PackedArgmaxArgs(ctypes.Structure):
     """Arguments of PACKED_ARGMAX."""
 
-    _fields_ = _fields("x weight grid ids best workspace", "x_stride format out_features in_features int8_activations")
+    _fields_ = _fields(
+        "x weight grid norms ids best workspace", "x_stride format out_features in_features int8_activations"
+    )
 
 
 class RmsNormArgs(ctypes.Structure):

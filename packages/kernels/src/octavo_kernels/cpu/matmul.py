@@ -9,11 +9,11 @@ from octavo_kernels.cpu.fallback import matmul as fallback
 from octavo_kernels.cpu.launch import launch, pointer
 from octavo_kernels.cpu.load import library_for
 from octavo_kernels.packed_parts import native_grid
-from octavo_kernels.packed_weight import GROUP, PackedWeight, WeightFormat
+from octavo_kernels.packed_weight import GROUP, PANEL, PackedWeight, WeightFormat
 from octavo_kernels.recording import empty_result
 
 _FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
-_NUM_SLICES = 64  # of an arg-max, as in csrc/matmul.cpp
+_NUM_SLICES = 64  # of an arg-max, as in csrc/argmax.cpp
 _BEST_BYTES = 16  # of a slice's best product and its index
 _TILE_ROWS = 16  # so many rows lie together
 _GROUP_BYTES = 136  # of a group of rounded inputs, at most
@@ -91,15 +91,19 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     return launch(abi.OpKind.PACKED_EMBEDDING, args, len(token_ids), weight.data, token_ids, out)
 
 
-def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: Tensor, best: Tensor) -> None:
+def packed_argmax(
+    x: Tensor, weight: PackedWeight, norms: Tensor | None, int8_activations: bool, ids: Tensor, best: Tensor
+) -> None:
     """Fill ids and best with where each row's product is largest, and how large."""
     if library_for("packed_argmax") is None:
-        return fallback.packed_argmax(x, weight, int8_activations, ids, best)
-    workspace = _workspace(_NUM_SLICES * len(x) * _BEST_BYTES + _rounded_bytes(x))
+        return fallback.packed_argmax(x, weight, norms, int8_activations, ids, best)
+    row_bytes = _NUM_SLICES * _BEST_BYTES + 4 * (-(-weight.out_features // PANEL))
+    workspace = _workspace(len(x) * row_bytes + _rounded_bytes(x))
     args = abi.PackedArgmaxArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
         grid=pointer(_grid(weight)),
+        norms=pointer(norms),
         ids=ids.data_ptr(),
         best=best.data_ptr(),
         workspace=workspace.data_ptr(),
@@ -109,7 +113,7 @@ def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: 
         in_features=weight.in_features,
         int8_activations=int8_activations,
     )
-    return launch(abi.OpKind.PACKED_ARGMAX, args, len(x), x, weight.data, ids, best, workspace)
+    return launch(abi.OpKind.PACKED_ARGMAX, args, len(x), x, weight.data, norms, ids, best, workspace)
 
 
 def _grid(weight: PackedWeight) -> Tensor | None:

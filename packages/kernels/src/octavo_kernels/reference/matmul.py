@@ -89,7 +89,14 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     out.copy_(values[token_ids])
 
 
-def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: Tensor, best: Tensor) -> None:
+def packed_argmax(
+    x: Tensor,
+    weight: PackedWeight,
+    norms: Tensor | None,  # noqa: ARG001  # nothing is screened here
+    int8_activations: bool,
+    ids: Tensor,
+    best: Tensor,
+) -> None:
     """Fill ids and best from the products, each rounded to fp32 as `packed_linear` rounds it."""
     products = torch.empty((len(x), weight.out_features), device=x.device)
     packed_linear(x, weight, None, int8_activations, products, None)

@@ -94,6 +94,7 @@ struct PackedArgmaxArgs {  // rows: of x, ids and best
   const float* x;          // [rows, in_features]
   const void* weight;
   const void* grid;        // of formats whose codes are points of one, see grid_codes.h; else null
+  const float* norms;      // [out_features], at least those of the outputs' weights; null: nothing is screened
   int64_t* ids;            // [rows]
   float* best;             // [rows]
   void* workspace;

@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 7;
+constexpr int kAbiVersion = 8;
 
 struct Job {
   const Op* ops;

@@ -65,6 +65,7 @@ OCTAVO_INLINE vf vload_i8(const int8_t* p) {
 OCTAVO_INLINE vf vabs(vf x) {  // AVX512F alone: without DQ there is no _mm512_and_ps
   return _mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
 }
+OCTAVO_INLINE bool any_not_less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }  // NaN is not less
 
 #elif defined(__AVX2__)
 
@@ -100,6 +101,7 @@ OCTAVO_INLINE vf vload_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 OCTAVO_INLINE vf vabs(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+OCTAVO_INLINE bool any_not_less(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0; }
 
 #else  // any processor, by the compiler's own vectors
 
@@ -161,6 +163,11 @@ OCTAVO_INLINE vf vload_bf16(const uint16_t* p) {
 }
 OCTAVO_INLINE vf vload_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 OCTAVO_INLINE vf vabs(vf x) { return vmax(x, -x); }
+OCTAVO_INLINE bool any_not_less(vf a, vf b) {
+  bool any = false;
+  for (int i = 0; i < W; ++i) any |= !(a[i] < b[i]);
+  return any;
+}
 
 #endif
 

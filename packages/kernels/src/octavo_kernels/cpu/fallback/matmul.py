@@ -112,7 +112,14 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     split_last(out, -1, GROUP)[...] = picked.values(weight.format)
 
 
-def packed_argmax(x: Tensor, weight: PackedWeight, int8_activations: bool, ids: Tensor, best: Tensor) -> None:
+def packed_argmax(
+    x: Tensor,
+    weight: PackedWeight,
+    norms: Tensor | None,  # noqa: ARG001  # nothing is screened here
+    int8_activations: bool,
+    ids: Tensor,
+    best: Tensor,
+) -> None:
     """Fill ids and best with the running maximum over the parts of the outputs."""
     ids.zero_()
     best.fill_(float("-inf"))

@@ -1,0 +1,46 @@
+// Screening: products of inputs rounded to one digit say which outputs may be the largest of a row, and only those are
+// computed in full.
+//
+// Such a product is off by that of the weights with what the rounding took from the inputs, which is at most the norm of
+// one times the norm of the other (Cauchy and Schwarz). Both products are rounded besides, as sums of in_features terms
+// whose magnitudes add up to no more than the norms of inputs and weights: in formats where a weight is one product.
+
+#pragma once
+
+#include <cmath>
+
+#include "matmul_inputs.h"
+#include "rounding.h"
+
+namespace octavo {
+
+// Formats whose products can be screened: those that bytes multiply and that have no minimums.
+inline bool can_be_screened(int64_t format) {
+  if (is_grouped(format)) return false;
+  if (has_planes(format)) return !plane_format(format).planes.minimum;
+  return format == static_cast<int64_t>(Format::kQ4_0) || format == static_cast<int64_t>(Format::kQ8_0);
+}
+
+// How far the product of a row and weights of norm 1 can be from that of the rounded row; not finite if an input is not.
+inline float screening_error(const float* x, int64_t in_features) {
+  double lost = 0.0, whole = 0.0;  // squares, which in fp32 might be 0
+  for (const float* group = x; group < x + in_features; group += kGroup) {
+    const Inputs inputs(group);
+    const float largest = inputs.largest();
+    if (!(largest < INFINITY)) return INFINITY;
+    const Unit unit = unit_of<1>(largest);
+    int8_t digits[1][kGroup];
+    int32_t sum = 0, sum_low = 0;
+    inputs.round(unit.inverse, digits, sum, sum_low);
+    for (int i = 0; i < kGroup; ++i) {
+      const double value = group[i], rest = value - static_cast<double>(unit.scale) * digits[0][i];
+      lost += rest * rest;
+      whole += value * value;
+    }
+  }
+  constexpr double kSmallest = 1e-28;  // where fp32 has no digits left
+  const double rounding = static_cast<double>(2 * in_features + 64) * 0x1p-24;
+  return static_cast<float>((std::sqrt(lost) + rounding * std::sqrt(whole)) * (1.0 + 0x1p-20) + kSmallest);
+}
+
+}  // namespace octavo
