@@ -53,6 +53,7 @@ from octavo_kernels.mla import mla_decode
 from octavo_kernels.moe import fused_moe, moe_workspace
 from octavo_kernels.noise import gumbel_noise, gumbel_noise_at, philox
 from octavo_kernels.norm import add_rms_norm, add_rms_norm_quant, rms_norm, rms_norm_quant
+from octavo_kernels.packed_sample import packed_sample
 from octavo_kernels.packed_scales import has_finite_scales
 from octavo_kernels.packed_weight import PackedWeight, WeightFormat, packed_num_bytes
 from octavo_kernels.penalties import apply_penalties
@@ -142,6 +143,7 @@ __all__ = [
     "packed_linear",
     "packed_linear_workspace",
     "packed_num_bytes",
+    "packed_sample",
     "paged_attention",
     "philox",
     "quantize_rows",

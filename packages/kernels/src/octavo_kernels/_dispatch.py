@@ -72,6 +72,7 @@ _STEMS: Mapping[str, str] = MappingProxyType(
         "packed_linear": "matmul",
         "packed_embedding": "matmul",
         "packed_argmax": "matmul",
+        "packed_sample": "packed_sample",
         "grouped_linear": "grouped",
         "grouped_argmax": "grouped",
         "weight_only_linear": "weight_only",

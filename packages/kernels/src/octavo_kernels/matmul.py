@@ -189,15 +189,20 @@ def packed_argmax(
     op = "packed_argmax"
     device = _check.same_device(op, x=x, weight=weight.data, norms=norms)
     _check_product(op, x, weight, int8_activations, torch.float32)
-    if norms is not None:
-        _check.shape(op, "norms", norms, (weight.out_features,))
-        _check.dtype(op, "norms", norms, torch.float32)
-        _check.last_dim_contiguous(op, norms=norms)
+    check_norms(op, norms, weight)
     ids = empty_result((len(x),), torch.int64, device)
     best = empty_result((len(x),), torch.float32, device)
     if len(x):
         implementation(op, device)(x, weight, norms, int8_activations, ids, best)
     return ids, best
+
+
+def check_norms(op: str, norms: Tensor | None, weight: PackedWeight) -> None:
+    """Check the norms of a weight's outputs, if they are given."""
+    if norms is not None:
+        _check.shape(op, "norms", norms, (weight.out_features,))
+        _check.dtype(op, "norms", norms, torch.float32)
+        _check.last_dim_contiguous(op, norms=norms)
 
 
 def _check_product(op: str, x: Tensor, weight: PackedWeight, int8_activations: bool, *dtypes: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.layers.saved_matrices import SavedMatrices
 from octavo_engine.quant.base import QuantMethod, Shard, WeightSlot
+from octavo_kernels import sample_tokens
 
 
 class Embedding:
@@ -78,6 +79,15 @@ class LMHead:
         for head, places in self.saved.parts:
             token_ids[places], best[places] = head.greedy(hidden[places])
         return token_ids, best
+
+    def draw(self, hidden: Tensor, out: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return `sample_tokens` of the logits of hidden [rows, hidden_size] and options that hold no filter.
+
+        `out`, [rows, vocab_size] fp32, is memory that may be overwritten.
+        """
+        if self.saved.parts:
+            return sample_tokens(self(hidden, out), **options)
+        return self._quant.draw(self.parameters, hidden, out, **options)
 
     def finish(self) -> None:
         """Prepare the filled weight for products; a tied one is the embedding's, if that form multiplies too."""

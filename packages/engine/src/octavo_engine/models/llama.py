@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,10 @@ class Llama:
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the arg-max of the logits of hidden [rows, hidden_size], and its logit; see `Model.greedy`."""
         return self.head.greedy(hidden)
+
+    def draw(self, hidden: Tensor, *, out: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Draw from the logits of hidden [rows, hidden_size]; see `Model.draw`."""
+        return self.head.draw(hidden, out, **options)
 
     def kv_cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """Say what each layer keeps per token.

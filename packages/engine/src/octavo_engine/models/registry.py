@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class Model(Protocol):
         Returns:
             token_ids: [rows] int64, the lowest of equals.
             best: [rows] fp32, their logits; NaN if any logit of the row is.
+        """
+        ...
+
+    def draw(self, hidden: Tensor, *, out: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return `sample_tokens(logits(hidden), **options)`, in whichever way is fastest; no option is a filter.
+
+        `out`, [rows, vocab_size] fp32, is memory that may be overwritten.
         """
         ...
 

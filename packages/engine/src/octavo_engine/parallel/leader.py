@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from octavo_engine.parallel.team import Team
 from octavo_engine.quant.base import WeightSlot
 from octavo_engine.quant.unquantized import Unquantized
 from octavo_engine.runner.model_input import ModelInput
-from octavo_kernels import NotRecordable
+from octavo_kernels import NotRecordable, sample_tokens
 from octavo_kernels.recording import current
 from octavo_kvcache import BlockCopy, KVCacheSpec
 from octavo_kvcache.storage import KVStorage
@@ -80,6 +81,10 @@ class LeadingModel:
             found = self._shard.greedy(hidden.contiguous())
         assert found is not None
         return found
+
+    def draw(self, hidden: Tensor, *, out: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Draw from the logits of hidden [rows, hidden_size]; see `Model.draw`."""
+        return sample_tokens(self.logits(hidden, out=out), **options)
 
     def _hidden(self, model_input: ModelInput) -> Tensor:
         """Return the last hidden states, which rank 0 and the others of its layers make together."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from octavo_engine.weights.quantized import QuantizedTensor
 from octavo_engine.weights.stored import StoredTensor
+from octavo_kernels import sample_tokens
 
 
 class Shard(NamedTuple):
@@ -94,3 +95,10 @@ class QuantMethod(Protocol[P]):
         x [num_tokens, in_features] -> [num_tokens] int64, [num_tokens] fp32; the product is NaN if any of the row is.
         """
         ...
+
+    def draw(self, parameters: P, x: Tensor, out: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return `sample_tokens` of the products and some options, none of which is a filter.
+
+        `out`, [num_tokens, out_features] fp32, is memory that may be overwritten.
+        """
+        return sample_tokens(self.apply(parameters, x, out).float(), **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from octavo_kernels import (
     packed_argmax,
     packed_embedding,
     packed_linear,
+    packed_sample,
     weight_norms,
 )
 
@@ -134,6 +135,15 @@ class Packed(QuantMethod[PackedParameters]):
         """Look for the largest product as the products are made."""
         (part,) = parameters.parts
         return packed_argmax(x, part.weight, norms=parameters.norms, int8_activations=part.int8_activations)
+
+    def draw(
+        self, parameters: PackedParameters, x: Tensor, out: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Make no more of the products than the draw goes by."""
+        if parameters.norms is None:
+            return super().draw(parameters, x, out, **options)
+        (part,) = parameters.parts
+        return packed_sample(x, part.weight, norms=parameters.norms, logits=out, **options)
 
 
 def pack_shards(shards: Sequence[Tensor | StoredTensor], weight_format: WeightFormat, in_features: int) -> PackedWeight:

@@ -172,6 +172,14 @@ class Quantized(QuantMethod[QuantizedParameters]):
         best, ids = self.apply(parameters, x).float().max(dim=-1)
         return ids, best
 
+    def draw(
+        self, parameters: QuantizedParameters, x: Tensor, out: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Draw as the other method does, or from the whole product."""
+        if parameters.dense is not None:
+            return self._dense.draw(parameters.dense, x, out, **options)
+        return super().draw(parameters, x, out, **options)
+
     def _native(self, tensor: _Weight) -> _Weight:
         """Return a shard in a form that the other method multiplies natively, if there is one that means the same.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import isfinite
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from octavo_engine.runner.model_input import KVLayer, ModelInput
 from octavo_engine.runner.pooling import Pooler
 from octavo_engine.runner.prompt_logprobs import PromptLogprobs
 from octavo_engine.runner.rows import Rows
-from octavo_engine.runner.sampler import Drawn, greedy, sample
+from octavo_engine.runner.sampler import Drawn, draw, greedy, sample
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.runner.step_buffers import StepBuffers
 from octavo_engine.runner.step_rows import StepRows
@@ -271,6 +272,9 @@ class ModelRunner:
         with self._heads_of(rows, shared):
             if sampling is None:
                 return greedy(*self.model.greedy(hidden), shared)
+            if sampling.is_plain:
+                draw_from = partial(self.model.draw, out=self._logits.rows(len(hidden)))
+                return draw(hidden, draw_from, sampling, shared)
             logits = self._make_logits(hidden)
         return sample(logits, sampling, shared)
 

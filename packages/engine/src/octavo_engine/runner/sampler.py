@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,25 @@ def greedy(token_ids: Tensor, best: Tensor, shared: NDArray[np.int64] | None = N
     return Drawn(ids, sound) if shared is None else Drawn(ids[shared], sound[shared])
 
 
+def draw(
+    hidden: Tensor,
+    draw_from: Callable[..., tuple[Tensor, Tensor]],
+    batch: SamplingBatch,
+    shared: NDArray[np.int64] | None = None,
+) -> Drawn:
+    """Draw what `sample` draws from the logits of a plain batch, by a model that need not make them.
+
+    Args:
+        hidden: [sources, hidden_size].
+        draw_from: from hidden states, and options of `sample_tokens` that are no filters, to tokens and largest logits.
+        batch: how to draw, one entry per row.
+        shared: [rows], which of the sources each row goes by; None if each has its own.
+    """
+    assert batch.is_plain
+    token_ids, best = draw_from(hidden, **_noise_options(batch, hidden, shared))
+    return Drawn(token_ids.cpu().numpy(), np.isfinite(best.cpu().numpy()))
+
+
 def sample(logits: Tensor, batch: SamplingBatch, shared: NDArray[np.int64] | None = None) -> Drawn:
     """Draw one token per row.
 
@@ -110,16 +130,23 @@ def _draw(
     """Return the tokens that logits [sources, vocab_size], which are not modified, give, and the logits of these."""
     token_ids, best = sample_tokens(
         logits,
-        on_device(batch.temperature, logits),
-        seeds=on_device(batch.seeds, logits),
-        sequence_index=on_device(batch.sequence_index, logits),
-        positions=on_device(batch.positions, logits),
         top_k=on_device(batch.top_k, logits),
         top_p=on_device(batch.top_p, logits),
         min_p=on_device(batch.min_p, logits),
-        source_rows=None if shared is None else on_device(shared, logits),
+        **_noise_options(batch, logits, shared),
     )
     return token_ids.cpu().numpy(), best.cpu().numpy()
+
+
+def _noise_options(batch: SamplingBatch, like: Tensor, shared: NDArray[np.int64] | None) -> dict[str, Any]:
+    """Return what a draw goes by beside logits and filters, on the device of a tensor."""
+    return {
+        "temperature": on_device(batch.temperature, like),
+        "seeds": on_device(batch.seeds, like),
+        "sequence_index": on_device(batch.sequence_index, like),
+        "positions": on_device(batch.positions, like),
+        "source_rows": None if shared is None else on_device(shared, like),
+    }
 
 
 def _try(

@@ -48,6 +48,13 @@ class SamplingBatch:
     changes: tuple[LogitChange, ...] = ()
     trial: Trial | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens alone are wanted of the logits, and nothing changes these or leaves some out."""
+        if self.logprobs is not None or self.changes or self.trial is not None:
+            return False
+        return not self.top_k.any() and not self.min_p.any() and bool((self.top_p >= 1.0).all())
+
     def drawing(self, places: NDArray[np.int64]) -> SamplingBatch:
         """Return how some of the rows are drawn, without what comes before and after the draw."""
         return SamplingBatch(

@@ -27,6 +27,7 @@ class OpKind(IntEnum):
     LORA_EXPAND = 13
     LORA_LINEAR = 14
     GROUP_ROWS = 15
+    PACKED_SAMPLE = 16
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -139,6 +140,15 @@ class SampleTokensArgs(ctypes.Structure):
     _fields_ = _fields(
         "logits source_rows temperature top_k top_p min_p seeds sequence_index positions token_ids best",
         "logits_stride vocab_size",
+    )
+
+
+class PackedSampleArgs(ctypes.Structure):
+    """Arguments of PACKED_SAMPLE."""
+
+    _fields_ = _fields(
+        "x weight grid norms logits workspace source_rows temperature seeds sequence_index positions token_ids best",
+        "x_stride logits_stride format out_features in_features num_rows",
     )
 
 

@@ -12,7 +12,7 @@ from octavo_kernels.packed_parts import native_grid
 from octavo_kernels.packed_weight import GROUP, PANEL, PackedWeight, WeightFormat
 from octavo_kernels.recording import empty_result
 
-_FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
+FORMAT_CODES = {format_: code for code, format_ in enumerate(WeightFormat)}
 _NUM_SLICES = 64  # of an arg-max, as in csrc/argmax.cpp
 _BEST_BYTES = 16  # of a slice's best product and its index
 _TILE_ROWS = 16  # so many rows lie together
@@ -23,12 +23,12 @@ def pack_weight(stored: Tensor, weight: PackedWeight) -> None:
     """Fill the weight's data from the rows of a file."""
     if library_for("pack_weight") is None:
         return fallback.pack_weight(stored, weight)
-    _grid(weight)  # made now: products may be recorded, which no op of torch can be
+    grid_of(weight)  # made now: products may be recorded, which no op of torch can be
     stored = stored.contiguous()
     args = abi.PackWeightArgs(
         stored=stored.data_ptr(),
         packed=weight.data.data_ptr(),
-        format=_FORMAT_CODES[weight.format],
+        format=FORMAT_CODES[weight.format],
         out_features=weight.out_features,
         in_features=weight.in_features,
     )
@@ -55,17 +55,17 @@ def packed_linear(
         served = False
     if not served:
         return fallback.packed_linear(x, weight, bias, int8_activations, out, spans)
-    workspace = None if weight.format.dtype is not None else _workspace(_rounded_bytes(x))
+    workspace = None if weight.format.dtype is not None else workspace_of(rounded_bytes(x))
     args = abi.PackedLinearArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
-        grid=pointer(_grid(weight)),
+        grid=pointer(grid_of(weight)),
         bias=pointer(bias),
         out=out.data_ptr(),
         workspace=pointer(workspace),
         x_stride=x.stride(0),
         out_stride=out.stride(0),
-        format=_FORMAT_CODES[weight.format],
+        format=FORMAT_CODES[weight.format],
         out_features=weight.out_features,
         in_features=weight.in_features,
         int8_activations=int8_activations,
@@ -80,11 +80,11 @@ def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> No
     token_ids = token_ids.contiguous()
     args = abi.PackedEmbeddingArgs(
         weight=weight.data.data_ptr(),
-        grid=pointer(_grid(weight)),
+        grid=pointer(grid_of(weight)),
         token_ids=token_ids.data_ptr(),
         out=out.data_ptr(),
         out_stride=out.stride(0),
-        format=_FORMAT_CODES[weight.format],
+        format=FORMAT_CODES[weight.format],
         out_features=weight.out_features,
         in_features=weight.in_features,
     )
@@ -98,17 +98,17 @@ def packed_argmax(
     if library_for("packed_argmax") is None:
         return fallback.packed_argmax(x, weight, norms, int8_activations, ids, best)
     row_bytes = _NUM_SLICES * _BEST_BYTES + 4 * (-(-weight.out_features // PANEL))
-    workspace = _workspace(len(x) * row_bytes + _rounded_bytes(x))
+    workspace = workspace_of(len(x) * row_bytes + rounded_bytes(x))
     args = abi.PackedArgmaxArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
-        grid=pointer(_grid(weight)),
+        grid=pointer(grid_of(weight)),
         norms=pointer(norms),
         ids=ids.data_ptr(),
         best=best.data_ptr(),
         workspace=workspace.data_ptr(),
         x_stride=x.stride(0),
-        format=_FORMAT_CODES[weight.format],
+        format=FORMAT_CODES[weight.format],
         out_features=weight.out_features,
         in_features=weight.in_features,
         int8_activations=int8_activations,
@@ -116,12 +116,12 @@ def packed_argmax(
     return launch(abi.OpKind.PACKED_ARGMAX, args, len(x), x, weight.data, norms, ids, best, workspace)
 
 
-def _grid(weight: PackedWeight) -> Tensor | None:
+def grid_of(weight: PackedWeight) -> Tensor | None:
     """Return the table that the codes of a weight are places in, which is kept for good."""
     return None if weight.format.parts is None else native_grid(weight.format.parts)
 
 
-def _rounded_bytes(x: Tensor) -> int:
+def rounded_bytes(x: Tensor) -> int:
     """Return the bytes of x rounded to whole numbers, with room to align them."""
     num_rows, in_features = x.shape
     return int(_next_multiple(num_rows, _TILE_ROWS) * (in_features // GROUP) * _GROUP_BYTES) + 64
@@ -131,5 +131,6 @@ def _next_multiple(number: int, factor: int) -> int:
     return -(-number // factor) * factor
 
 
-def _workspace(num_bytes: int) -> Tensor:
+def workspace_of(num_bytes: int) -> Tensor:
+    """Return memory that one product needs."""
     return empty_result((num_bytes,), torch.uint8, torch.device("cpu"))

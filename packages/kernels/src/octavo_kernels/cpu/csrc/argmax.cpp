@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "largest.h"
 #include "screen.h"
 
 namespace octavo {
@@ -13,33 +14,6 @@ constexpr int64_t kLeastScreened = 3;   // with fewer rows products wait for the
 constexpr int64_t kPanelsAtOnce = 2;
 constexpr int64_t kTileBytes = kRowsOfTask * kPanelsAtOnce * kPanel * static_cast<int64_t>(sizeof(float));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The larger of two candidates; of equal ones the lower index, and NaN is larger than any number.
-struct Best {
-  float value = -kInfinity;
-  int32_t unused = 0;
-  int64_t index = INT64_MAX;
-
-  void take(float other, int64_t other_index) {
-    const bool nan = value != value, other_nan = other != other;
-    const bool larger = other_nan ? !nan : (!nan && other > value);
-    const bool equal = other_nan ? nan : other == value;
-    if (larger || (equal && other_index < index)) value = other, index = other_index;
-  }
-};
-
-void take_tile(Best& best, const float* tile, int64_t first_index, int64_t num_columns) {
-  vf largest = vload(tile);
-  vf nan_if_any = vsub(largest, largest);
-  for (int64_t c = W; c + W <= num_columns; c += W) {
-    const vf values = vload(tile + c);
-    largest = vmax(largest, values);
-    nan_if_any = vadd(nan_if_any, vsub(values, values));
-  }
-  const bool finite = vsum(nan_if_any) == 0.0f && num_columns % W == 0;
-  if (finite && vmax_of(largest) < best.value) return;  // mostly: nothing here is as large
-  for (int64_t c = 0; c < num_columns; ++c) best.take(tile[c], first_index + c);
-}
 
 // The outputs cut into slices, each of which is a task for some rows.
 struct Slices {
@@ -147,23 +121,17 @@ void round_for_screening(const Product& product, const Method& method, int64_t f
 // The largest of a row's products, of those that may be.
 Best largest_of(const PackedArgmaxArgs& args, const Product& product, const Method& method, int64_t row,
                 const Slices& slices, const Screened& screened, const Memory& memory) {
-  auto* tile = reinterpret_cast<float*>(memory.scratch + kScratchBytes);
   const float* most = screened.most + row * slices.num_panels;
   float least = -kInfinity;
   for (int64_t slice = 0; slice < slices.num_slices; ++slice) {
     const float of_slice = screened.least[slice * product.num_rows + row];
     least = of_slice > least ? of_slice : least;
   }
-  Product alone = product;
-  alone.x += row * product.x_stride;
-  alone.num_rows = 1;
-  alone.rounded = memory.rounded;
-  round_some(method, alone, 0, 1, memory.rounded);
+  const RowInFull in_full(product, method, row, memory);
   Best best;
   for (int64_t panel = 0; panel < slices.num_panels; ++panel) {
     if (most[panel] < least || most[panel] < best.value) continue;
-    method.part(alone, {0, 1, panel, 1, panel + 1, tile, kPanel}, memory.scratch);
-    take_tile(best, tile, panel * kPanel, min(kPanel, args.out_features - panel * kPanel));
+    take_tile(best, in_full.panel(panel), panel * kPanel, min(kPanel, args.out_features - panel * kPanel));
   }
   return best;
 }

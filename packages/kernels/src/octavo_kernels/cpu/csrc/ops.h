@@ -222,6 +222,28 @@ struct SampleTokensArgs {  // rows: draws
   int64_t vocab_size;
 };
 
+struct PackedSampleArgs {        // rows: draws
+  const float* x;                // [num_rows, in_features]
+  const void* weight;
+  const void* grid;              // as in PackedArgmaxArgs
+  const float* norms;            // likewise
+  float* logits;                 // [num_rows, out_features], overwritten
+  void* workspace;               // as in PackedLinearArgs
+  const int64_t* source_rows;    // this and the following as in SampleTokensArgs
+  const float* temperature;
+  const int64_t* seeds;
+  const int64_t* sequence_index;
+  const int64_t* positions;
+  int64_t* token_ids;
+  float* best;
+  int64_t x_stride;
+  int64_t logits_stride;
+  int64_t format;
+  int64_t out_features;
+  int64_t in_features;
+  int64_t num_rows;
+};
+
 struct ApplyTokenBitmaskArgs {  // rows: masks
   float* logits;                // [rows of logits, vocab_size], changed in place
   const int32_t* bitmask;       // [masks, words], 1 allows a token
@@ -295,6 +317,7 @@ enum class OpKind : int32_t {
   kLoraExpand = 13,
   kLoraLinear = 14,
   kGroupRows = 15,
+  kPackedSample = 16,
 };
 
 struct Op {
@@ -315,6 +338,7 @@ void paged_attention(const PagedAttentionArgs&, int64_t num_rows, int64_t num_se
 void noise(const NoiseArgs&, int64_t num_rows, Team&);
 void noise_at(const NoiseAtArgs&, int64_t num_values, Team&);
 void sample_tokens(const SampleTokensArgs&, int64_t num_rows, Team&);
+void packed_sample(const PackedSampleArgs&, int64_t num_draws, Team&);
 void apply_token_bitmask(const ApplyTokenBitmaskArgs&, int64_t num_masks, Team&);
 void lora_shrink(const LoraArgs&, int64_t num_rows, Team&);
 void lora_expand(const LoraArgs&, int64_t num_rows, Team&);

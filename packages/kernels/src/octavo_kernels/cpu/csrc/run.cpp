@@ -55,6 +55,8 @@ void run_op(const Op& op, const Step* step, Team& team) {
       return lora_linear(*static_cast<const LoraArgs*>(op.args), num_rows, team);
     case OpKind::kGroupRows:
       return group_rows(*static_cast<const GroupRowsArgs*>(op.args), num_rows, team);
+    case OpKind::kPackedSample:
+      return packed_sample(*static_cast<const PackedSampleArgs*>(op.args), num_rows, team);
   }
 }
 

@@ -43,4 +43,29 @@ inline float screening_error(const float* x, int64_t in_features) {
   return static_cast<float>((std::sqrt(lost) + rounding * std::sqrt(whole)) * (1.0 + 0x1p-20) + kSmallest);
 }
 
+// The products of one row in full, a panel at a time.
+class RowInFull {
+ public:
+  // memory: of this thread, with room for a panel behind its scratch.
+  RowInFull(const Product& product, const Method& method, int64_t row, const Memory& memory)
+      : product_(product), method_(method), memory_(memory) {
+    product_.x += row * product.x_stride;
+    product_.num_rows = 1;
+    product_.rounded = memory.rounded;
+    round_some(method, product_, 0, 1, memory.rounded);
+  }
+
+  // Valid until the next call.
+  const float* panel(int64_t index) const {
+    auto* out = reinterpret_cast<float*>(memory_.scratch + kScratchBytes);
+    method_.part(product_, {0, 1, index, 1, index + 1, out, kPanel}, memory_.scratch);
+    return out;
+  }
+
+ private:
+  Product product_;
+  const Method& method_;
+  const Memory& memory_;
+};
+
 }  // namespace octavo

@@ -1,0 +1,169 @@
+// packed_sample: sample_tokens without filters, from the products of packed weights, most of which are only screened.
+//
+// Rough products bound what a column's sum of score and noise can be: those that may have the largest logit are computed
+// in full, and then those that may win. What is drawn is what sample_tokens draws from all products in full, since every
+// step from a logit to its sum is the same there, and none of them falls where the logit rises.
+
+#include "largest.h"
+#include "noise.h"
+#include "screen.h"
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A row of rough products, and how far they may be off.
+struct Rough {
+  const float* products;
+  const float* norms;
+  int64_t num_columns;
+  float error;
+
+  int64_t num_panels() const { return ceil_div(num_columns, kPanel); }
+  int64_t columns_of(int64_t panel) const { return min(kPanel, num_columns - panel * kPanel); }
+
+  // At least the products in full from a column on; past the end of the row, those of no column.
+  OCTAVO_INLINE vf most(int64_t column) const {
+    if (column + W <= num_columns) return vfma(vset(error), vload(norms + column), vload(products + column));
+    float padded[W];
+    for (int64_t i = 0; i < W; ++i)
+      padded[i] = column + i < num_columns ? products[column + i] + error * norms[column + i] : -kInfinity;
+    return vload(padded);
+  }
+
+  // The largest product in full is at least this; NaN counts for nothing.
+  float least_of_all() const {
+    vf least = vset(-kInfinity);
+    int64_t column = 0;
+    for (; column + W <= num_columns; column += W)
+      least = vmax(vfnma(vset(error), vload(norms + column), vload(products + column)), least);
+    float of_all = vmax_of(least);
+    for (; column < num_columns; ++column) {
+      const float low = products[column] - error * norms[column];
+      of_all = low > of_all ? low : of_all;
+    }
+    return of_all;
+  }
+
+  Best best(const RowInFull& in_full) const {
+    const vf least = vset(least_of_all());
+    Best best;
+    for (int64_t panel = 0; panel < num_panels(); ++panel) {
+      bool any = false;
+      for (int64_t c = 0; c < kPanel; c += W) any |= any_not_less(most(panel * kPanel + c), least);
+      if (any) take_tile(best, in_full.panel(panel), panel * kPanel, columns_of(panel));
+    }
+    return best;
+  }
+};
+
+// Finds the column with the largest sum of score and noise, by comparisons alone.
+class Draw {
+ public:
+  Draw(const Rough& rough, const RowInFull& in_full, float best, float temperature, const Philox& philox)
+      : rough_(rough), in_full_(in_full), best_(best), temperature_(temperature), philox_(philox) {}
+
+  int64_t winner(int64_t likeliest) {
+    take(likeliest / kPanel);  // mostly hard to beat
+    for (int64_t panel = 0; panel < rough_.num_panels(); ++panel)
+      if (may_win(panel)) take(panel);
+    return column_;
+  }
+
+ private:
+  OCTAVO_INLINE vf distance(vf logit) const { return vdiv(vsub(vset(best_), logit), vset(temperature_)); }
+
+  // Whether a column may have as much as the winner so far. Its noise is bounded cheaply, and if that does not settle it, closely.
+  bool may_win(int64_t panel) const {
+    for (int64_t first = panel * kPanel; first < (panel + 1) * kPanel; first += 2 * W) {
+      const vf distances[2] = {distance(rough_.most(first)), distance(rough_.most(first + W))};
+      const vf value = vset(value_), highest = vset(kHighestNoise);
+      if (!any_not_less(vsub(highest, distances[0]), value) && !any_not_less(vsub(highest, distances[1]), value)) continue;
+      vu32 words[2];
+      philox_.columns(first / 4, words);
+      for (int i = 0; i < 2; ++i)
+        if (any_not_less(vsub(gumbel_bound(words[i]), distances[i]), value)) return true;
+    }
+    return false;
+  }
+
+  void take(int64_t panel) {
+    const float* logits = in_full_.panel(panel);
+    for (int64_t c = 0; c < kPanel; c += 2 * W) {
+      vu32 words[2];
+      philox_.columns((panel * kPanel + c) / 4, words);
+      for (int i = 0; i < 2; ++i) {
+        float values[W];
+        vstore(values, vsub(gumbel(words[i]), distance(vload(logits + c + i * W))));
+        for (int j = 0; j < W && c + i * W + j < rough_.columns_of(panel); ++j)
+          take(values[j], panel * kPanel + c + i * W + j);
+      }
+    }
+  }
+  void take(float value, int64_t column) {
+    if (value > value_ || (value == value_ && column < column_)) value_ = value, column_ = column;
+  }
+
+  const Rough& rough_;
+  const RowInFull& in_full_;
+  float best_, temperature_;
+  const Philox& philox_;
+  float value_ = kLowestNoise;  // the likeliest token alone has more
+  int64_t column_ = INT64_MAX;
+};
+
+bool is_finite(float x) { return x - x == 0.0f; }
+
+PackedLinearArgs linear_of(const PackedSampleArgs& args, bool rough) {
+  return {args.x,        args.weight, args.grid,         nullptr,          args.logits, args.workspace, args.x_stride,
+          args.logits_stride, args.format, args.out_features, args.in_features, rough};
+}
+
+SampleTokensArgs draws_of(const PackedSampleArgs& args) {
+  SampleTokensArgs draws{};
+  draws.logits = args.logits;
+  draws.source_rows = args.source_rows;
+  draws.temperature = args.temperature;
+  draws.seeds = args.seeds;
+  draws.sequence_index = args.sequence_index;
+  draws.positions = args.positions;
+  draws.token_ids = args.token_ids;
+  draws.best = args.best;
+  draws.logits_stride = args.logits_stride;
+  draws.vocab_size = args.out_features;
+  return draws;
+}
+
+void draw_screened(const PackedSampleArgs& args, const Product& product, const Method& method, int64_t draw,
+                   const Memory& memory) {
+  const int64_t row = args.source_rows == nullptr ? draw : args.source_rows[draw];
+  const RowInFull in_full(product, method, row, memory);
+  const Rough rough{args.logits + row * args.logits_stride, args.norms, args.out_features,
+                    screening_error(product.x + row * product.x_stride, product.in_features)};
+  const Best best = rough.best(in_full);
+  args.best[draw] = best.value;
+  args.token_ids[draw] = 0;
+  if (!is_finite(best.value)) return;
+  args.token_ids[draw] = best.index;
+  if (args.temperature[draw] == 0.0f) return;
+  const Philox philox(args.seeds[draw], args.sequence_index[draw], args.positions[draw]);
+  args.token_ids[draw] = Draw(rough, in_full, best.value, args.temperature[draw], philox).winner(best.index);
+}
+
+}  // namespace
+
+void packed_sample(const PackedSampleArgs& args, int64_t num_draws, Team& team) {
+  const bool screens = args.norms != nullptr && can_be_screened(args.format) && args.num_rows >= kLeastScreened;
+  packed_linear(linear_of(args, screens), args.num_rows, team);
+  if (!screens) return sample_tokens(draws_of(args), num_draws, team);
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, args.num_rows, args.in_features, nullptr};
+  if (has_planes(args.format)) product.planes = &plane_format(args.format);
+  product.grid = static_cast<const uint8_t*>(args.grid);
+  const Method method = method_of(args.format, false, product);
+  const Memory memory(team, method, args.in_features, kPanel * static_cast<int64_t>(sizeof(float)));
+  team.parallel_for(num_draws, [&](int64_t draw) { draw_screened(args, product, method, draw, memory); });
+}
+
+}  // namespace octavo
