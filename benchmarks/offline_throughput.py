@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--mode", default=None, help="exact or fast; the engine's default if left out")
     parser.add_argument("--n", type=int, default=1, help="samples a request; above 1 at temperature 1")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
     parser.add_argument("--no-prefix-cache", action="store_true")
     arguments = parser.parse_args()

@@ -12,6 +12,7 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
+constexpr float kRoundings = 1e-5f;    // more than a few roundings of fp32
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A row of rough products, and how far they may be off.
@@ -63,7 +64,9 @@ struct Rough {
 class Draw {
  public:
   Draw(const Rough& rough, const RowInFull& in_full, float best, float temperature, const Philox& philox)
-      : rough_(rough), in_full_(in_full), best_(best), temperature_(temperature), philox_(philox) {}
+      : rough_(rough), in_full_(in_full), best_(best), temperature_(temperature), philox_(philox) {
+    win_with(kLowestNoise, INT64_MAX);  // the likeliest token alone has more
+  }
 
   int64_t winner(int64_t likeliest) {
     take(likeliest / kPanel);  // mostly hard to beat
@@ -75,16 +78,22 @@ class Draw {
  private:
   OCTAVO_INLINE vf distance(vf logit) const { return vdiv(vsub(vset(best_), logit), vset(temperature_)); }
 
-  // Whether a column may have as much as the winner so far. Its noise is bounded cheaply, and if that does not settle it, closely.
+  void win_with(float value, int64_t column) {
+    const float farthest = (kHighestNoise - value) * temperature_;
+    value_ = value, column_ = column;
+    hopeless_ = best_ - farthest - kRoundings * (farthest + std::fabs(best_));
+  }
+
+  // Whether a column may have as much as the winner so far. Its noise is bounded by what any has, and if that does not
+  // settle it, closely.
   bool may_win(int64_t panel) const {
     for (int64_t first = panel * kPanel; first < (panel + 1) * kPanel; first += 2 * W) {
-      const vf distances[2] = {distance(rough_.most(first)), distance(rough_.most(first + W))};
-      const vf value = vset(value_), highest = vset(kHighestNoise);
-      if (!any_not_less(vsub(highest, distances[0]), value) && !any_not_less(vsub(highest, distances[1]), value)) continue;
+      const vf most[2] = {rough_.most(first), rough_.most(first + W)};
+      if (!any_not_less(most[0], vset(hopeless_)) && !any_not_less(most[1], vset(hopeless_))) continue;
       vu32 words[2];
       philox_.columns(first / 4, words);
       for (int i = 0; i < 2; ++i)
-        if (any_not_less(vsub(gumbel_bound(words[i]), distances[i]), value)) return true;
+        if (any_not_less(vsub(gumbel_bound(words[i]), distance(most[i])), vset(value_))) return true;
     }
     return false;
   }
@@ -103,15 +112,16 @@ class Draw {
     }
   }
   void take(float value, int64_t column) {
-    if (value > value_ || (value == value_ && column < column_)) value_ = value, column_ = column;
+    if (value > value_ || (value == value_ && column < column_)) win_with(value, column);
   }
 
   const Rough& rough_;
   const RowInFull& in_full_;
   float best_, temperature_;
   const Philox& philox_;
-  float value_ = kLowestNoise;  // the likeliest token alone has more
-  int64_t column_ = INT64_MAX;
+  float value_;
+  int64_t column_;
+  float hopeless_;  // a smaller logit does not win with any noise
 };
 
 bool is_finite(float x) { return x - x == 0.0f; }
