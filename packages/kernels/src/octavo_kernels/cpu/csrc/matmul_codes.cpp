@@ -140,7 +140,8 @@ constexpr FewRowsFunction few_rows_of() {
 
 // ---- more rows: codes of 4 bits and scales unpacked into L1 -------------------------------------------------------------------
 
-// `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly.
+// `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly. It also asks for the lines
+// that it writes at its end, which in a large output nobody has read before.
 template <Format F, int N, int R>
 void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int64_t first_group, int64_t num_groups,
           int64_t first_row, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
@@ -150,6 +151,7 @@ void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int6
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float* at = out + r * out_stride + column;
+      prefetch(reinterpret_cast<const uint8_t*>(at), sizeof sums[r]);
       sums[r][0] = first_group == 0 ? vzero() : vload(at);
       sums[r][1] = first_group == 0 ? vzero() : vload(at + W);
     }
