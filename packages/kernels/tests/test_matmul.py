@@ -345,6 +345,23 @@ def test_rows_of_many_blocks_have_the_same_bits(weight_format, int8):
         assert torch.equal(bits(best), bits(few[:num_tokens].amax(1))), num_tokens
 
 
+@block_formats
+@pytest.mark.parametrize("scale", [0.0, 6e-8, 65504.0, float("inf")], ids=str)
+@pytest.mark.usefixtures("native_library")
+def test_inputs_and_scales_of_any_size_have_the_same_bits_among_many_rows(weight_format, scale):
+    block_bytes = BLOCK_BYTES[weight_format]
+    blocks = random_stored(weight_format, 96, 320).view(96, 10, block_bytes).clone()
+    blocks[:32, 3, :2] = torch.tensor([scale], dtype=torch.float16).view(torch.uint8)
+    weight = ok.pack_weight(blocks.flatten(1), weight_format, in_features=320)
+    sizes = 2.0 ** torch.linspace(-149, 127, 300, dtype=torch.float64)
+    x = (torch.randn(300, 320, dtype=torch.float64) * sizes[:, None]).clamp(-3e38, 3e38).float()
+    x[:, 160:192] = 0
+    x[:, 192:] *= 2.0**-9
+    few = torch.cat([ok.packed_linear(x[row : row + 5], weight) for row in range(0, 300, 5)])
+    assert few[:, 32:].isfinite().all(1).sum() > 250
+    assert torch.equal(bits(ok.packed_linear(x, weight)), bits(few))
+
+
 @pytest.mark.usefixtures("native_library")
 @pytest.mark.parametrize("out_features", [1, 31, 64, 90, 576, 1000])
 @pytest.mark.parametrize("num_rows", [1, 2, 40, 270])

@@ -89,6 +89,18 @@ OCTAVO_INLINE Words add_products(Words sum, Words codes, Words x) {
 }
 #endif
 
+// Adding an exponent to a float's bits multiplies it by a power of two, unless it is 0, infinite or NaN. That leaves the
+// multipliers to products of bytes.
+#if defined(__AVX512VNNI__)
+OCTAVO_INLINE bool all_take_exponents(vf x) { return _mm512_fpclass_ps_mask(x, 0x9F) == 0; }
+OCTAVO_INLINE vf add_exponent(vf x, Words exponent) {
+  return _mm512_castsi512_ps(add(_mm512_castps_si512(x), exponent));
+}
+#else
+OCTAVO_INLINE bool all_take_exponents(vf) { return false; }
+OCTAVO_INLINE vf add_exponent(vf x, Words) { return x; }
+#endif
+
 // Adds four products per lane, with codes as a panel stores them. For Q8_0 that is code + 128, unless bytes must be small.
 template <Format F>
 OCTAVO_INLINE Words add_codes(Words sum, Words codes, Words x) {
@@ -167,6 +179,7 @@ struct Chunk {
   uint8_t words[kChunkGroups * kGroup * kPanel];
   float d[kChunkGroups * kPanel];
   float m[kChunkGroups * kPanel];
+  bool take_exponents[kChunkGroups];  // whether adding to the bits of a group's d multiplies all of them
 };
 
 template <Format F>  // from the codes of one group to those of the next
@@ -178,11 +191,14 @@ const uint8_t* unpack(const uint8_t* groups, int64_t num_groups, Chunk& chunk) {
   for (int64_t g = 0; g < num_groups; ++g) {
     const uint8_t* group = groups + g * bytes_of_group(F);
     const auto* d = reinterpret_cast<const uint16_t*>(group);
+    bool take_exponents = true;
     for (int column = 0; column < kPanel; column += W) {
       const vf scale = vload_f16(d + column);
+      take_exponents &= all_take_exponents(scale);
       vstore(chunk.d + g * kPanel + column, scale);
       if constexpr (F == Format::kQ4_1) vstore(chunk.m + g * kPanel + column, load_m(d + kPanel + column, scale));
     }
+    chunk.take_exponents[g] = take_exponents;
     if constexpr (F != Format::kQ8_0) {
       uint8_t* words = chunk.words + g * kGroup * kPanel;
       for (int column = 0; column < kPanel; column += 2 * W)

@@ -55,10 +55,52 @@ OCTAVO_INLINE vf scaled(Words sum, const Group<N>& x, bool last) {
   return vmul(to_float(sum), vset(last ? x.scale : x.scale * 256.0f));
 }
 
-// Adds a group to the sums: the same operations whatever R is, and wherever codes and scales were read from.
+// The same factor as what it adds to the bits of a float.
+OCTAVO_INLINE Words exponent(const Group<3>& x, bool last) {
+  const Words of_scale = repeat_word(reinterpret_cast<const int8_t*>(&x.exponent));
+  return last ? of_scale : add(of_scale, repeat(8 << 23));
+}
+
+// Whether the scales of a group of R rows can be exponents that are added to d, and not factors of the sums: both products
+// are exact.
+template <int R>
+OCTAVO_INLINE bool have_exponents(const Group<3>* const* x, int64_t g) {
+  int32_t all = 1;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) all &= x[r][g].has_exponent;
+  return all != 0;
+}
+
+// Adds a group's products to the sums, scaled.
+template <Format F, int N, int R, bool kExponents>
+OCTAVO_INLINE void add_scaled(const Words (&products)[N][R][2], const Scales& weights, const Group<N>* const* x, int64_t g,
+                              vf (&sums)[R][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      vf sum = sums[r][i];
+      if constexpr (F == Format::kQ4_1) sum = vfma(vset(x[r][g].offset), weights.m[i], sum);
+      Words chain = repeat(0);
+#pragma GCC unroll 3
+      for (int digit = 0; digit < N; ++digit) {
+        chain = begins_chain<F>(digit) ? products[digit][r][i] : add(shift_left<8>(chain), products[digit][r][i]);
+        if (!ends_chain<F, N>(digit)) continue;
+        const bool last = digit == N - 1;
+        if constexpr (kExponents)
+          sum = vfma(to_float(chain), add_exponent(weights.d[i], exponent(x[r][g], last)), sum);
+        else
+          sum = vfma(scaled<N>(chain, x[r][g], last), weights.d[i], sum);
+      }
+      sums[r][i] = sum;
+    }
+}
+
+// Adds a group to the sums: the same bits whatever R is, wherever codes and scales were read from, and whether or not it is
+// known that all d take exponents.
 template <Format F, int N, int R, class Codes>
 OCTAVO_INLINE void add_group(const Codes& codes, const Scales& weights, const Group<N>* const* x, int64_t g,
-                             vf (&sums)[R][2]) {
+                             vf (&sums)[R][2], bool take_exponents) {
   Words products[N][R][2];
 #pragma GCC unroll 3
   for (int digit = 0; digit < N; ++digit)
@@ -76,21 +118,11 @@ OCTAVO_INLINE void add_group(const Codes& codes, const Scales& weights, const Gr
         products[digit][r][1] = add_codes<F>(products[digit][r][1], second, inputs);
       }
   });
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      vf sum = sums[r][i];
-      if constexpr (F == Format::kQ4_1) sum = vfma(vset(x[r][g].offset), weights.m[i], sum);
-      Words chain = repeat(0);
-#pragma GCC unroll 3
-      for (int digit = 0; digit < N; ++digit) {
-        chain = begins_chain<F>(digit) ? products[digit][r][i] : add(shift_left<8>(chain), products[digit][r][i]);
-        if (!ends_chain<F, N>(digit)) continue;
-        sum = vfma(scaled<N>(chain, x[r][g], digit == N - 1), weights.d[i], sum);
-      }
-      sums[r][i] = sum;
-    }
+  if constexpr (N == 3) {
+    if (__builtin_expect(take_exponents && have_exponents<R>(x, g), true))
+      return add_scaled<F, N, R, true>(products, weights, x, g, sums);
+  }
+  add_scaled<F, N, R, false>(products, weights, x, g, sums);
 }
 
 template <Format F, int N, int R>
@@ -121,7 +153,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel, int64_t r
         scales.d[i] = vload_f16(stored + i * W);
         scales.m[i] = F == Format::kQ4_1 ? load_m(stored + kPanel + i * W, scales.d[i]) : vzero();
       }
-      add_group<F, N>(PackedCodes<F>(group + bytes_of_scales(F), column), scales, rows.of, g, sums);
+      add_group<F, N>(PackedCodes<F>(group + bytes_of_scales(F), column), scales, rows.of, g, sums, false);
     }
     for (int r = 0; r < R; ++r) {
       float* out = part.out + (row + r) * part.out_stride + panel * kPanel + column;
@@ -140,7 +172,8 @@ constexpr FewRowsFunction few_rows_of() {
 
 // ---- more rows: codes of 4 bits and scales unpacked into L1 -------------------------------------------------------------------
 
-// `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly.
+// `next` is what will be needed afterwards: a tile asks for next_bytes of it with every group, evenly. At its beginning it asks
+// for the lines that it writes at its end, which in a large output nobody has read before.
 template <Format F, int N, int R>
 void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int64_t first_group, int64_t num_groups,
           int64_t first_row, float* out, int64_t out_stride, const uint8_t* next, int64_t next_bytes) {
@@ -150,6 +183,7 @@ void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int6
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float* at = out + r * out_stride + column;
+      prefetch(reinterpret_cast<const uint8_t*>(at), sizeof sums[r]);
       sums[r][0] = first_group == 0 ? vzero() : vload(at);
       sums[r][1] = first_group == 0 ? vzero() : vload(at + W);
     }
@@ -158,7 +192,8 @@ void tile(const Product& product, const Chunk& chunk, const uint8_t* codes, int6
       const float* d = chunk.d + g * kPanel + column;
       const float* m = F == Format::kQ4_1 ? chunk.m + g * kPanel + column : d;
       const Scales scales{{vload(d), vload(d + W)}, {vload(m), vload(m + W)}};
-      add_group<F, N>(ByteCodes<F>(codes + g * kBytesOfCodes<F>, column), scales, rows.of, first_group + g, sums);
+      add_group<F, N>(ByteCodes<F>(codes + g * kBytesOfCodes<F>, column), scales, rows.of, first_group + g, sums,
+                      chunk.take_exponents[g]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

@@ -18,6 +18,7 @@ constexpr bool kSumsAreFloats = false;
 #endif
 constexpr float kMiddle = 12582912.0f;  // 3 * 2**22
 constexpr int32_t kMiddleBits = 0x4B400000;
+constexpr int32_t kBitsOfOne = 0x3F800000;
 constexpr float kTooLarge = 0x1p111f;  // inputs of one digit whose scale times kMiddle might not be finite
 
 // 32 inputs of a row as numbers of N digits.
@@ -25,16 +26,28 @@ template <int N>
 struct Group {
   int8_t digits[N][kGroup];  // highest first
   float scale;
-  float base;          // minus the scale times kMiddle
+  union {
+    float base;        // of one digit: minus the scale times kMiddle
+    int32_t exponent;  // of three: what the scale, a power of two, adds to the bits of a float
+  };
   float offset;        // the scale times the sum of the numbers
   int32_t moved;       // minus 8 times the sum of the numbers
   int32_t moved_high;  // the same of the numbers without their lowest digit, as if the next one were the lowest
   int32_t moved_low;   // and of the lowest digit alone
-  int32_t begin[2];    // where sums begin that are floats, with codes of 4 and of 8 bits
+  union {
+    int32_t begin[2];      // of one digit: where sums begin that are floats, with codes of 4 and of 8 bits
+    int32_t has_exponent;  // of three: 1, or 0 where a weight's d times the scale might leave the range of floats
+  };
 
   void begin_sums(int32_t sum) {
     begin[0] = kMiddleBits - 8 * sum;
     begin[1] = kMiddleBits - 128 * sum;
+  }
+  void find_exponent() {  // d is 2**-24 .. 2**16, and the factor of upper digits 2**8 times the scale
+    int32_t bits;
+    std::memcpy(&bits, &scale, sizeof bits);
+    exponent = bits - kBitsOfOne;
+    has_exponent = exponent >= -102 * (1 << 23) && exponent <= 73 * (1 << 23);
   }
 };
 
@@ -72,6 +85,7 @@ void round_group(const float* values, Group<N>& group) {
     group.base = -kMiddle * group.scale;
     group.begin_sums(sum);
   } else {
+    if constexpr (N == 3) group.find_exponent();
     group.moved = -8 * sum;
     group.moved_high = -8 * ((sum - sum_low) / 256);
     group.moved_low = -8 * sum_low;

@@ -8,10 +8,6 @@
 namespace octavo {
 
 #if defined(__AVX512F__)
-OCTAVO_INLINE __m512i without_lowest_digit(__m512i x) {
-  return _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-}
-
 struct Inputs {
   __m512 first, second;
 
@@ -38,17 +34,39 @@ struct Inputs {
   OCTAVO_INLINE void round(float inverse, int8_t (&digits)[N][kGroup], int32_t& sum, int32_t& sum_low) const {
     __m512i a, b;
     round(inverse, a, b);
-    sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-    if constexpr (N > 1) {
-      const __m512i rest = _mm512_add_epi32(without_lowest_digit(a), without_lowest_digit(b));
-      sum_low = sum - 256 * _mm512_reduce_add_epi32(rest);
+    if constexpr (N == 1) {
+      sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[0]), _mm512_cvtepi32_epi8(a));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[0] + W), _mm512_cvtepi32_epi8(b));
+    } else {
+      split(a, b, digits, sum, sum_low);
     }
-    for (int digit = N - 1; digit >= 0; --digit) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit]), _mm512_cvtepi32_epi8(a));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits[digit] + W), _mm512_cvtepi32_epi8(b));
-      a = without_lowest_digit(a);
-      b = without_lowest_digit(b);
-    }
+  }
+
+ private:
+  // Once every digit is 128 larger, digits are the bytes of numbers.
+  OCTAVO_INLINE static void split(__m512i a, __m512i b, int8_t (&digits)[3][kGroup], int32_t& sum, int32_t& sum_low) {
+    const __m512i larger = _mm512_set1_epi32(0x808080), flip = _mm512_set1_epi8(-128);
+    const __m512i by_digit =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1));
+    const __m512i upper_two = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i lowest = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
+    a = _mm512_shuffle_epi8(_mm512_add_epi32(a, larger), by_digit);
+    b = _mm512_shuffle_epi8(_mm512_add_epi32(b, larger), by_digit);
+    const __m512i upper = _mm512_permutex2var_epi32(a, upper_two, b);
+    const __m512i low = _mm512_permutex2var_epi32(a, lowest, b);  // its second half is zero
+    _mm512_storeu_si512(digits[0], _mm512_xor_si512(upper, flip));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(digits[2]), _mm512_castsi512_si256(_mm512_xor_si512(low, flip)));
+    const __m512i sums = _mm512_sad_epu8(upper, _mm512_setzero_si512());  // each of eight inputs
+    const __m256i sums_high = _mm256_slli_epi64(_mm512_castsi512_si256(sums), 8);
+    const __m256i sums_low = _mm256_sad_epu8(_mm512_castsi512_si256(low), _mm256_setzero_si256());
+    // Numbers without their lowest digits in low words, the lowest digits in high ones.
+    const __m256i both = _mm256_or_si256(_mm256_add_epi32(sums_high, _mm512_extracti64x4_epi64(sums, 1)),
+                                         _mm256_slli_epi64(sums_low, 32));
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    const int64_t words = _mm_cvtsi128_si64(_mm_add_epi32(half, _mm_unpackhi_epi64(half, half)));
+    sum_low = static_cast<int32_t>(words >> 32) - 128 * kGroup;
+    sum = (static_cast<int32_t>(words) - 128 * 257 * kGroup) * 256 + sum_low;
   }
 };
 #else
