@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo_engine.errors import InvalidConfig
+from octavo_engine.layers.embedding import Embedding, LMHead
 from octavo_engine.layers.linear import Linear
 from octavo_engine.layers.options import LayerOptions
 from octavo_engine.models.llama import Llama
@@ -25,7 +26,7 @@ from octavo_engine.weights.gguf import TensorType
 from octavo_engine.weights.load import load_model
 from octavo_engine.weights.source import GGUFSource
 from octavo_engine.weights.stored import StoredTensor
-from octavo_kernels import BackendUnavailable, WeightFormat, unpack_weight
+from octavo_kernels import BackendUnavailable, WeightFormat, sample_tokens, unpack_weight
 
 MakeGGUF = Callable[..., Path]
 OPTIONS = LayerOptions(quant=Packed())
@@ -205,6 +206,29 @@ def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGU
     expanded, expanded_tokens = generate(source, Unquantized())
     assert (packed - expanded).norm() <= 1e-5 * expanded.norm()
     assert packed_tokens == expanded_tokens
+
+
+@pytest.mark.parametrize(
+    "tensor_type", [*BLOCK_TYPES, *PLANE_TYPES, None], ids=lambda item: item.name if item else "F32"
+)
+@pytest.mark.parametrize("quant", [Packed(), Packed(int8_activations=True)], ids=["exact", "fast"])
+def test_a_head_draws_what_its_logits_give(quant: Packed, tensor_type: TensorType | None) -> None:
+    options = LayerOptions(quant=quant)
+    embedding = Embedding(300, 256, options=options)
+    embedding.parameters.stored[0] = torch.randn(300, 256) if tensor_type is None else stored(tensor_type, 300, 256)
+    embedding.finish()
+    head = LMHead(embedding, tied=True, options=options)
+    head.finish()
+    assert (head.parameters.norms is not None) == (tensor_type is not None and not quant.int8_activations)
+    hidden, index = torch.randn(40, 256), torch.arange(40)
+    logits = head(hidden)
+    token_ids, best = head.greedy(hidden)
+    assert token_ids.tolist() == logits.argmax(dim=-1).tolist()
+    assert torch.equal(best, logits.amax(dim=-1))
+    noise = {"seeds": index, "sequence_index": index % 3, "positions": index}
+    drawn = head.draw(hidden, temperature=torch.ones(40), source_rows=None, **noise)
+    expected = sample_tokens(logits, torch.ones(40), **noise)
+    assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
 
 
 @pytest.mark.parametrize("tensor_type", [*PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)

@@ -15,8 +15,10 @@ from torch import Tensor
 from octavo_engine.batch import NewRow
 from octavo_engine.runner.rules.penalties import Penalties
 from octavo_engine.runner.sampler import Drawn, greedy, sample
+from octavo_engine.runner.sampler import draw as draw_plain
 from octavo_engine.runner.sampling_rows import SamplingRows
 from octavo_engine.types import SamplingParams
+from octavo_kernels import sample_tokens
 
 VOCAB_SIZE = 50
 CPU = torch.device("cpu")
@@ -277,6 +279,36 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert bare is not None
     assert bare.rank == 1
     assert bare.top == ()
+
+
+PLAIN = SamplingParams(temperature=0.8)
+NOT_PLAIN = {
+    "top_k": SamplingParams(temperature=0.8, top_k=3),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.9),
+    "min_p": SamplingParams(temperature=0.8, min_p=0.1),
+    "logprobs": SamplingParams(temperature=0.8, logprobs=0),
+    "penalties": SamplingParams(temperature=0.8, presence_penalty=1.0),
+}
+
+
+def test_plain_rows_draw_what_they_draw_from_logits() -> None:
+    logits, shared = random_logits(3), np.array([2, 0, 0, 1])
+    rows = [new_row(i, PLAIN if i else SamplingParams(temperature=0), seed=i) for i in range(4)]
+    batch = sampling_rows(*rows).batch(np.arange(4), np.full(4, 3))
+    assert batch is not None
+    assert batch.is_plain
+    logits[0, 7] = torch.nan
+    drawn = draw_plain(logits, sample_tokens, batch, shared)
+    expected = sample(logits.clone(), batch, shared)
+    assert drawn.sound.tolist() == expected.sound.tolist() == [True, False, False, True]
+    assert drawn.token_ids[drawn.sound].tolist() == expected.token_ids[drawn.sound].tolist()
+
+
+@pytest.mark.parametrize("sampling", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_one_row_that_wants_more_makes_a_batch_not_plain(sampling: SamplingParams) -> None:
+    batch = sampling_rows(new_row(0, PLAIN), new_row(1, sampling)).batch(np.arange(2), np.full(2, 3))
+    assert batch is not None
+    assert not batch.is_plain
 
 
 def test_plain_greedy_batch_collects_nothing() -> None:
