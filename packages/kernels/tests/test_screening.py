@@ -227,6 +227,26 @@ def test_draws_that_rounded_inputs_would_change(seed, falls):
     assert changed
 
 
+def test_a_token_far_from_the_likeliest_wins_by_rare_noise():
+    """All tokens but one are as unlikely as lets the largest of 40 million noises win; the rows hold another ten."""
+    num_rows, vocab_size = 10_000, 4096
+    index = torch.arange(num_rows)
+    noise = ok.gumbel_noise(index, index % 3, index, vocab_size)
+    row, column = divmod(int(noise.argmax()), vocab_size)
+    likeliest = (column + 2000) % vocab_size
+    apart = noise[row, column] - noise[row, likeliest] - 0.5
+    codes = np.zeros((vocab_size, 32))
+    codes[likeliest] = 1
+    x = torch.ones(11, 32)
+    rows = torch.arange(row - 5, row + 6) % num_rows
+    temperature = torch.full((11,), float(32 / apart))
+    options = {"seeds": rows, "sequence_index": rows % 3, "positions": rows}
+    weight = q8_0(np.ones((vocab_size, 1)), codes)
+    token_ids, _ = ok.packed_sample(x, weight, temperature, norms=ok.weight_norms(weight), **options)
+    assert noise[row, column] > 15
+    assert token_ids[5] == column
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e37])
 def test_draws_from_rows_at_the_limits(value):
     rng = np.random.default_rng(5)
