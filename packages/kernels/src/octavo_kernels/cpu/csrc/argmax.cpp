@@ -8,9 +8,9 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kRowsOfTask = 128;    // a task's rows of x stay in L2 while panels go by
-constexpr int64_t kNumSlices = 64;      // parts that the outputs are cut into, whatever the number of threads
-constexpr int64_t kLeastScreened = 3;   // with fewer rows products wait for the weights anyhow
+constexpr int64_t kRowsOfTask = 128;   // a task's rows of x stay in L2 while panels go by
+constexpr int64_t kNumSlices = 64;     // parts that the outputs are cut into, whatever the number of threads
+constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
 constexpr int64_t kPanelsAtOnce = 2;
 constexpr int64_t kTileBytes = kRowsOfTask * kPanelsAtOnce * kPanel * static_cast<int64_t>(sizeof(float));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -136,7 +136,7 @@ Best largest_of(const PackedArgmaxArgs& args, const Product& product, const Meth
   return best;
 }
 
-void argmax_by_screening(const PackedArgmaxArgs& args, Product product, const Method& method, Team& team) {
+void argmax_by_screening(const PackedArgmaxArgs& args, const Product& product, const Method& method, Team& team) {
   const Slices slices(args.out_features, product.num_rows);
   const Method rough = method_of(args.format, true, product);
   const Memory memory(team, method, args.in_features, kTileBytes + product.num_rows * static_cast<int64_t>(sizeof(float)));
@@ -172,9 +172,7 @@ void argmax_by_screening(const PackedArgmaxArgs& args, Product product, const Me
 }  // namespace
 
 void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
-  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
-  if (has_planes(args.format)) product.planes = &plane_format(args.format);
-  product.grid = static_cast<const uint8_t*>(args.grid);
+  const Product product = product_of(args, num_rows);
   const Method method = method_of(args.format, args.int8_activations, product);
   const bool screens = args.norms != nullptr && !args.int8_activations && can_be_screened(args.format);
   if (screens && num_rows >= kLeastScreened) return argmax_by_screening(args, product, method, team);

@@ -89,9 +89,7 @@ void linear_part(const PackedLinearArgs& args, const Product& product, Part part
 }  // namespace
 
 void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
-  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
-  if (has_planes(args.format)) product.planes = &plane_format(args.format);
-  product.grid = static_cast<const uint8_t*>(args.grid);
+  Product product = product_of(args, num_rows);
   const int64_t num_row_blocks = ceil_div(num_rows, kRowsOfTask);
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 16) : 0;
   const Method method = method_of(args.format, args.int8_activations, product);

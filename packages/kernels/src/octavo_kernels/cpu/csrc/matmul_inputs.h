@@ -12,6 +12,15 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The product that some op's arguments ask for.
+template <class Args>
+Product product_of(const Args& args, int64_t num_rows) {
+  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, num_rows, args.in_features, nullptr};
+  if (has_planes(args.format)) product.planes = &plane_format(args.format);
+  product.grid = static_cast<const uint8_t*>(args.grid);
+  return product;
+}
+
 // How a product is computed, and the bytes of a rounded row.
 inline Method method_of(int64_t format, bool int8_activations, const Product& product) {
   if (is_grouped(format)) return grouped_method(product);

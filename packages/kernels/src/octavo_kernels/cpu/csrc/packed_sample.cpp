@@ -127,8 +127,19 @@ class Draw {
 bool is_finite(float x) { return x - x == 0.0f; }
 
 PackedLinearArgs linear_of(const PackedSampleArgs& args, bool rough) {
-  return {args.x,        args.weight, args.grid,         nullptr,          args.logits, args.workspace, args.x_stride,
-          args.logits_stride, args.format, args.out_features, args.in_features, rough};
+  PackedLinearArgs linear{};
+  linear.x = args.x;
+  linear.weight = args.weight;
+  linear.grid = args.grid;
+  linear.out = args.logits;
+  linear.workspace = args.workspace;
+  linear.x_stride = args.x_stride;
+  linear.out_stride = args.logits_stride;
+  linear.format = args.format;
+  linear.out_features = args.out_features;
+  linear.in_features = args.in_features;
+  linear.int8_activations = rough;
+  return linear;
 }
 
 SampleTokensArgs draws_of(const PackedSampleArgs& args) {
@@ -168,9 +179,7 @@ void packed_sample(const PackedSampleArgs& args, int64_t num_draws, Team& team) 
   const bool screens = args.norms != nullptr && can_be_screened(args.format) && args.num_rows >= kLeastScreened;
   packed_linear(linear_of(args, screens), args.num_rows, team);
   if (!screens) return sample_tokens(draws_of(args), num_draws, team);
-  Product product{args.x, static_cast<const uint8_t*>(args.weight), args.x_stride, args.num_rows, args.in_features, nullptr};
-  if (has_planes(args.format)) product.planes = &plane_format(args.format);
-  product.grid = static_cast<const uint8_t*>(args.grid);
+  const Product product = product_of(args, args.num_rows);
   const Method method = method_of(args.format, false, product);
   const Memory memory(team, method, args.in_features, kPanel * static_cast<int64_t>(sizeof(float)));
   team.parallel_for(num_draws, [&](int64_t draw) { draw_screened(args, product, method, draw, memory); });
