@@ -14,9 +14,10 @@
 
 namespace octavo {
 
-// Formats whose products can be screened: those that bytes multiply and that have no minimums.
+// Formats whose products can be screened: those that bytes multiply and that have no minimums. Without vectors of bytes
+// rounded products are the slower ones.
 inline bool can_be_screened(int64_t format) {
-  if (is_grouped(format)) return false;
+  if (W == 4 || is_grouped(format)) return false;
   if (has_planes(format)) return !plane_format(format).planes.minimum;
   return format == static_cast<int64_t>(Format::kQ4_0) || format == static_cast<int64_t>(Format::kQ8_0);
 }
