@@ -166,7 +166,7 @@ def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) 
     exact = fused([dense, blocks], None)(x)
     assert torch.equal(rounded[:, :8], exact[:, :8])
     assert not torch.equal(rounded[:, 8:], exact[:, 8:])
-    assert (rounded - exact).norm() < 0.01 * exact.norm()
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 def generate(source: GGUFSource, quant: QuantMethod[Any]) -> tuple[Tensor, dict[int, list[int]]]:
@@ -214,13 +214,13 @@ def test_a_quantised_model_has_the_logits_of_the_expanded_one(make_gguf: MakeGGU
 @pytest.mark.parametrize("quant", [Packed(), Packed(int8_activations=True)], ids=["exact", "fast"])
 def test_a_head_draws_what_its_logits_give(quant: Packed, tensor_type: TensorType | None) -> None:
     options = LayerOptions(quant=quant)
-    embedding = Embedding(300, 256, options=options)
-    embedding.parameters.stored[0] = torch.randn(300, 256) if tensor_type is None else stored(tensor_type, 300, 256)
+    embedding = Embedding(300, 2048, options=options)
+    embedding.parameters.stored[0] = torch.randn(300, 2048) if tensor_type is None else stored(tensor_type, 300, 2048)
     embedding.finish()
     head = LMHead(embedding, tied=True, options=options)
     head.finish()
     assert (head.parameters.norms is not None) == (tensor_type is not None and not quant.int8_activations)
-    hidden, index = torch.randn(40, 256), torch.arange(40)
+    hidden, index = torch.randn(40, 2048), torch.arange(40)
     logits = head(hidden)
     token_ids, best = head.greedy(hidden)
     assert token_ids.tolist() == logits.argmax(dim=-1).tolist()
@@ -229,6 +229,15 @@ def test_a_head_draws_what_its_logits_give(quant: Packed, tensor_type: TensorTyp
     drawn = head.draw(hidden, temperature=torch.ones(40), source_rows=None, **noise)
     expected = sample_tokens(logits, torch.ones(40), **noise)
     assert all(torch.equal(one, other) for one, other in zip(drawn, expected, strict=True))
+
+
+def test_a_head_of_small_rows_has_no_norms() -> None:
+    embedding = Embedding(300, 256, options=OPTIONS)
+    embedding.parameters.stored[0] = stored(TensorType.Q4_0, 300, 256)
+    embedding.finish()
+    head = LMHead(embedding, tied=True, options=OPTIONS)
+    head.finish()
+    assert head.parameters.norms is None
 
 
 @pytest.mark.parametrize("tensor_type", [*PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)

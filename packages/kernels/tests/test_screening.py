@@ -7,6 +7,8 @@ import torch
 import octavo_kernels as ok
 from octavo_kernels import WeightFormat
 
+pytestmark = pytest.mark.usefixtures("not_triton")
+
 OUT_FEATURES = [1, 31, 32, 33, 1000]
 NUM_ROWS = (1, 2, 3, 5, 16, 17, 64, 65, 130, 257)
 

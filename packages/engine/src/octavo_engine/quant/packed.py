@@ -32,6 +32,7 @@ BLOCK_FORMATS = MappingProxyType({TensorType[item.name]: item for item in Weight
 """GGUF's types that native products read as they are stored: all block types."""
 
 _DENSE_FORMATS = MappingProxyType({torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.F16})
+_BYTES_WORTH_A_NORM = 400  # of an output's weights: its norm takes 1 % as many
 
 
 class PackedPart(NamedTuple):
@@ -110,7 +111,8 @@ class Packed(QuantMethod[PackedParameters]):
         """Pack, and look at the norms of the outputs where inputs are not rounded anyway."""
         finished = self.finish(parameters)
         (part,) = finished.parts
-        if part.int8_activations or part.weight.format.dtype is not None:
+        worth = part.weight.num_bytes >= _BYTES_WORTH_A_NORM * part.weight.out_features
+        if part.int8_activations or part.weight.format.dtype is not None or not worth:
             return finished
         return replace(finished, norms=weight_norms(part.weight))
 

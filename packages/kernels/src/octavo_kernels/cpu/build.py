@@ -52,9 +52,10 @@ _COMPILE = (
     "-Wextra",
     "-Wno-maybe-uninitialized",  # GCC 12 says it of its own vector intrinsics (its bug 105593)
 )
-# Sources that -O3 makes much larger and hardly faster for an instruction set: without vectors of bytes their products,
-# slower there than those in full, would take 0.3 MB more.
-_SMALL: Mapping[str, tuple[str, ...]] = MappingProxyType({"baseline": ("matmul_codes.cpp",)})
+# Sources that -O3 makes much larger and hardly faster. On all machines those that choose among products, which is not
+# what takes the time; without vectors of bytes also products of bytes, slower there than those in full, and packing.
+_SMALL = ("argmax.cpp", "packed_sample.cpp")
+_SMALL_BY_ISA: Mapping[str, tuple[str, ...]] = MappingProxyType({"baseline": ("matmul_codes.cpp", "planes.cpp")})
 
 # The C++ runtime is linked in and hidden, so that the library runs beside any other in one process.
 _LINK_LINUX = (
@@ -189,7 +190,7 @@ def _digest(*parts: object) -> str:
 
 def _source_digest(csrc: Path) -> str:
     files = [*_headers(csrc), *_sources(csrc)]
-    isas = [sorted(ISA_FLAGS.items()), sorted(_OWN_CODE.items()), sorted(_SMALL.items())]
+    isas = [sorted(ISA_FLAGS.items()), sorted(_OWN_CODE.items()), _SMALL, sorted(_SMALL_BY_ISA.items())]
     flags = [*_COMPILE, *_LINK_LINUX, *isas, *_extra_flags()]
     return _digest(*(path.name for path in files), *files, *flags)
 
@@ -200,7 +201,7 @@ def _units(csrc: Path, isa: str, compiler: Compiler, cache: Path) -> Iterator[_U
     named_headers = [part for path in headers for part in (path.name, path)]
     for source in _sources(csrc):
         made_for = _least_alike(source, isa)
-        small = ["-O2"] if source.name in _SMALL.get(made_for, ()) else []
+        small = ["-O2"] if source.name in (*_SMALL, *_SMALL_BY_ISA.get(made_for, ())) else []
         defined = f"-DOCTAVO_ISA_{made_for.upper()}=1"
         flags = (*_COMPILE, *small, *ISA_FLAGS[made_for], defined, *strict, *_extra_flags())
         key = _digest(*compiler.command, compiler.version, *flags, *named_headers, source.name, source)
