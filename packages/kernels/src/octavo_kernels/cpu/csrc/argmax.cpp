@@ -8,9 +8,8 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kRowsOfTask = 128;   // a task's rows of x stay in L2 while panels go by
-constexpr int64_t kNumSlices = 64;     // parts that the outputs are cut into, whatever the number of threads
-constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
+constexpr int64_t kRowsOfTask = 128;  // a task's rows of x stay in L2 while panels go by
+constexpr int64_t kNumSlices = 64;    // parts that the outputs are cut into, whatever the number of threads
 constexpr int64_t kPanelsAtOnce = 2;
 constexpr int64_t kTileBytes = kRowsOfTask * kPanelsAtOnce * kPanel * static_cast<int64_t>(sizeof(float));
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -174,8 +173,8 @@ void argmax_by_screening(const PackedArgmaxArgs& args, const Product& product, c
 void packed_argmax(const PackedArgmaxArgs& args, int64_t num_rows, Team& team) {
   const Product product = product_of(args, num_rows);
   const Method method = method_of(args.format, args.int8_activations, product);
-  const bool screens = args.norms != nullptr && !args.int8_activations && can_be_screened(args.format);
-  if (screens && num_rows >= kLeastScreened) return argmax_by_screening(args, product, method, team);
+  if (!args.int8_activations && are_screened(args.norms, args.format, num_rows))
+    return argmax_by_screening(args, product, method, team);
   argmax_of_all(args, product, method, team);
 }
 

@@ -11,8 +11,7 @@
 namespace octavo {
 namespace {
 
-constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
-constexpr float kRoundings = 1e-5f;    // more than a few roundings of fp32
+constexpr float kRoundings = 1e-5f;  // more than a few roundings of fp32
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A row of rough products, and how far they may be off.
@@ -176,7 +175,7 @@ void draw_screened(const PackedSampleArgs& args, const Product& product, const M
 }  // namespace
 
 void packed_sample(const PackedSampleArgs& args, int64_t num_draws, Team& team) {
-  const bool screens = args.norms != nullptr && can_be_screened(args.format) && args.num_rows >= kLeastScreened;
+  const bool screens = are_screened(args.norms, args.format, args.num_rows);
   packed_linear(linear_of(args, screens), args.num_rows, team);
   if (!screens) return sample_tokens(draws_of(args), num_draws, team);
   const Product product = product_of(args, args.num_rows);

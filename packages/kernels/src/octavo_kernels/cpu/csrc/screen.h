@@ -14,10 +14,12 @@
 
 namespace octavo {
 
-// Formats whose products can be screened: those that bytes multiply and that have no minimums. Without vectors of bytes
-// rounded products are the slower ones.
-inline bool can_be_screened(int64_t format) {
-  if (W == 4 || is_grouped(format)) return false;
+constexpr int64_t kLeastScreened = 3;  // with fewer rows products wait for the weights anyhow
+
+// Whether products of some rows are screened: with norms, of formats that bytes multiply and that have no minimums. Without
+// vectors of bytes rounded products are the slower ones.
+inline bool are_screened(const float* norms, int64_t format, int64_t num_rows) {
+  if (W == 4 || norms == nullptr || num_rows < kLeastScreened || is_grouped(format)) return false;
   if (has_planes(format)) return !plane_format(format).planes.minimum;
   return format == static_cast<int64_t>(Format::kQ4_0) || format == static_cast<int64_t>(Format::kQ8_0);
 }
