@@ -159,6 +159,7 @@ def test_nothing_of_the_file_is_kept_when_a_matrix_is_finished() -> None:
 
 @pytest.mark.parametrize("tensor_type", [*BLOCK_TYPES, *PLANE_TYPES, *PART_TYPES], ids=lambda item: item.name)
 def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) -> None:
+    torch.manual_seed(0)  # a norm of few outputs may be small by chance
     options = LayerOptions(quant=Packed(int8_activations=True))
     dense, blocks = torch.randn(8, 256), stored(tensor_type, 8, 256)
     x = torch.randn(3, 256)
@@ -166,7 +167,7 @@ def test_8_bit_activations_are_for_block_formats_alone(tensor_type: TensorType) 
     exact = fused([dense, blocks], None)(x)
     assert torch.equal(rounded[:, :8], exact[:, :8])
     assert not torch.equal(rounded[:, 8:], exact[:, 8:])
-    assert (rounded - exact).norm() < 0.02 * exact.norm()
+    assert (rounded - exact).norm() < 0.01 * exact.norm()
 
 
 def generate(source: GGUFSource, quant: QuantMethod[Any]) -> tuple[Tensor, dict[int, list[int]]]:
@@ -219,7 +220,8 @@ def test_a_head_draws_what_its_logits_give(quant: Packed, tensor_type: TensorTyp
     embedding.finish()
     head = LMHead(embedding, tied=True, options=options)
     head.finish()
-    assert (head.parameters.norms is not None) == (tensor_type is not None and not quant.int8_activations)
+    without_norms = (None, TensorType.Q4_1, TensorType.Q5_1, TensorType.Q2_K, TensorType.Q4_K, TensorType.Q5_K)
+    assert (head.parameters.norms is not None) == (tensor_type not in without_norms and not quant.int8_activations)
     hidden, index = torch.randn(40, 2048), torch.arange(40)
     logits = head(hidden)
     token_ids, best = head.greedy(hidden)

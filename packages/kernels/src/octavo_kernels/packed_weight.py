@@ -107,6 +107,11 @@ class WeightFormat(Enum):
         return _PARTS.get(self)
 
     @property
+    def has_minimums(self) -> bool:
+        """Whether a weight is a code times a scale plus a minimum; without, products can be screened."""
+        return self is WeightFormat.Q4_1 or (self.planes is not None and self.planes.has_minimum)
+
+    @property
     def layout(self) -> PlaneLayout | PartLayout | None:
         """How a format with planes or parts lies; None for dense formats and for q4_0, q4_1 and q8_0."""
         return self.planes or self.parts

@@ -108,13 +108,10 @@ class Packed(QuantMethod[PackedParameters]):
         return self.finish(parameters)
 
     def finish_head(self, parameters: PackedParameters) -> PackedParameters:
-        """Pack, and look at the norms of the outputs where inputs are not rounded anyway."""
+        """Pack, and look at the norms of the outputs where products go by them."""
         finished = self.finish(parameters)
         (part,) = finished.parts
-        worth = part.weight.num_bytes >= _BYTES_WORTH_A_NORM * part.weight.out_features
-        if part.int8_activations or part.weight.format.dtype is not None or not worth:
-            return finished
-        return replace(finished, norms=weight_norms(part.weight))
+        return replace(finished, norms=weight_norms(part.weight)) if _is_screened(part) else finished
 
     def apply(self, parameters: PackedParameters, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Multiply natively, into `out` if given; each part writes its columns."""
@@ -163,6 +160,14 @@ def pack_shards(shards: Sequence[Tensor | StoredTensor], weight_format: WeightFo
             if isinstance(tensor, StoredTensor):
                 tensor.check_scales()
     return weight
+
+
+def _is_screened(part: PackedPart) -> bool:
+    """Return whether a head's products are told apart by norms, which take little beside the weight."""
+    weight, format_ = part.weight, part.weight.format
+    if part.int8_activations or format_.dtype is not None or format_.has_minimums:
+        return False
+    return weight.num_bytes >= _BYTES_WORTH_A_NORM * weight.out_features
 
 
 def _format_of(tensor: Tensor | StoredTensor) -> WeightFormat:
