@@ -8,6 +8,7 @@ namespace octavo {
 namespace {
 
 constexpr int64_t kRowsOfTask = 128;  // a task's rows of x stay in L2 while panels go by
+constexpr int64_t kFirstBytes = 8192;  // of its first weights that a thread asks for while rows are rounded
 
 // The panels of a product cut into tasks for threads that begin at both ends: large ones there, since asking for work
 // takes a thread as long as some panels by one row, and ever smaller ones towards the middle, where threads end, so that one
@@ -94,9 +95,11 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   const int64_t rows_of_block = num_rows > 0 ? round_up(ceil_div(num_rows, num_row_blocks), 16) : 0;
   const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
-  product.rounded = round_all(method, product, args.workspace, memory.rounded, team);
   const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
-  const int64_t num_tasks = num_row_blocks * cut.num_tasks();
+  const int64_t num_tasks = num_row_blocks * cut.num_tasks(), first_task = team.first_task(num_tasks);
+  if (first_task >= 0 && first_task < num_tasks)
+    prefetch_to_second(panel_of(product, args.format, cut.start(first_task / num_row_blocks)), kFirstBytes);
+  product.rounded = round_all(method, product, args.workspace, memory.rounded, team);
   team.parallel_for(num_tasks, [&](int64_t task) {
     Part part{};
     part.first_row = task % num_row_blocks * rows_of_block;

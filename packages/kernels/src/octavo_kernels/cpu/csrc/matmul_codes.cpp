@@ -20,7 +20,17 @@ namespace {
 constexpr int kColumns = 2 * W;  // outputs that are multiplied at once
 template <int N>
 constexpr int kMaxTileRows = W == 16 && N == 1 ? 6 : 3;
-constexpr int kMaxFewRows = 12;  // up to here every tile reads codes from the panel, which stays in L1
+
+// Up to so many rows every tile reads codes from the panel, which stays in L1, and takes them apart again. AMD's processors do
+// that beside products of bytes, which take but two of their four pipes; others have the same ports for both.
+template <int N>
+int64_t max_few_rows() {
+#if defined(__AVX512VNNI__)
+  static const bool beside_products = __builtin_cpu_is("amd");
+  if (N == 1 && beside_products) return 64;
+#endif
+  return 12;
+}
 
 constexpr int64_t kBytesAhead = 8192;  // how far ahead of its use memory is asked for
 
@@ -140,13 +150,19 @@ struct GroupsOfRows {
 template <Format F, int N, int R>
 void few_rows(const Product& product, const Part& part, int64_t panel, int64_t row) {
   const GroupsOfRows<F, N, R> rows(product, part.first_row + row);
-  const uint8_t* weights = product.weight + (part.first_panel + panel) * bytes_of_panel(F, product.in_features);
+  const int64_t panel_bytes = bytes_of_panel(F, product.in_features);
+  const uint8_t* weights = product.weight + (part.first_panel + panel) * panel_bytes;
+  const uint8_t* end = weights + (part.num_panels - panel) * panel_bytes;
+  const uint8_t* next = product.weight + part.next_panel * panel_bytes;
   for (int column = 0; column < kPanel; column += kColumns) {
     vf sums[R][2];
     for (auto& both : sums) both[0] = both[1] = vzero();
     for (int64_t g = 0; g < product.in_features / kGroup; ++g) {
       const uint8_t* group = weights + g * bytes_of_group(F);
-      if (row == 0 && column == 0) prefetch_to_second(group + kBytesAhead, bytes_of_group(F));
+      if (row == 0 && column == 0) {
+        const uint8_t* ahead = group + kBytesAhead;
+        prefetch_to_second(ahead < end ? ahead : next + (ahead - end), bytes_of_group(F));
+      }
       const auto* stored = reinterpret_cast<const uint16_t*>(group) + column;
       Scales scales;
       for (int i = 0; i < 2; ++i) {
@@ -246,7 +262,7 @@ void in_vectors(const Product& product, const Part& part, void* scratch) {
                                                  few_rows_of<F, N, 5>(),
                                                  few_rows_of<F, N, 6>()};
   static_assert(sizeof(Chunk) <= kScratchBytes);
-  if (part.num_rows > kMaxFewRows) return many_rows<F, N>(product, part, *static_cast<Chunk*>(scratch));
+  if (part.num_rows > max_few_rows<N>()) return many_rows<F, N>(product, part, *static_cast<Chunk*>(scratch));
   const int64_t num_tiles = (part.num_rows + kMaxTileRows<N> - 1) / kMaxTileRows<N>;
   for (int64_t panel = 0; panel < part.num_panels; ++panel)
     for (int64_t t = 0; t < num_tiles; ++t) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "grouped.h"
 #include "matmul.h"
 
 namespace octavo {
@@ -19,6 +20,17 @@ Product product_of(const Args& args, int64_t num_rows) {
   if (has_planes(args.format)) product.planes = &plane_format(args.format);
   product.grid = static_cast<const uint8_t*>(args.grid);
   return product;
+}
+
+// The weights of a panel.
+inline const uint8_t* panel_of(const Product& product, int64_t format, int64_t panel) {
+  if (is_grouped(format)) {
+    const auto& header = *reinterpret_cast<const GroupedHeader*>(product.weight);
+    return product.weight + header.panels_at + panel * header.panel_bytes;
+  }
+  if (product.planes != nullptr)
+    return product.weight + panel * bytes_of_panel(product.planes->planes, product.in_features);
+  return product.weight + panel * bytes_of_panel(static_cast<Format>(format), product.in_features);
 }
 
 // How a product is computed, and the bytes of a rounded row.

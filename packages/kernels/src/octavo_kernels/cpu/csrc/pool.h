@@ -47,6 +47,11 @@ class Team {
     return begins_last() ? task - at_this_end : task + at_this_end;
   }
 
+  // The task of a loop of so many that this thread probably gets first; it may not exist. Before the loop.
+  int64_t first_task(int64_t num_tasks) const {
+    return begins_last() ? num_tasks - 1 - index_ / 2 : index_ / 2;
+  }
+
   // Returns this thread's scratch memory of at least num_bytes, aligned to 64; what was in it may be lost.
   // Valid until the next call by the same thread.
   void* scratch(size_t num_bytes);
