@@ -51,7 +51,10 @@ ON_GPU = {"OCTAVO_TEST_DEVICE": "cuda", "OCTAVO_BACKEND": ""}
 BACKENDS = {  # backend -> environment of its tests
     "reference": {"OCTAVO_BACKEND": "reference", **NO_GPU},
     "cpu": {"OCTAVO_BACKEND": "cpu", **NO_GPU},
+    "cpu-no-tiles": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_TILES": "0", **NO_GPU},
+    "cpu-avx512": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "avx512", **NO_GPU},
     "cpu-avx2": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "avx2", **NO_GPU},
+    "cpu-baseline": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "baseline", **NO_GPU},
     "cpu-torch": {"OCTAVO_BACKEND": "cpu", "OCTAVO_CPU_ISA": "none", **NO_GPU},
     "triton-interpreter": {"OCTAVO_BACKEND": "triton", "TRITON_INTERPRET": "1", **NO_GPU},
     "cuda": ON_GPU,
@@ -87,7 +90,8 @@ ON_GPUS = {
 # The kernels' tests that choose themselves what computes, the same on every backend: they run with `cpu` alone.
 ON_ONE_BACKEND = [f"packages/kernels/tests/test_{name}.py" for name in ("build", "torch_attention")]
 # Native code for lesser machines is tested where the kernels are, its absence also where models use them.
-ONLY_FOR = {"cpu-avx2": {"kernels"}, "cpu-torch": {"kernels", "engine"}}
+LESSER_CPUS = ("cpu-no-tiles", "cpu-avx512", "cpu-avx2", "cpu-baseline")
+ONLY_FOR = {**{backend: {"kernels"} for backend in LESSER_CPUS}, "cpu-torch": {"kernels", "engine"}}
 MATRIX = [
     (p, b)
     for p in PACKAGES
@@ -168,14 +172,26 @@ def why_not(session: nox.Session, backend: str) -> str | None:
     wanted = BACKENDS[backend].get("OCTAVO_CPU_ISA", "none")
     if wanted != "none" and wanted not in (supported := instruction_sets(session)):
         return f"{backend}: native code for {wanted} cannot run here, only: {', '.join(supported) or 'none'}"
+    if "OCTAVO_CPU_TILES" in BACKENDS[backend] and not has_tiles(session):
+        return f"{backend}: products use no tiles of AMX here, so that this would be cpu again"
     return None
 
 
 def instruction_sets(session: nox.Session) -> list[str]:
     """Return for which instruction sets the kernels have native code that runs on this machine."""
-    program = "from octavo_kernels.cpu.load import supported; print(*supported())"
-    output = session.run(shared_python(session), "-c", program, silent=True, external=True)
-    return output.splitlines()[-1].split()  # before it, what a build on first use says
+    return ask_kernels(session, "from octavo_kernels.cpu.load import supported; print(*supported())").split()
+
+
+def has_tiles(session: nox.Session) -> bool:
+    """Say whether products use the tiles of AMX on this machine."""
+    program = "from octavo_kernels.cpu.load import library; found = library(); print(found is not None and found.tiles)"
+    return ask_kernels(session, program) == "True"
+
+
+def ask_kernels(session: nox.Session, program: str) -> str:
+    """Return the last line that a program prints: before it, what a build on first use says."""
+    output: str = session.run(shared_python(session), "-c", program, silent=True, external=True)
+    return output.splitlines()[-1]
 
 
 @nox.session(venv_backend="none", requires=["env"])
