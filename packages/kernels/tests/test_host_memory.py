@@ -36,5 +36,10 @@ def test_a_piece_stays_when_others_of_its_region_go():
     assert kept.tolist() == [7] * 100
 
 
-def test_large_tensors_begin_at_a_large_page():
-    assert ok.host_empty((40 << 20,), torch.uint8).data_ptr() % (2 << 20) == 0
+def test_large_tensors_begin_at_different_places_in_a_large_page():
+    layers = [ok.host_empty((40 << 20,), torch.uint8) for _ in range(32)]
+    starts = sorted(layer.data_ptr() % (2 << 20) for layer in layers)
+    gaps = [after - before for before, after in zip(starts, [*starts[1:], starts[0] + (2 << 20)], strict=True)]
+    assert all(start % 4096 == 0 for start in starts)
+    assert max(gaps) <= 2 * (2 << 20) // 32
+    layers[-1].fill_(1)  # to its end

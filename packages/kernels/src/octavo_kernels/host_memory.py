@@ -18,13 +18,17 @@ from torch import Tensor
 _ALIGNMENT = 64
 _LARGE_PAGE = 2 << 20
 _REGION = 32 << 20  # smaller pieces share one
+# How much later in its first page each large tensor begins than the one before: after 512 of them anew.
+_STAGGER = 297 << 12
 
 
 def host_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor of zeros on the CPU, in large pages where the system has them, at a multiple of 64 bytes.
 
     Physical memory is taken when it is first written. It is given back when no tensor uses any part of the region it
-    lies in; small tensors share regions of 32 MiB, so this is for memory that lives as long as a model.
+    lies in; small tensors share regions of 32 MiB, so this is for memory that lives as long as a model. Large tensors
+    begin at different places in their first pages: the system takes a while to clear a page, and tensors that fill at
+    the same pace, as the layers of a KV cache do, would all come to a new one at the same time.
     """
     num_bytes = max(1, math.prod(shape)) * dtype.itemsize
     memory = _regions.take(num_bytes)
@@ -37,14 +41,16 @@ class _Regions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rest: memoryview | None = None
+        self._num_large = 0
 
     def take(self, num_bytes: int) -> memoryview:
         num_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if num_bytes >= _REGION:
-            return _map(num_bytes)
         with self._lock:
+            if num_bytes >= _REGION:
+                self._num_large += 1
+                return _map(num_bytes, self._num_large * _STAGGER % _LARGE_PAGE)
             if self._rest is None or len(self._rest) < num_bytes:
-                self._rest = _map(_REGION)
+                self._rest = _map(_REGION, 0)
             piece, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
         return piece
 
@@ -52,14 +58,14 @@ class _Regions:
 _regions = _Regions()
 
 
-def _map(num_bytes: int) -> memoryview:
-    """Return a new memory map that begins at a large page."""
+def _map(num_bytes: int, offset: int) -> memoryview:
+    """Return a new memory map that begins at an offset in a large page."""
     if sys.platform == "win32":
-        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
+        region = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE)
     else:  # Linux gives large pages to private memory, to shared memory only where shmem_enabled says so
-        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         region.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(region)
-    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
+    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE + offset
     return memory[start : start + num_bytes]
