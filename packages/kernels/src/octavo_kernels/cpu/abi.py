@@ -146,10 +146,7 @@ class SampleTokensArgs(ctypes.Structure):
 class PackedSampleArgs(ctypes.Structure):
     """Arguments of PACKED_SAMPLE."""
 
-    _fields_ = _fields(
-        "x weight grid norms logits workspace source_rows temperature seeds sequence_index positions token_ids best",
-        "x_stride logits_stride format out_features in_features num_rows",
-    )
+    _fields_ = (("linear", PackedLinearArgs), ("draws", SampleTokensArgs), *_fields("norms", "num_rows"))
 
 
 class ApplyTokenBitmaskArgs(ctypes.Structure):

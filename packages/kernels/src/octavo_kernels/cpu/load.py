@@ -18,7 +18,7 @@ from octavo_kernels import _dispatch
 from octavo_kernels.cpu import build
 from octavo_kernels.errors import BackendFallbackWarning, BackendUnavailable, OptionError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 """What `octavo_abi_version()` of the library must answer: the layout of the op structs that both sides agree on."""
 
 _logger = logging.getLogger("octavo_kernels")

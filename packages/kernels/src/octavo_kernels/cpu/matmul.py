@@ -56,7 +56,20 @@ def packed_linear(
     if not served:
         return fallback.packed_linear(x, weight, bias, int8_activations, out, spans)
     workspace = None if weight.format.dtype is not None else workspace_of(rounded_bytes(x))
-    args = abi.PackedLinearArgs(
+    args = linear_args(x, weight, bias, int8_activations, out, workspace)
+    return launch(abi.OpKind.PACKED_LINEAR, args, len(x), x, weight.data, bias, out, workspace)
+
+
+def linear_args(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    int8_activations: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> abi.PackedLinearArgs:
+    """Return what native code is told of a product; whoever passes it on keeps the tensors."""
+    return abi.PackedLinearArgs(
         x=x.data_ptr(),
         weight=weight.data.data_ptr(),
         grid=pointer(grid_of(weight)),
@@ -70,7 +83,6 @@ def packed_linear(
         in_features=weight.in_features,
         int8_activations=int8_activations,
     )
-    return launch(abi.OpKind.PACKED_LINEAR, args, len(x), x, weight.data, bias, out, workspace)
 
 
 def packed_embedding(weight: PackedWeight, token_ids: Tensor, out: Tensor) -> None:

@@ -222,25 +222,10 @@ struct SampleTokensArgs {  // rows: draws
   int64_t vocab_size;
 };
 
-struct PackedSampleArgs {        // rows: draws
-  const float* x;                // [num_rows, in_features]
-  const void* weight;
-  const void* grid;              // as in PackedArgmaxArgs
-  const float* norms;            // likewise
-  float* logits;                 // [num_rows, out_features], overwritten
-  void* workspace;               // as in PackedLinearArgs
-  const int64_t* source_rows;    // this and the following as in SampleTokensArgs
-  const float* temperature;
-  const int64_t* seeds;
-  const int64_t* sequence_index;
-  const int64_t* positions;
-  int64_t* token_ids;
-  float* best;
-  int64_t x_stride;
-  int64_t logits_stride;
-  int64_t format;
-  int64_t out_features;
-  int64_t in_features;
+struct PackedSampleArgs {   // rows: draws
+  PackedLinearArgs linear;  // of num_rows rows, without a bias and with inputs in full; out is overwritten
+  SampleTokensArgs draws;   // from linear's out, without top_k, top_p and min_p
+  const float* norms;       // as in PackedArgmaxArgs
   int64_t num_rows;
 };
 

@@ -125,62 +125,34 @@ class Draw {
 
 bool is_finite(float x) { return x - x == 0.0f; }
 
-PackedLinearArgs linear_of(const PackedSampleArgs& args, bool rough) {
-  PackedLinearArgs linear{};
-  linear.x = args.x;
-  linear.weight = args.weight;
-  linear.grid = args.grid;
-  linear.out = args.logits;
-  linear.workspace = args.workspace;
-  linear.x_stride = args.x_stride;
-  linear.out_stride = args.logits_stride;
-  linear.format = args.format;
-  linear.out_features = args.out_features;
-  linear.in_features = args.in_features;
-  linear.int8_activations = rough;
-  return linear;
-}
-
-SampleTokensArgs draws_of(const PackedSampleArgs& args) {
-  SampleTokensArgs draws{};
-  draws.logits = args.logits;
-  draws.source_rows = args.source_rows;
-  draws.temperature = args.temperature;
-  draws.seeds = args.seeds;
-  draws.sequence_index = args.sequence_index;
-  draws.positions = args.positions;
-  draws.token_ids = args.token_ids;
-  draws.best = args.best;
-  draws.logits_stride = args.logits_stride;
-  draws.vocab_size = args.out_features;
-  return draws;
-}
-
 void draw_screened(const PackedSampleArgs& args, const Product& product, const Method& method, int64_t draw,
                    const Memory& memory) {
-  const int64_t row = args.source_rows == nullptr ? draw : args.source_rows[draw];
+  const SampleTokensArgs& draws = args.draws;
+  const int64_t row = draws.source_rows == nullptr ? draw : draws.source_rows[draw];
   const RowInFull in_full(product, method, row, memory);
-  const Rough rough{args.logits + row * args.logits_stride, args.norms, args.out_features,
+  const Rough rough{draws.logits + row * draws.logits_stride, args.norms, draws.vocab_size,
                     screening_error(product.x + row * product.x_stride, product.in_features)};
   const Best best = rough.best(in_full);
-  args.best[draw] = best.value;
-  args.token_ids[draw] = 0;
+  draws.best[draw] = best.value;
+  draws.token_ids[draw] = 0;
   if (!is_finite(best.value)) return;
-  args.token_ids[draw] = best.index;
-  if (args.temperature[draw] == 0.0f) return;
-  const Philox philox(args.seeds[draw], args.sequence_index[draw], args.positions[draw]);
-  args.token_ids[draw] = Draw(rough, in_full, best.value, args.temperature[draw], philox).winner(best.index);
+  draws.token_ids[draw] = best.index;
+  if (draws.temperature[draw] == 0.0f) return;
+  const Philox philox(draws.seeds[draw], draws.sequence_index[draw], draws.positions[draw]);
+  draws.token_ids[draw] = Draw(rough, in_full, best.value, draws.temperature[draw], philox).winner(best.index);
 }
 
 }  // namespace
 
 void packed_sample(const PackedSampleArgs& args, int64_t num_draws, Team& team) {
-  const bool screens = are_screened(args.norms, args.format, args.num_rows);
-  packed_linear(linear_of(args, screens), args.num_rows, team);
-  if (!screens) return sample_tokens(draws_of(args), num_draws, team);
-  const Product product = product_of(args, args.num_rows);
-  const Method method = method_of(args.format, false, product);
-  const Memory memory(team, method, args.in_features, kPanel * static_cast<int64_t>(sizeof(float)));
+  PackedLinearArgs linear = args.linear;
+  const bool screens = are_screened(args.norms, linear.format, args.num_rows);
+  linear.int8_activations = screens;
+  packed_linear(linear, args.num_rows, team);
+  if (!screens) return sample_tokens(args.draws, num_draws, team);
+  const Product product = product_of(linear, args.num_rows);
+  const Method method = method_of(linear.format, false, product);
+  const Memory memory(team, method, linear.in_features, kPanel * static_cast<int64_t>(sizeof(float)));
   team.parallel_for(num_draws, [&](int64_t draw) { draw_screened(args, product, method, draw, memory); });
 }
 

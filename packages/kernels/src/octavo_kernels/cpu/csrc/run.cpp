@@ -10,7 +10,7 @@
 namespace octavo {
 namespace {
 
-constexpr int kAbiVersion = 8;
+constexpr int kAbiVersion = 9;
 
 struct Job {
   const Op* ops;
