@@ -27,6 +27,7 @@ def _fresh(monkeypatch):
     monkeypatch.setattr(load, "_loaded", load._Loaded())
     monkeypatch.setattr(_dispatch, "_log", _dispatch._FallbackLog())
     monkeypatch.delenv("OCTAVO_CPU_ISA", raising=False)
+    monkeypatch.delenv("OCTAVO_CPU_TILES", raising=False)
     monkeypatch.delenv("OCTAVO_KERNELS_CXXFLAGS", raising=False)
 
 

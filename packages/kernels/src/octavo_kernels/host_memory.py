@@ -61,11 +61,11 @@ _regions = _Regions()
 def _map(num_bytes: int, offset: int) -> memoryview:
     """Return a new memory map that begins at an offset in a large page."""
     if sys.platform == "win32":
-        region = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE)
+        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE)
     else:  # Linux gives large pages to private memory, to shared memory only where shmem_enabled says so
-        region = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         region.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(region)
-    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE + offset
+    start = (offset - torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()) % _LARGE_PAGE
     return memory[start : start + num_bytes]
