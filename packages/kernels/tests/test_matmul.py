@@ -346,6 +346,24 @@ def test_rows_of_many_blocks_have_the_same_bits(weight_format, int8):
 
 
 @block_formats
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.usefixtures("native_library")
+def test_outputs_larger_than_the_caches_have_the_same_bits(weight_format, int8, offset):
+    num_tokens, out_features = 12, 100_001  # 4.8 MB: written past the caches if aligned, all but the last panel
+    weight = random_weight(weight_format, out_features, 64)
+    x = random_rows(num_tokens, 64, "cpu")
+    out = torch.full((num_tokens, 100_064), torch.nan)
+    filled = out[:, offset : offset + out_features]
+    with ok.native_threads(3):
+        ok.packed_linear(x, weight, int8_activations=int8, out=filled)
+    alone = torch.cat([ok.packed_linear(row[None], weight, int8_activations=int8) for row in x])
+    assert torch.equal(bits(filled), bits(alone))
+    assert out[:, :offset].isnan().all()
+    assert out[:, offset + out_features :].isnan().all()
+
+
+@block_formats
 @pytest.mark.parametrize("scale", [0.0, 6e-8, 65504.0, float("inf")], ids=str)
 @pytest.mark.usefixtures("native_library")
 def test_inputs_and_scales_of_any_size_have_the_same_bits_among_many_rows(weight_format, scale):

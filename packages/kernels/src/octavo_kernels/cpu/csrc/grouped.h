@@ -38,6 +38,10 @@ struct GroupedHeader {
   float middle;
   float unused;
   float table[16];  // table levels; of codes with fewer bits repeated
+
+  const uint8_t* panel(int64_t index) const {
+    return reinterpret_cast<const uint8_t*>(this) + panels_at + index * panel_bytes;
+  }
 };
 
 // What a group of 32 inputs takes in a prepared row: its inputs, and room for sums of groups of at least 8 inputs.

@@ -3,11 +3,13 @@
 #include <cstring>
 
 #include "matmul_inputs.h"
+#include "vec.h"
 
 namespace octavo {
 namespace {
 
 constexpr int64_t kRowsOfTask = 128;  // a task's rows of x stay in L2 while panels go by
+constexpr int64_t kStreamedBytes = 4 << 20;  // of an output that the caches would not keep
 constexpr int64_t kFirstBytes = 8192;  // of its first weights that a thread asks for while rows are rounded
 
 // The panels of a product cut into tasks for threads that begin at both ends: large ones there, since asking for work
@@ -62,6 +64,14 @@ void finish_columns(const PackedLinearArgs& args, const Part& part, int64_t firs
   }
 }
 
+// Whether outputs may be written past the caches. Those that a bias is added to are not.
+bool streams(const PackedLinearArgs& args, int64_t num_rows) {
+  constexpr int64_t kAligned = 64 / sizeof(float);
+  const bool aligned = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 && args.out_stride % kAligned == 0;
+  const int64_t num_bytes = num_rows * args.out_features * static_cast<int64_t>(sizeof(float));
+  return aligned && args.bias == nullptr && num_bytes >= kStreamedBytes;
+}
+
 void linear_part(const PackedLinearArgs& args, const Product& product, Part part, PartFunction compute,
                  uint8_t* scratch) {
   const int64_t first_column = part.first_panel * kPanel;
@@ -79,6 +89,7 @@ void linear_part(const PackedLinearArgs& args, const Product& product, Part part
     last.num_panels = 1;
     last.out = tile;
     last.out_stride = kPanel;
+    last.streams = false;
     compute(product, last, scratch);
     for (int64_t row = 0; row < part.num_rows; ++row)
       std::memcpy(part.out + row * args.out_stride + num_whole * kPanel, tile + row * kPanel,
@@ -96,6 +107,7 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
   const Method method = method_of(args.format, args.int8_activations, product);
   const Memory memory(team, method, args.in_features, kRowsOfTask * kPanel * static_cast<int64_t>(sizeof(float)));
   const Cut cut(ceil_div(args.out_features, kPanel), num_rows, team.num_threads());
+  const bool stream = streams(args, num_rows);
   const int64_t num_tasks = num_row_blocks * cut.num_tasks(), first_task = team.first_task(num_tasks);
   if (first_task >= 0 && first_task < num_tasks)
     prefetch_to_second(panel_of(product, args.format, cut.start(first_task / num_row_blocks)), kFirstBytes);
@@ -110,7 +122,9 @@ void packed_linear(const PackedLinearArgs& args, int64_t num_rows, Team& team) {
     const int64_t after = team.task_after(task);
     const bool more = after >= 0 && after < num_tasks;
     part.next_panel = more ? cut.start(after / num_row_blocks) : part.first_panel + part.num_panels;
+    part.streams = stream;
     linear_part(args, product, part, method.part, memory.scratch);
+    if (stream) vfence();
   });
 }
 

@@ -31,6 +31,7 @@ struct Part {
   int64_t next_panel;  // that the thread probably needs afterwards; one that exists or the one behind the last
   float* out;
   int64_t out_stride;
+  bool streams = false;  // whether out is aligned and larger than caches; few rows are then written past them
 };
 
 // scratch: kScratchBytes of the calling thread's own memory.

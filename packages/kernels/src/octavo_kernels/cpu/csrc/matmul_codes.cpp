@@ -173,8 +173,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel, int64_t r
     }
     for (int r = 0; r < R; ++r) {
       float* out = part.out + (row + r) * part.out_stride + panel * kPanel + column;
-      vstore(out, sums[r][0]);
-      vstore(out + W, sums[r][1]);
+      for (int i = 0; i < 2; ++i) part.streams ? vstream(out + i * W, sums[r][i]) : vstore(out + i * W, sums[r][i]);
     }
   }
 }

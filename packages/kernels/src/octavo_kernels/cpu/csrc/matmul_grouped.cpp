@@ -38,7 +38,6 @@ struct Grouped {
   explicit Grouped(const Product& of)
       : header(*reinterpret_cast<const GroupedHeader*>(of.weight)), begin(of.weight), product(of) {}
 
-  const uint8_t* panel(int64_t index) const { return begin + header.panels_at + index * header.panel_bytes; }
   bool has_zeros() const { return header.zeros != ZeroKind::kNone; }
   bool copies_inputs() const { return header.order_at != 0 || header.padded_inputs != product.in_features; }
   const float* prepared(int64_t row) const {
@@ -89,13 +88,13 @@ void prepare(const Product& product, int64_t first_row, int64_t num_rows, void* 
 
 void read_scales(const Grouped& weight, int64_t panel, int64_t first, int64_t count, GroupScales& out) {
   const GroupedHeader& header = weight.header;
-  const uint8_t* scales = weight.panel(panel) + header.scales_at;
+  const uint8_t* scales = header.panel(panel) + header.scales_at;
   const ScaleReader reader(header, weight.begin, panel * kPanel);
   for (int64_t g = 0; g < count; ++g)
     for (int column = 0; column < kPanel; column += W)
       vstore(out.scale[g] + column, reader.read(scales, first + g, column));
   if (!weight.has_zeros()) return;
-  const uint8_t* zeros = weight.panel(panel) + header.zeros_at;
+  const uint8_t* zeros = header.panel(panel) + header.zeros_at;
   for (int64_t g = 0; g < count; ++g) read_zeros(header, zeros, first + g, out.zero[g]);
 }
 
@@ -135,7 +134,7 @@ void few_rows(const Product& product, const Part& part, int64_t panel, GroupScal
     x[r] = weight.inputs(part.first_row + r);
     sums[r] = weight.has_zeros() ? weight.sums(part.first_row + r) : nullptr;
   }
-  const uint8_t* codes = weight.panel(part.first_panel + panel);
+  const uint8_t* codes = header.panel(part.first_panel + panel);
   const int64_t panel_bytes = header.panel_bytes;
   float* out = part.out + panel * kPanel;
   fill_with_zeros(out, part.out_stride, R, P * kPanel);
@@ -264,7 +263,7 @@ void many_rows(const Product& product, const Part& part, ManyRows& memory) {
   const int64_t num_tiles = (part.num_rows + kMaxTileRows - 1) / kMaxTileRows;
   const int64_t end = min(header.num_groups * header.group_inputs, header.padded_inputs);
   for (int64_t panel = 0; panel < part.num_panels; ++panel) {
-    const uint8_t* codes = weight.panel(part.first_panel + panel);
+    const uint8_t* codes = header.panel(part.first_panel + panel);
     float* out = part.out + panel * kPanel;
     fill_with_zeros(out, part.out_stride, part.num_rows, kPanel);
     for (int64_t first = 0; first < end; first += kChunk) {

@@ -24,10 +24,7 @@ Product product_of(const Args& args, int64_t num_rows) {
 
 // The weights of a panel.
 inline const uint8_t* panel_of(const Product& product, int64_t format, int64_t panel) {
-  if (is_grouped(format)) {
-    const auto& header = *reinterpret_cast<const GroupedHeader*>(product.weight);
-    return product.weight + header.panels_at + panel * header.panel_bytes;
-  }
+  if (is_grouped(format)) return reinterpret_cast<const GroupedHeader*>(product.weight)->panel(panel);
   if (product.planes != nullptr)
     return product.weight + panel * bytes_of_panel(product.planes->planes, product.in_features);
   return product.weight + panel * bytes_of_panel(static_cast<Format>(format), product.in_features);

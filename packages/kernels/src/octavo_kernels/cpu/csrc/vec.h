@@ -39,6 +39,8 @@ OCTAVO_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
 OCTAVO_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
 OCTAVO_INLINE vf vload_half(const float* p) { return _mm512_zextps256_ps512(_mm256_loadu_ps(p)); }  // and zeros
 OCTAVO_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+OCTAVO_INLINE void vstream(float* p, vf x) { _mm512_stream_ps(p, x); }  // past the caches, to an aligned p
+OCTAVO_INLINE void vfence() { _mm_sfence(); }  // before others are told of what was streamed
 OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 OCTAVO_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -78,6 +80,8 @@ OCTAVO_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
 OCTAVO_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
 OCTAVO_INLINE vf vload_half(const float* p) { return _mm256_zextps128_ps256(_mm_loadu_ps(p)); }
 OCTAVO_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+OCTAVO_INLINE void vstream(float* p, vf x) { _mm256_stream_ps(p, x); }
+OCTAVO_INLINE void vfence() { _mm_sfence(); }
 OCTAVO_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 OCTAVO_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -120,6 +124,8 @@ OCTAVO_INLINE vf vload(const float* p) {
 }
 OCTAVO_INLINE vf vload_half(const float* p) { return vf{p[0], p[1], 0.0f, 0.0f}; }
 OCTAVO_INLINE void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+OCTAVO_INLINE void vstream(float* p, vf x) { vstore(p, x); }
+OCTAVO_INLINE void vfence() {}
 OCTAVO_INLINE vf vadd(vf a, vf b) { return a + b; }
 OCTAVO_INLINE vf vsub(vf a, vf b) { return a - b; }
 OCTAVO_INLINE vf vmul(vf a, vf b) { return a * b; }
