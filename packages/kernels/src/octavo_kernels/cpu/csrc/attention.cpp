@@ -47,26 +47,41 @@ class Memory {
   Memory(Team& team, const PagedAttentionArgs& a, int64_t max_spans) {
     const int64_t max_rows = std::max<int64_t>(kRowsPerItem, a.num_heads / a.num_kv_heads);
     const size_t sizes[4] = {rounded(AttentionPlan::num_bytes(max_spans)), rounded(max_rows * sizeof(Row)),
-                             rounded(kTile * a.head_dim * sizeof(float)),
+                             std::max(kTile * a.head_dim, int64_t{kFewRows} * kMaxSpread) * sizeof(float),
                              rounded(max_rows * a.head_dim * sizeof(float))};
     plan = static_cast<char*>(team.scratch(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
     rows = reinterpret_cast<Row*>(plan + sizes[0]);
-    keys = reinterpret_cast<float*>(plan + sizes[0] + sizes[1]);
+    keys = queries = reinterpret_cast<float*>(plan + sizes[0] + sizes[1]);
     values = reinterpret_cast<float*>(plan + sizes[0] + sizes[1] + sizes[2]);
   }
 
   char* plan;
   Row* rows;
-  float* keys;    // [head_dim][kTile], the transposed keys of a tile
-  float* values;  // [rows][head_dim]
+  float* keys;     // [head_dim][kTile], the transposed keys of a tile; or
+  float* queries;  // [kFewRows][kMaxSpread], those of a leg, spread
+  float* values;   // [rows][head_dim]
 };
 
-// Fills pointers first .. end - 1 with addresses `stride` elements apart. Asks for the first of them, long before others
-// are asked for: each block is in another page, and all that is asked for in a page waits until its address is looked up.
+// How far from each other the vectors of a block are.
+struct Steps {
+  int64_t bytes[kAddressesAtOnce];
+
+  Steps(int64_t stride, size_t element) {
+    for (int i = 0; i < kAddressesAtOnce; ++i) bytes[i] = i * stride * static_cast<int64_t>(element);
+  }
+  int64_t of_all() const { return kAddressesAtOnce * bytes[1]; }
+};
+
+// Fills pointers first .. end - 1, and up to kAddressesAtOnce - 1 more, with addresses in steps. Asks for the first of them,
+// long before others are asked for: each block is in another page, and all that is asked for in a page waits until its
+// address is looked up.
 template <class T>
-OCTAVO_INLINE void line_up(const T* at, int64_t stride, int first, int end, const T** to) {
-  __builtin_prefetch(at, 0, 2);
-  for (int j = first; j < end; ++j, at += stride) to[j] = at;
+OCTAVO_INLINE void line_up(const T* start, const Steps& steps, int first, int end, const T** to) {
+  __builtin_prefetch(start, 0, 2);
+  const char* at = reinterpret_cast<const char*>(start);
+  for (int j = first; j < end; j += kAddressesAtOnce, at += steps.of_all())
+#pragma GCC unroll 8
+    for (int i = 0; i < kAddressesAtOnce; ++i) to[j + i] = reinterpret_cast<const T*>(at + steps.bytes[i]);
 }
 
 // Looks up where the keys and values of a tile are.
@@ -77,14 +92,15 @@ void find(const PagedAttentionArgs& a, const Place& place, int64_t kv_head, KvTi
   tile.begin = static_cast<int>(std::max(place.leg->seen.begin, start) - start);
   tile.end = static_cast<int>(std::min(place.leg->seen.end, start + kTile) - start);
   const int32_t* table = a.block_table + place.leg->sequence * a.block_table_stride;
+  const Steps k_steps(a.k_slot_stride, sizeof(T)), v_steps(a.v_slot_stride, sizeof(T));
   int64_t index = (start + tile.begin) / a.block_size, offset = (start + tile.begin) % a.block_size;
   for (int j = tile.begin; j < tile.end; ++index, offset = 0) {
     const int64_t block = table[index];
     const int end = static_cast<int>(std::min<int64_t>(tile.end, j + a.block_size - offset));
     const T* k = static_cast<const T*>(a.k_cache) + block * a.k_block_stride + kv_head * a.k_head_stride;
     const T* v = static_cast<const T*>(a.v_cache) + block * a.v_block_stride + kv_head * a.v_head_stride;
-    line_up(k + offset * a.k_slot_stride, a.k_slot_stride, j, end, tile.k);
-    line_up(v + offset * a.v_slot_stride, a.v_slot_stride, j, end, tile.v);
+    line_up(k + offset * a.k_slot_stride, k_steps, j, end, tile.k);
+    line_up(v + offset * a.v_slot_stride, v_steps, j, end, tile.v);
     if (scaled) {
       const int64_t scale = (block * a.num_kv_heads + kv_head) * a.block_size + offset;
       std::copy_n(a.k_scale + scale, end - j, tile.k_scale + j);
@@ -93,8 +109,8 @@ void find(const PagedAttentionArgs& a, const Place& place, int64_t kv_head, KvTi
     j = end;
   }
   const auto fill = [&](int first, int end) {
-    line_up(tile.k[tile.begin], 0, first, end, tile.k);
-    line_up(tile.v[tile.begin], 0, first, end, tile.v);
+    std::fill(tile.k + first, tile.k + end, tile.k[tile.begin]);
+    std::fill(tile.v + first, tile.v + end, tile.v[tile.begin]);
     if (!scaled) return;
     std::fill(tile.k_scale + first, tile.k_scale + end, 0.0f);
     std::fill(tile.v_scale + first, tile.v_scale + end, 0.0f);
@@ -208,7 +224,14 @@ class Walk {
       next_keys = Ahead(next->k, kTile, head_dim_);
       next_values = Ahead(next->v, kTile, head_dim_);
     }
-    if (!few) transpose_keys(now, head_dim_, memory_.keys, values);
+    if (!few) {
+      transpose_keys(now, head_dim_, memory_.keys, values);
+      spread_ = nullptr;
+    } else if (spread_ != place.leg) {
+      for (int64_t row = 0; row < num_rows; ++row)
+        spread_query<T>(memory_.rows[place.leg->first_row + row].q, head_dim_, memory_.queries + row * kMaxSpread);
+      spread_ = place.leg;
+    }
     for (int64_t row = 0; row < num_rows; row += at_once) {
       Ahead& following = row == 0 ? next_keys : next_values;
       attend(Visit{now, values, following, place, few, partial}, row, std::min(at_once, num_rows - row));
@@ -253,7 +276,7 @@ class Walk {
     alignas(64) float sums[R * kMaxHeadDim];
     float maximum[R] = {}, sum[R] = {};
     if (visit.few) {
-      scores_of_few<T, R>(q, visit.tile, head_dim_, weights, visit.values);
+      scores_of_few<T, R>(memory_.queries + first_row * kMaxSpread, visit.tile, head_dim_, weights, visit.values);
     } else {
       scores<R>(q, memory_.keys, head_dim_, kRun<T>, weights);
     }
@@ -328,6 +351,7 @@ class Walk {
   int head_dim_;
   Memory& memory_;
   int64_t num_rows_ = 0;
+  const Leg* spread_ = nullptr;  // whose queries memory_.queries holds
 };
 
 // Looks up the first tile of a task, if there are such a task and a tile.

@@ -22,12 +22,14 @@ constexpr int kFewRows = 2 * kMaxRows;  // up to so many transpose keys in regis
 constexpr int kMaxHeadDim = 256;
 constexpr int kLine = 64;  // bytes of a cache line
 
+constexpr int kAddressesAtOnce = 8;
+
 // Where the keys and values of a tile's positions are. Positions that no row sees have the address of one that is seen,
 // so that reading a whole vector of positions is safe.
 template <class T>
 struct KvTile {
-  const T* k[kTile];
-  const T* v[kTile];
+  const T* k[kTile + kAddressesAtOnce];  // beyond kTile unspecified
+  const T* v[kTile + kAddressesAtOnce];
   float k_scale[kTile];  // of int8 caches
   float v_scale[kTile];
   int begin, end;  // the positions that some row sees
@@ -206,16 +208,18 @@ OCTAVO_INLINE void add_products(const float* x, int x_stride, const vf (*keys)[k
   }
 }
 
-// The same sums straight from the cache, for rows too few to pay for keys that are transposed in memory.
+// The same sums straight from the cache, for rows too few to pay for keys that are transposed in memory. `spread` is
+// [R][kMaxSpread], as spread_query writes it. Asks for as many bytes ahead as it reads. With bfloat16, which takes more work
+// than reading, it does so between products: processors drop what is asked for while too many reads are under way.
 template <class T, int R>
-void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
+void scores_of_few(const float* spread, const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
   constexpr int P = W / kQuarter;  // quarters of keys: W positions
   constexpr int kVectors = kChains / P;  // that hold all chains of kQuarter positions
   constexpr int kAtOnce = P == 1 || R <= 3 ? P : P / 2;  // what registers have room for
   constexpr int kBytes = kQuarter * kDimsAtOnce<T> * static_cast<int>(sizeof(T));  // that load_quarters reads
+  constexpr bool in_pairs = kRun<T> != kQuarter;
+  constexpr int kBytesOfHalf = kAtOnce * kBytes / (2 * kQuarter);  // that even or odd elements of pairs stand for
   Ahead ahead = values;  // in registers
-  alignas(64) float spread[R][kMaxSpread];
-  for (int r = 0; r < R; ++r) spread_query<T>(q[r], head_dim, spread[r]);
   for (int i = tile.begin / W * W; i < tile.end; i += W) {
     vf sum[R][kVectors][P];
     for (int r = 0; r < R; ++r)
@@ -232,15 +236,17 @@ void scores_of_few(const float* const* q, const KvTile<T>& tile, int head_dim, f
 #pragma GCC unroll 4
           for (int k = 0; k < kAtOnce; ++k) {
             load_quarters(tile.k + i + (p + k) * kQuarter, d, head_dim, keys[k]);
-            ahead.fetch(std::max(1, kBytes / kLine));
+            if constexpr (!in_pairs) ahead.fetch(std::max(1, kBytes / kLine));
           }
-          const float* x = spread[0] + d * kQuarter;
+          const float* x = spread + d * kQuarter;
 #pragma GCC unroll 4
           for (int j = 0; j < kQuarter; ++j) {
-            if constexpr (kRun<T> == kQuarter) {
+            if constexpr (!in_pairs) {
               add_products<R, kAtOnce>(x + j * W, kMaxSpread, keys, j, [](vf k) { return k; }, v, p, sum);
             } else {
+              ahead.keep_up<kBytesOfHalf>(2 * j);
               add_products<R, kAtOnce>(x + 2 * j * W, kMaxSpread, keys, j, even_bf16, v, p, sum);
+              ahead.keep_up<kBytesOfHalf>(2 * j + 1);
               add_products<R, kAtOnce>(x + (2 * j + 1) * W, kMaxSpread, keys, j, odd_bf16, v, p, sum);
             }
           }
