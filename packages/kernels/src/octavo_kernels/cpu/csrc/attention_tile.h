@@ -210,7 +210,7 @@ OCTAVO_INLINE void add_products(const float* x, int x_stride, const vf (*keys)[k
 
 // The same sums straight from the cache, for rows too few to pay for keys that are transposed in memory. `spread` is
 // [R][kMaxSpread], as spread_query writes it. Asks for as many bytes ahead as it reads. With bfloat16, which takes more work
-// than reading, it does so between products: processors drop what is asked for while too many reads are under way.
+// than reading, it does so between products, evenly, which was measured to be faster than a few lines at once.
 template <class T, int R>
 void scores_of_few(const float* spread, const KvTile<T>& tile, int head_dim, float* out, Ahead& values) {
   constexpr int P = W / kQuarter;  // quarters of keys: W positions
