@@ -226,8 +226,7 @@ class Walk {
     }
     if (!few) {
       transpose_keys(now, head_dim_, memory_.keys, values);
-      spread_ = nullptr;
-    } else if (spread_ != place.leg) {
+    } else if (spread_ != place.leg) {  // legs are walked in turn: none comes back once another has taken the memory
       for (int64_t row = 0; row < num_rows; ++row)
         spread_query<T>(memory_.rows[place.leg->first_row + row].q, head_dim_, memory_.queries + row * kMaxSpread);
       spread_ = place.leg;
